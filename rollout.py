@@ -1,0 +1,410 @@
+"""Problems in, trajectories out: JSONL loading, prompt building, and the KV-cached batch sampler.
+
+Place in the pipeline: first. `train.py` and `eval.py` load problems here, sample G completions each with `sample`, and
+recompute them with `completion_hidden` for the update. Reads from model.py.
+
+What matters here (ours; the paper says nothing of its sampler):
+  1. Vision and prompt run once a prompt, whatever G is; finished rows leave the batch.
+  2. Temperature is the only knob, and the stored log-probs are the policy's own at that temperature, so on the first
+     update the ratio of new to old probability is 1. Tokens that may not be generated (image pads, control tokens)
+     get probability zero here and in the trainer alike, through the same `logit_mask`.
+  3. Token ids are never decoded and encoded again, and masks come from lengths, never from `ids == pad`.
+
+Worked example: inverse-CDF sampling with probabilities (0.2, 0.5, 0.3) and the uniform number 0.65 picks token 1, since
+0.2 <= 0.65 < 0.7; its log-prob is ln 0.5 = -0.693. A row's numbers are its own, so a row sampled in a batch equals the
+row sampled alone.
+"""
+import base64
+import io
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from model import ImageConfig, Qwen25VL, Rows, load_image_config, preprocess_image, read_json, resolve
+
+INSTRUCTION = ("First think inside <think> </think>, one step a line, checking each step against the image. "
+               "Then give only the final answer inside <answer> </answer>.")
+
+
+@dataclass
+class Problem:
+    """One question about zero or more images."""
+    id: str
+    question: str                       # text with one <image> tag for each image, where the image goes
+    answer: str                         # gold answer, unwrapped
+    images: list                        # PIL images, or paths opened when the prompt is built
+    choices: list | None = None         # option texts; `answer` is then a letter (or an option's text)
+    key_steps: list | None = None       # phrases a right chain contains (StepGRPO's rewards)
+    oracle: dict | None = None          # tiny only: what the image really shows
+
+
+@dataclass
+class Trajectory:
+    """One completion of one problem, as the update needs it. All lists have one entry a completion token."""
+    problem: Problem
+    ids: list                           # forced prefix first; EOS included when it was reached
+    sampled: list                       # 1 = sampled by the policy (EOS too), 0 = forced
+    logps: list                         # behaviour log-prob of each sampled token in its own context; 0.0 where forced
+    finished: bool                      # ended by EOS (False: cut off at the length limit)
+    text: str                           # decoded once, for rewards and people; never encoded again
+    provenance: str = "policy"
+    rewards: dict = field(default_factory=dict)         # reward parts by name, "total" among them
+    advantage: float = 0.0
+    weights: list | None = None         # per-token loss weights; None = 1 everywhere
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: one JSON object a line
+
+
+class DataError(ValueError):
+    """Bad input data; the message names file, line and field."""
+
+
+ALIASES = {"images": ("images", "image", "image_path", "img"),
+           "problem": ("problem", "question", "query", "prompt"),
+           "answer": ("answer", "solution", "ground_truth")}
+
+
+def _first(row: dict, names, where: str, kind: str):
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    if kind == "images":
+        return []
+    raise DataError(f"{where}: field '{kind}' is missing (looked for {', '.join(names)})")
+
+
+def unwrap_gold(text: str) -> str:
+    """The bare answer out of a worked solution: <answer>x</answer>, '### The final answer is: x' or \\boxed{x}."""
+    text = re.sub(r"<think>.*?</think>", "", text, flags=re.S)
+    for pattern in (r"<answer>(.*?)</answer>", r"### The final answer is:\s*(.*)", r"^\s*\$?\\boxed\{(.*)\}\$?\s*$"):
+        found = re.search(pattern, text, re.S)
+        if found:
+            return found[1].strip()
+    return text.strip()
+
+
+def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Problem:
+    """One JSON object -> Problem with image paths resolved against `folder`. DataError names `where` and the field."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a JSON object is expected, found {type(row).__name__}")
+    images = _first(row, ALIASES["images"], where, "images")
+    images = [images] if isinstance(images, (str, dict)) else list(images)
+    question = _first(row, ALIASES["problem"], where, "problem")
+    if isinstance(question, list):                                  # chat messages: the last user turn
+        turns = [m.get("content") for m in question if isinstance(m, dict) and m.get("role") == "user"]
+        question = turns[-1] if turns else None
+    if not isinstance(question, str) or not question.replace("<image>", "").strip():
+        raise DataError(f"{where}: field 'problem' is empty or not text")
+    gold = _first(row, ALIASES["answer"], where, "answer")
+    gold = unwrap_gold(str(gold)) if isinstance(gold, (str, int, float)) and not isinstance(gold, bool) else ""
+    if not gold:
+        raise DataError(f"{where}: field 'answer' is empty or not text")
+    tags = question.count("<image>")
+    if tags and not images:                                         # a stray tag in a text-only row
+        question = question.replace("<image>", "")
+    elif tags == 0:
+        question = "<image>" * len(images) + question
+    elif tags != len(images):
+        raise DataError(f"{where}: field 'problem' has {tags} <image> tags, field 'images' has {len(images)} images")
+    for name in ("choices", "key_steps"):
+        if row.get(name) is not None and not isinstance(row[name], (list, dict)):
+            raise DataError(f"{where}: field '{name}' must be a list")
+    choices, key_steps = row.get("choices") or None, row.get("key_steps")
+    if isinstance(key_steps, dict):
+        key_steps = key_steps.get("Steps")
+    if choices and not all(str(c) in question for c in choices):
+        question += "".join(f"\n{chr(65 + i)}. {c}" for i, c in enumerate(choices))
+    if instruction:
+        question += "\n" + instruction
+    return Problem(id=str(row.get("id", where)), question=question, answer=gold, choices=choices, key_steps=key_steps,
+                   images=[_image_source(im, folder, where) for im in images])
+
+
+def _image_source(image, folder: Path, where: str):
+    """A path under `folder`, or an image decoded from base64 / bytes."""
+    if isinstance(image, dict):
+        image = image.get("path") or image.get("bytes")
+    if isinstance(image, str) and image.startswith("data:"):
+        try:
+            return Image.open(io.BytesIO(base64.b64decode(image.split(",", 1)[-1], validate=True)))
+        except (OSError, ValueError) as e:
+            raise DataError(f"{where}: field 'images': the data: image can not be decoded ({e})") from None
+    if not isinstance(image, str) or not image:
+        raise DataError(f"{where}: field 'images' must hold file names or data: urls")
+    return folder / image
+
+
+def open_image(image) -> Image.Image:
+    """Path or PIL image -> upright RGB image, fully decoded (OSError if it is truncated)."""
+    image = Image.open(image) if isinstance(image, (str, Path)) else image
+    image.load()
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def load_problems(path, image_dir=None, instruction: str = "") -> list[Problem]:
+    """Read and check a whole JSONL file: every line, every image. Raises DataError with one line a bad row (the first
+    20), so nothing is trained on or scored before all of it is known to be good."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"--data {path}: no such file")
+    folder, problems, errors = Path(image_dir or path.parent), [], []
+    for n, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{n}"
+        try:
+            problems.append((where, parse_row(json.loads(line), where, folder, instruction)))
+        except json.JSONDecodeError as e:
+            errors.append(f"{where}: not JSON: {e.msg} at column {e.colno}")
+        except (DataError, RecursionError) as e:
+            errors.append(str(e))
+
+    def bad_image(item):
+        where, problem = item
+        for image in problem.images:
+            try:
+                open_image(image)
+            except Exception as e:              # Pillow raises many kinds: OSError, SyntaxError, DecompressionBombError
+                reason = "no such file" if isinstance(e, FileNotFoundError) else f"not readable: {e}"
+                return f"{where}: field 'images': {getattr(image, 'filename', image)}: {reason}"
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        checks = tqdm(pool.map(bad_image, problems), total=len(problems), desc="checking images", leave=False,
+                      disable=len(problems) < 1000)
+        errors += [e for e in checks if e]
+    if errors:
+        more = f"\n... and {len(errors) - 20} more" if len(errors) > 20 else ""
+        raise DataError("\n".join(errors[:20]) + more)
+    if not problems:
+        raise DataError(f"--data {path}: the file has no rows")
+    return [p for _, p in problems]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Between problems and tensors
+
+
+@dataclass
+class Codec:
+    """Tokenizer, image settings and token rules of one checkpoint."""
+    tokenizer: object
+    image_config: ImageConfig
+    image_token_id: int
+    eos_ids: tuple
+    pad_id: int
+    logit_mask: torch.Tensor            # (V,) float, 0 where a token may be generated, -inf where not
+
+
+@dataclass
+class Prompt:
+    """One encoded prompt."""
+    ids: list
+    pixel_values: torch.Tensor | None   # (N, features)
+    grids: list                         # (1, rows, cols) per image
+
+
+def load_codec(path_or_id: str) -> Codec:
+    """Read tokenizer and processor files of a checkpoint. ValueError names what is missing."""
+    from transformers import AutoTokenizer
+    folder = resolve(path_or_id)
+    config = read_json(folder / "config.json")
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    image_id = config["image_token_id"]
+    if not tokenizer.chat_template:
+        raise ValueError(f"{folder}: the tokenizer has no chat template")
+    if tokenizer.convert_tokens_to_ids("<|image_pad|>") != image_id:
+        raise ValueError(f"{folder}: the tokenizer's <|image_pad|> is not image_token_id {image_id} of config.json")
+    generation = folder / "generation_config.json"
+    eos = (read_json(generation) if generation.is_file() else {}).get("eos_token_id") or tokenizer.eos_token_id
+    eos = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+    if None in eos:
+        raise ValueError(f"{folder}: neither generation_config.json nor the tokenizer names an eos token")
+    vocab_size = (config.get("text_config") or config)["vocab_size"]
+    mask = torch.zeros(vocab_size)
+    mask[len(tokenizer):] = -torch.inf          # rows of the embedding that no token owns
+    banned = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    mask[sorted(banned - set(eos))] = -torch.inf
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    return Codec(tokenizer, load_image_config(folder), image_id, eos, pad, mask)
+
+
+def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None) -> Prompt:
+    """Chat template around the question, each <image> replaced by its image tokens. DataError where the prompt is
+    longer than `max_tokens` (it is never cut: a cut image would not match its features)."""
+    tok, pieces = codec.tokenizer, problem.question.split("<image>")
+    specials = [t.content for t in tok.added_tokens_decoder.values() if t.special]
+    content = []
+    for i, text in enumerate(pieces):
+        for special in specials:                # text of a user must not turn into control tokens
+            text = text.replace(special, special[0] + " " + special[1:])
+        content += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": text}] * bool(text)
+    text = tok.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    patches = [preprocess_image(open_image(image), codec.image_config) for image in problem.images]
+    ids, image = [], 0
+    for token in tok(text, add_special_tokens=False)["input_ids"]:
+        if token == codec.image_token_id:
+            rows, cols = patches[image][1][1:]
+            ids += [token] * (rows * cols // codec.image_config.merge_size ** 2)
+            image += 1
+        else:
+            ids.append(token)
+    if image != len(patches):
+        raise DataError(f"problem {problem.id}: the chat template placed {image} of {len(patches)} images")
+    if max_tokens and len(ids) > max_tokens:
+        raise DataError(f"problem {problem.id}: the prompt has {len(ids)} tokens, --max_prompt_tokens is {max_tokens}")
+    pixels = torch.cat([torch.from_numpy(p) for p, _ in patches]) if patches else None
+    return Prompt(ids, pixels, [grid for _, grid in patches])
+
+
+def collate(prompts: list[Prompt], pad_id: int, device) -> dict:
+    """Right-padded batch: input_ids, attention_mask (B, P), pixel_values (N, ...), image_grid_thw (images, 3)."""
+    ids, mask = pad([p.ids for p in prompts], pad_id)
+    pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
+    grids = [g for p in prompts for g in p.grids]
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device),
+            "pixel_values": torch.cat(pixels).to(device) if pixels else None,
+            "image_grid_thw": torch.tensor(grids, device=device) if grids else None}
+
+
+def pad(rows: list[list], value, left: bool = False):
+    """Ragged lists -> (tensor (R, T), bool mask (R, T)), padded on the right (or left)."""
+    lengths, width = [len(r) for r in rows], max(map(len, rows), default=0)
+    fill = [[value] * (width - n) for n in lengths]
+    data = torch.tensor([f + list(r) if left else list(r) + f for r, f in zip(rows, fill)])
+    columns = torch.arange(width).expand(len(rows), -1)
+    lengths = torch.tensor(lengths)[:, None]
+    return data.reshape(len(rows), width), columns >= width - lengths if left else columns < lengths
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The sampler
+
+
+@torch.no_grad()
+def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: int = 1, max_new_tokens: int = 128,
+           temperature: float = 1.0, rng: torch.Generator | None = None, prefix_ids: list | None = None,
+           uniforms: torch.Tensor | None = None, prompts: list[Prompt] | None = None) -> list[list[Trajectory]]:
+    """Sample `group_size` completions of each problem.
+
+    temperature 0 is greedy. prefix_ids: for each of the B x G rows (problem-major) the completion tokens it continues
+    from; these are forced, count towards max_new_tokens and are marked sampled = 0. uniforms (B x G, max_new_tokens)
+    in [0, 1): the random numbers, row by row; drawn from `rng` (on the CPU) when not given. Returns B lists of G."""
+    device = model.head_weight.device
+    prompts = prompts or [encode_prompt(p, codec) for p in problems]
+    rows = len(problems) * group_size
+    prefixes = prefix_ids or [[]] * rows
+    if len(prefixes) != rows or any(len(p) >= max_new_tokens for p in prefixes):
+        raise ValueError(f"prefix_ids must hold {rows} lists shorter than max_new_tokens {max_new_tokens}")
+    if uniforms is None and temperature > 0:
+        uniforms = torch.rand(rows, max_new_tokens, generator=rng)
+    uniforms = None if uniforms is None else uniforms.clamp(max=1 - 1e-6).to(device)
+
+    # prompt and vision once a prompt; then the forced prefixes, left-padded so that all rows write the same column
+    batch = collate(prompts, codec.pad_id, device)
+    hidden, context, following = model.prompt_hidden(**batch, keep=True)
+    prompt = torch.arange(len(problems), device=device).repeat_interleave(group_size)   # (R,)
+    last = hidden[torch.arange(len(prompts)), batch["attention_mask"].sum(1) - 1][prompt]
+    cache = Rows(context.kv, batch["attention_mask"], prompt)
+    length = torch.tensor([len(p) for p in prefixes], device=device)                    # completion tokens so far
+    start = following[prompt]                                                           # position of completion token 0
+    if int(length.max()):
+        ids, mask = (a.to(device) for a in pad(prefixes, codec.pad_id, left=True))
+        positions = start[:, None] + (torch.arange(ids.shape[1], device=device) - ids.shape[1] + length[:, None]).clamp(min=0)
+        cache.extend(mask)
+        h = model.rows_hidden(ids, positions, cache)[:, -1]
+        last = torch.where((length > 0)[:, None], h, last)
+
+    tokens = torch.full((rows, max_new_tokens), codec.pad_id, device=device)
+    logps = torch.zeros(rows, max_new_tokens, device=device)
+    total = torch.full((rows,), -1, device=device)                                      # final length, -1 while running
+    eos, mask = torch.tensor(codec.eos_ids, device=device), codec.logit_mask.to(device)
+    alive = torch.arange(rows, device=device)                                           # original row of each live row
+    for step in range(max_new_tokens):
+        token, logp = next_token(F.linear(last, model.head_weight), mask, temperature,
+                                 None if uniforms is None else uniforms[alive, length.clamp(max=max_new_tokens - 1)])
+        column = length.clamp(max=max_new_tokens - 1)
+        open_rows = (total[alive] < 0) & (length < max_new_tokens)
+        tokens[alive[open_rows], column[open_rows]] = token[open_rows]
+        logps[alive[open_rows], column[open_rows]] = logp[open_rows]
+        length = length + 1
+        done = open_rows & (torch.isin(token, eos) | (length >= max_new_tokens))
+        total[alive[done]] = length[done]
+        if step % 4 == 3 or step == max_new_tokens - 1:     # looking costs a device sync, so not at every step
+            keep = (total[alive] < 0).nonzero()[:, 0]
+            if len(keep) == 0:
+                break
+            if len(keep) <= 0.9 * len(alive):
+                cache.select(keep)
+                alive, length, token, start = alive[keep], length[keep], token[keep], start[keep]
+        cache.extend(torch.ones(len(alive), 1, dtype=torch.bool, device=device))
+        last = model.rows_hidden(token[:, None], (start + length - 1)[:, None], cache)[:, 0]
+
+    tokens, logps, total = tokens.tolist(), logps.tolist(), total.tolist()
+    out = []
+    for r in range(rows):
+        forced = prefixes[r]
+        ids = list(forced) + tokens[r][len(forced):total[r]]
+        finished = ids[-1] in codec.eos_ids
+        text = codec.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
+        out.append(Trajectory(problems[r // group_size], ids, [0] * len(forced) + [1] * (len(ids) - len(forced)),
+                              [0.0] * len(forced) + logps[r][len(forced):total[r]], finished, text))
+    return [out[i:i + group_size] for i in range(0, rows, group_size)]
+
+
+def next_token(logits, logit_mask, temperature: float, uniform=None):
+    """logits (R, V) -> token (R,) and its log-prob (R,) under softmax(logits / temperature) without banned tokens.
+    Greedy (temperature 0) reports the log-prob at temperature 1. Inverse CDF: the first token whose cumulative
+    probability exceeds `uniform` (R,)."""
+    logits = logits.float() + logit_mask
+    logp = (logits / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        token = logp.argmax(-1)
+    else:
+        cumulative = logp.exp().cumsum(-1)
+        token = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1)
+    return token, logp.gather(1, token[:, None])[:, 0]
+
+
+def sample_all(model, problems: list[Problem], codec: Codec, group_size: int, max_new_tokens: int, temperature: float,
+               rng: torch.Generator, prompts_per_batch: int = 32, progress: str | None = None) -> list[list[Trajectory]]:
+    """`sample` over many problems, a batch of prompts at a time, sorted by prompt length to save padding."""
+    prompts = [encode_prompt(p, codec) for p in problems]
+    order = sorted(range(len(problems)), key=lambda i: len(prompts[i].ids))
+    out = [None] * len(problems)
+    for at in tqdm(range(0, len(order), prompts_per_batch), desc=progress, disable=progress is None, leave=False):
+        part = order[at:at + prompts_per_batch]
+        groups = sample(model, [problems[i] for i in part], codec, group_size, max_new_tokens, temperature, rng,
+                        prompts=[prompts[i] for i in part])
+        for i, group in zip(part, groups):
+            out[i] = group
+    return out
+
+
+def completion_hidden(model: Qwen25VL, prompts: list[Prompt], prompt_of_row: list[int], completions: list[list],
+                      pad_id: int):
+    """The training forward: hidden states that predict each completion token, the prompt computed once a prompt.
+
+    prompts: B; prompt_of_row (R,): which one each row continues; completions: R lists of token ids.
+    Returns hidden (R, T, D), targets (R, T) and the completion_mask (R, T) from lengths. Gradients flow through both
+    the prompt and the rows."""
+    device = model.head_weight.device
+    batch = collate(prompts, pad_id, device)
+    prompt = torch.tensor(prompt_of_row, device=device)
+    hidden, context, following = model.prompt_hidden(**batch, keep=True)
+    last = hidden[torch.arange(len(prompts), device=device), batch["attention_mask"].sum(1) - 1][prompt]    # (R, D)
+    targets, mask = (a.to(device) for a in pad(completions, pad_id))
+    rows = Rows(context.kv, batch["attention_mask"], prompt, grow=False)
+    rows.extend(mask[:, :-1])
+    positions = following[prompt][:, None] + torch.arange(targets.shape[1] - 1, device=device)
+    hidden = torch.cat((last[:, None], model.rows_hidden(targets[:, :-1], positions, rows)), dim=1)
+    return hidden, targets, mask
