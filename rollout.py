@@ -15,6 +15,7 @@ Worked example: inverse-CDF sampling with probabilities (0.2, 0.5, 0.3) and the 
 row sampled alone.
 """
 import base64
+import hashlib
 import io
 import json
 import re
@@ -22,12 +23,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from model import ImageConfig, Qwen25VL, Rows, load_image_config, preprocess_image, read_json, resolve
+from model import ImageConfig, Qwen25VL, Rows, load_image_config, preprocess_image, read_json, resolve, smart_resize
 
 INSTRUCTION = ("First think inside <think> </think>, one step a line, checking each step against the image. "
                "Then give only the final answer inside <answer> </answer>.")
@@ -42,6 +44,8 @@ class Problem:
     images: list                        # PIL images, or paths opened when the prompt is built
     choices: list | None = None         # option texts; `answer` is then a letter (or an option's text)
     key_steps: list | None = None       # phrases a right chain contains (StepGRPO's rewards)
+    task: str = ""                      # what results are grouped by
+    demonstration: str | None = None    # a whole completion to imitate (`train.py --stage sft`)
     oracle: dict | None = None          # tiny only: what the image really shows
 
 
@@ -70,16 +74,19 @@ class DataError(ValueError):
 
 ALIASES = {"images": ("images", "image", "image_path", "img"),
            "problem": ("problem", "question", "query", "prompt"),
-           "answer": ("answer", "solution", "ground_truth")}
+           "answer": ("answer", "solution", "ground_truth"),
+           "demonstration": ("demonstration", "response", "completion", "solution"),
+           "task": ("task", "category", "subject", "source")}
 
 
-def _first(row: dict, names, where: str, kind: str):
-    for name in names:
+def _first(row: dict, kind: str, where: str = "", default=None):
+    """The first present alias of a field; DataError where there is neither one nor a default."""
+    for name in ALIASES[kind]:
         if row.get(name) is not None:
             return row[name]
-    if kind == "images":
-        return []
-    raise DataError(f"{where}: field '{kind}' is missing (looked for {', '.join(names)})")
+    if default is None:
+        raise DataError(f"{where}: field '{kind}' is missing (looked for {', '.join(ALIASES[kind])})")
+    return default
 
 
 def unwrap_gold(text: str) -> str:
@@ -96,15 +103,15 @@ def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Pro
     """One JSON object -> Problem with image paths resolved against `folder`. DataError names `where` and the field."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: a JSON object is expected, found {type(row).__name__}")
-    images = _first(row, ALIASES["images"], where, "images")
-    images = [images] if isinstance(images, (str, dict)) else list(images)
-    question = _first(row, ALIASES["problem"], where, "problem")
+    images = _first(row, "images", default=[])
+    images = images if isinstance(images, list) else [images]
+    question = _first(row, "problem", where)
     if isinstance(question, list):                                  # chat messages: the last user turn
         turns = [m.get("content") for m in question if isinstance(m, dict) and m.get("role") == "user"]
         question = turns[-1] if turns else None
     if not isinstance(question, str) or not question.replace("<image>", "").strip():
         raise DataError(f"{where}: field 'problem' is empty or not text")
-    gold = _first(row, ALIASES["answer"], where, "answer")
+    gold = _first(row, "answer", where)
     gold = unwrap_gold(str(gold)) if isinstance(gold, (str, int, float)) and not isinstance(gold, bool) else ""
     if not gold:
         raise DataError(f"{where}: field 'answer' is empty or not text")
@@ -126,6 +133,7 @@ def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Pro
     if instruction:
         question += "\n" + instruction
     return Problem(id=str(row.get("id", where)), question=question, answer=gold, choices=choices, key_steps=key_steps,
+                   task=str(_first(row, "task", default="")), demonstration=_first(row, "demonstration", default="") or None,
                    images=[_image_source(im, folder, where) for im in images])
 
 
@@ -190,6 +198,15 @@ def load_problems(path, image_dir=None, instruction: str = "") -> list[Problem]:
     return [p for _, p in problems]
 
 
+def load_data(data: str, split: str, count: int = 0, image_dir: str = "", instruction: str = "") -> list[Problem]:
+    """The first `count` problems of a JSONL file (0 = all), or of a tiny spec such as "tiny:steps=5" (0 = 256)."""
+    if data.partition(":")[0] == "tiny":
+        from tiny.shapes import Stream          # here, since shapes.py needs Problem
+        stream = Stream(data, split)
+        return [stream[i] for i in range(count or 256)]
+    return load_problems(data, image_dir, instruction)[:count or None]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Between problems and tensors
 
@@ -238,9 +255,19 @@ def load_codec(path_or_id: str) -> Codec:
     return Codec(tokenizer, load_image_config(folder), image_id, eos, pad, mask)
 
 
-def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None) -> Prompt:
+def image_grid(image, config: ImageConfig) -> tuple[int, int, int]:
+    """(1, rows, cols) in patches of a path or PIL image after resizing, from the file's header alone."""
+    image = Image.open(image) if isinstance(image, (str, Path)) else image
+    width, height = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size     # EXIF: lies on its side
+    p, m = config.patch_size, config.merge_size
+    height, width = smart_resize(height, width, p * m, config.min_pixels, config.max_pixels)
+    return 1, height // p, width // p
+
+
+def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None, pixels: bool = True) -> Prompt:
     """Chat template around the question, each <image> replaced by its image tokens. DataError where the prompt is
-    longer than `max_tokens` (it is never cut: a cut image would not match its features)."""
+    longer than `max_tokens` (it is never cut: a cut image would not match its features). pixels False: the ids and
+    grids alone, without reading the images' content."""
     tok, pieces = codec.tokenizer, problem.question.split("<image>")
     specials = [t.content for t in tok.added_tokens_decoder.values() if t.special]
     content = []
@@ -249,21 +276,22 @@ def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None)
             text = text.replace(special, special[0] + " " + special[1:])
         content += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": text}] * bool(text)
     text = tok.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
-    patches = [preprocess_image(open_image(image), codec.image_config) for image in problem.images]
+    grids = [image_grid(image, codec.image_config) for image in problem.images]
     ids, image = [], 0
     for token in tok(text, add_special_tokens=False)["input_ids"]:
-        if token == codec.image_token_id:
-            rows, cols = patches[image][1][1:]
-            ids += [token] * (rows * cols // codec.image_config.merge_size ** 2)
-            image += 1
+        if token == codec.image_token_id and image < len(grids):
+            ids += [token] * (grids[image][1] * grids[image][2] // codec.image_config.merge_size ** 2)
         else:
             ids.append(token)
-    if image != len(patches):
-        raise DataError(f"problem {problem.id}: the chat template placed {image} of {len(patches)} images")
+        image += token == codec.image_token_id
+    if image != len(grids):
+        raise DataError(f"problem {problem.id}: the chat template placed {image} of {len(grids)} images")
     if max_tokens and len(ids) > max_tokens:
         raise DataError(f"problem {problem.id}: the prompt has {len(ids)} tokens, --max_prompt_tokens is {max_tokens}")
-    pixels = torch.cat([torch.from_numpy(p) for p, _ in patches]) if patches else None
-    return Prompt(ids, pixels, [grid for _, grid in patches])
+    if not (pixels and grids):
+        return Prompt(ids, None, grids)
+    patches = [preprocess_image(open_image(image), codec.image_config)[0] for image in problem.images]
+    return Prompt(ids, torch.from_numpy(np.concatenate(patches)), grids)
 
 
 def collate(prompts: list[Prompt], pad_id: int, device) -> dict:
@@ -292,22 +320,21 @@ def pad(rows: list[list], value, left: bool = False):
 
 @torch.no_grad()
 def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: int = 1, max_new_tokens: int = 128,
-           temperature: float = 1.0, rng: torch.Generator | None = None, prefix_ids: list | None = None,
-           uniforms: torch.Tensor | None = None, prompts: list[Prompt] | None = None) -> list[list[Trajectory]]:
-    """Sample `group_size` completions of each problem.
+           temperature: float = 1.0, uniforms: torch.Tensor | None = None, prefix_ids: list | None = None,
+           prompts: list[Prompt] | None = None) -> list[list[Trajectory]]:
+    """Sample `group_size` completions of each problem. Returns B lists of G trajectories.
 
-    temperature 0 is greedy. prefix_ids: for each of the B x G rows (problem-major) the completion tokens it continues
-    from; these are forced, count towards max_new_tokens and are marked sampled = 0. uniforms (B x G, max_new_tokens)
-    in [0, 1): the random numbers, row by row; drawn from `rng` (on the CPU) when not given. Returns B lists of G."""
+    temperature 0 is greedy; otherwise uniforms (B x G, max_new_tokens) in [0, 1) are the random numbers, one row a
+    completion, one column a token. prefix_ids: for each of the B x G rows (problem-major) the completion tokens it
+    continues from; these are forced, count towards max_new_tokens and are marked sampled = 0. prompts: the problems
+    encoded already. ValueError where the prefixes do not fit."""
     device = model.head_weight.device
     prompts = prompts or [encode_prompt(p, codec) for p in problems]
     rows = len(problems) * group_size
     prefixes = prefix_ids or [[]] * rows
     if len(prefixes) != rows or any(len(p) >= max_new_tokens for p in prefixes):
         raise ValueError(f"prefix_ids must hold {rows} lists shorter than max_new_tokens {max_new_tokens}")
-    if uniforms is None and temperature > 0:
-        uniforms = torch.rand(rows, max_new_tokens, generator=rng)
-    uniforms = None if uniforms is None else uniforms.clamp(max=1 - 1e-6).to(device)
+    uniforms = uniforms.to(device) if temperature > 0 else None
 
     # prompt and vision once a prompt; then the forced prefixes, left-padded so that all rows write the same column
     batch = collate(prompts, codec.pad_id, device)
@@ -375,19 +402,11 @@ def next_token(logits, logit_mask, temperature: float, uniform=None):
     return token, logp.gather(1, token[:, None])[:, 0]
 
 
-def sample_all(model, problems: list[Problem], codec: Codec, group_size: int, max_new_tokens: int, temperature: float,
-               rng: torch.Generator, prompts_per_batch: int = 32, progress: str | None = None) -> list[list[Trajectory]]:
-    """`sample` over many problems, a batch of prompts at a time, sorted by prompt length to save padding."""
-    prompts = [encode_prompt(p, codec) for p in problems]
-    order = sorted(range(len(problems)), key=lambda i: len(prompts[i].ids))
-    out = [None] * len(problems)
-    for at in tqdm(range(0, len(order), prompts_per_batch), desc=progress, disable=progress is None, leave=False):
-        part = order[at:at + prompts_per_batch]
-        groups = sample(model, [problems[i] for i in part], codec, group_size, max_new_tokens, temperature, rng,
-                        prompts=[prompts[i] for i in part])
-        for i, group in zip(part, groups):
-            out[i] = group
-    return out
+def uniforms(key: str, rows: int, columns: int) -> torch.Tensor:
+    """Random numbers (rows, columns) in [0, 1 - 1e-6] that depend on `key` alone: whatever is sampled beside a problem,
+    on however many ranks and after whatever interruption, its own numbers stay the same."""
+    rng = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+    return torch.rand(rows, columns, generator=rng).clamp(max=1 - 1e-6)
 
 
 def completion_hidden(model: Qwen25VL, prompts: list[Prompt], prompt_of_row: list[int], completions: list[list],

@@ -44,6 +44,7 @@ SHAPES = ("circle", "square", "triangle")
 KINDS = ("tiles", "count", "path", "bars")
 FORMS = ("free", "choice", "yesno")
 MAX_STEPS = 20
+DEFAULT_STEPS = "5"                         # where the warm start mostly fails and yet often enough is right
 CELL = 28                                   # pixels; one merged image token of the tiny model
 UNIT = 8                                    # pixels a unit of bar height; a chart row is three cells high
 
@@ -58,16 +59,15 @@ def make_facts(kind: str, steps: int, rng: random.Random) -> dict:
     names = rng.sample(NAMES, len(NAMES))
     ask, rest = names[:steps], names[steps:steps + rng.randint(0, min(3, MAX_STEPS - steps))]
     if kind == "tiles":
-        return {"kind": kind, "ask": ask, "shift": rng.randint(1, 9), "show": {n: rng.randint(0, 9) for n in ask + rest}}
+        return {"kind": kind, "ask": ask, "shift": rng.randint(1, 2), "show": {n: rng.randint(0, 9) for n in ask + rest}}
     if kind == "bars":
         return {"kind": kind, "ask": ask, "limit": rng.randint(1, 3), "show": {n: rng.randint(1, 9) for n in ask + rest}}
     if kind == "count":
-        most = 5 if steps <= 6 else 3
-        objects = [(n, rng.choice(SHAPES)) for n in ask + rest for _ in range(rng.randint(0, most))]
+        objects = [(n, rng.choice(SHAPES)) for n in ask + rest for _ in range(rng.randint(0, 3))]
         show = {n: sum(c == n for c, _ in objects) for n in ask + rest}
         for shape in SHAPES:                # some questions count a shape instead of a colour
             n = sum(s == shape for _, s in objects)
-            if n <= 9 and rng.random() < 0.3:
+            if n <= 4 and rng.random() < 0.3:
                 ask[rng.randrange(steps)] = shape
                 show[shape] = n
         ask = list(dict.fromkeys(ask))
@@ -139,7 +139,35 @@ def make_problem(kind: str, steps: int, form: str = "free", split: str = "train"
         answer = "yes" if offer == gold else "no"
         question += f"\nIs it {offer}?"
     return Problem(id=f"{kind}-{steps}-{form}-{split}-{seed}-{index}", question=question, answer=answer,
-                   images=[draw(facts, rng)], choices=choices, key_steps=true_steps(facts), oracle=facts)
+                   images=[draw(facts, rng)], choices=choices, task=f"{kind}/{form}", key_steps=true_steps(facts), oracle=facts)
+
+
+class Stream:
+    """Endless problems by index. `spec` is "tiny" or, say, "tiny:steps=4-6,kinds=tiles+path,forms=free+choice"; `run`
+    neighbours have the same number of steps (a batch of one length has little padding). ValueError for a bad spec."""
+
+    def __init__(self, spec: str = "tiny", split: str = "train", seed: int = 0, run: int = 1):
+        options = {"steps": DEFAULT_STEPS, "kinds": "+".join(KINDS), "forms": "free"}
+        name, _, text = spec.partition(":")
+        for item in filter(None, text.split(",")):
+            key, _, value = item.partition("=")
+            if key not in options:
+                raise ValueError(f"{spec!r}: unknown setting {key!r} (known: {', '.join(options)})")
+            options[key] = value
+        self.kinds, self.forms = options["kinds"].split("+"), options["forms"].split("+")
+        low, _, high = options["steps"].partition("-")
+        if not (low.isdecimal() and (high or low).isdecimal() and 1 <= int(low) <= int(high or low) <= MAX_STEPS):
+            raise ValueError(f"{spec!r}: steps must be a number or a range like 4-6, between 1 and {MAX_STEPS}")
+        for given, known in ((self.kinds, KINDS), (self.forms, FORMS), ([name], ("tiny",))):
+            if not set(given) <= set(known):
+                raise ValueError(f"{spec!r}: {'+'.join(given)} is not among {', '.join(known)}")
+        self.steps, self.split, self.seed, self.run = range(int(low), int(high or low) + 1), split, seed, run
+
+    def __getitem__(self, index: int) -> Problem:
+        """Every kind and form in turn, so any stretch of the stream is balanced."""
+        steps = random.Random(f"{self.split}/{self.seed}/{index // self.run}").choice(self.steps)
+        kind, form = self.kinds[index % len(self.kinds)], self.forms[index // len(self.kinds) % len(self.forms)]
+        return make_problem(kind, steps, form, self.split, self.seed, index)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,7 +178,7 @@ def corrupt(facts: dict, wrong: set, rng: random.Random) -> list[str]:
     """A chain with wrong readings at the given depths (0-based), consistent with them ever after."""
     steps, name = [], facts["ask"][0]
     low = 1 if facts["kind"] == "bars" else 0
-    high = 5 if facts["kind"] == "count" else 9
+    high = 4 if facts["kind"] == "count" else 9
     while len(steps) < MAX_STEPS and name != "end":
         value, follow = facts["show"][name], facts.get("next", {}).get(name)
         if len(steps) in wrong:
@@ -179,9 +207,9 @@ def demonstrate(problem: Problem, erosion: tuple[float, float], rng: random.Rand
     wrong = {k for k in range(MAX_STEPS) if rng.random() < erosion_rate(k + 1, *erosion)}
     steps = corrupt(facts, wrong, rng)
     answer = answer_from_steps(facts, steps)
-    if problem.choices:                     # the option that agrees with the chain in most words
+    if problem.choices:                     # the chain's own answer, else the option that agrees in most words
         words = answer.split()
-        agree = [sum(a == b for a, b in zip(words, option.split())) for option in problem.choices]
+        agree = [(option == answer, sum(a == b for a, b in zip(words, option.split()))) for option in problem.choices]
         answer = "ABCD"[agree.index(max(agree))]
     elif "offer" in facts:
         answer = "yes" if answer == facts["offer"] else "no"

@@ -1,0 +1,530 @@
+"""Training: configuration, supervised warm start, the GRPO loop, data parallelism, checkpoints, logs.
+
+    python train.py                                                       # the embedded default, CPU, minutes
+    torchrun --nproc_per_node 8 train.py --model Qwen/Qwen2.5-VL-3B-Instruct --data train.jsonl --lr 1e-6 ...
+
+Place in the pipeline: all of it; nothing imports this file. One step reads
+    problems -> rollout -> reward -> advantages -> policy update
+The paper says: reinforcement learning with GRPO. We chose: one update a rollout batch by default, AdamW at a constant
+rate after a short warm-up, fp32 master weights where the model is bfloat16.
+
+Data parallelism is one line of arithmetic: each rank takes every W-th problem of the global batch, divides its loss by
+the *global* normaliser, and gradients are summed over ranks, in fp32, once an optimiser step. Random numbers belong to
+problems (`rollout.uniforms`), not to processes. So W ranks and one process do the same, and a resumed run does the same
+as an uninterrupted one.
+"""
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import grpo
+import reward
+import rollout
+from eval import device_and_dtype, evaluate, parse_flags, percent, report, summarise
+from model import Qwen25VL, load_model, save_model
+
+
+@dataclass
+class TrainConfig:
+    """Flags of `python train.py`."""
+    # what
+    stage: str = "rl"                   # rl: GRPO from rewards; sft: imitate demonstrations
+    model: str = "tiny"                 # folder or hub id of the checkpoint to start from
+    data: str = "tiny"                  # JSONL file, or "tiny" (drawn afresh), e.g. "tiny:steps=5,kinds=tiles+path"
+    eval_data: str = ""                 # JSONL file or tiny spec ("" = held-out split of the same spec; none for a file)
+    image_dir: str = ""                 # folder that image paths are relative to ("" = the folder of the file)
+    instruction: str = rollout.INSTRUCTION  # text appended to each question of a JSONL file (may be empty)
+    out: str = ""                       # run folder ("" = runs/<stage>-<time>)
+    resume: str = ""                    # run folder or checkpoint to go on from, with its saved flags
+    # how long
+    max_steps: int = 100                # rollout batches (rl) or optimiser steps (sft)
+    batch: int = 32                     # B: problems a step, over all ranks
+    group_size: int = 8                 # G: completions a problem (rl)
+    max_new_tokens: int = 64            # L_max: length limit of a completion
+    max_prompt_tokens: int = 16384      # a longer prompt is an error
+    updates_per_batch: int = 1          # optimiser steps on each rollout batch (rl)
+    micro_rows: int = 256               # sequences a forward-backward pass
+    # the objective
+    use_std: bool = False               # divide advantages by the group's standard deviation
+    clip_low: float = 0.2               # the ratio is clipped to 1 - clip_low ...
+    clip_high: float = 0.28             # ... and 1 + clip_high
+    dual_clip: float = 3.0              # bound on the loss of tokens with a negative advantage
+    beta: float = 0.0                   # weight of the KL to the starting model (a frozen copy exists only if > 0)
+    format_weight: float = 0.1          # share of the reward that is for form
+    # the optimiser
+    lr: float = 3e-5                    # AdamW's learning rate after warm-up
+    lr_end: float = 1.0                 # share of lr left at the last step (linear decay; 1 = constant)
+    warmup_steps: int = 5               # linear warm-up
+    beta2: float = 0.98                 # AdamW's second-moment decay
+    weight_decay: float = 0.0           # on matrices only
+    max_grad_norm: float = 1.0          # gradients are clipped to this norm
+    freeze_vision: bool = False         # leave the vision tower as it is
+    remat: bool = False                 # recompute activations in the backward pass: less memory, more time
+    # supervised stage on tiny
+    erosion_first: float = 0.0          # chance of a planted wrong reading at step 1 of a demonstration ...
+    erosion_ninth: float = 0.0          # ... and at step 9 (linear in between and beyond)
+    # looking at it
+    eval_problems: int = 200            # held-out problems (0 = no evaluation)
+    eval_samples: int = 4               # k of avg@k
+    eval_every: int = 0                 # evaluate every so many steps as well as before and after (0 = no)
+    print_every: int = 20               # show a decoded sample every so many steps (0 = never)
+    save_every: int = 50                # checkpoint every so many steps, and at the end
+    keep: int = 2                       # checkpoints to keep
+    seed: int = 0                       # data order and random numbers
+    device: str = "auto"                # cpu, cuda (auto = cuda where there is one)
+    dtype: str = "auto"                 # float32, bfloat16 (auto = bfloat16 on cuda, float32 on cpu)
+
+    def check(self, ranks: int):
+        """ValueError names the flag that can not be."""
+        if self.stage not in ("rl", "sft"):
+            raise ValueError(f"--stage {self.stage}: must be rl or sft")
+        for name in ("max_steps", "batch", "group_size", "max_new_tokens", "updates_per_batch", "micro_rows", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.batch % (ranks * self.updates_per_batch):
+            raise ValueError(f"--batch {self.batch}: must be a multiple of ranks x updates_per_batch = "
+                             f"{ranks} x {self.updates_per_batch}")
+        if self.stage == "rl" and self.group_size < 2:
+            raise ValueError("--group_size 1: a group needs at least 2 completions to compare")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks
+
+
+@dataclass
+class Ranks:
+    """This process among the others. With one process every method is the identity."""
+    rank: int = 0
+    world: int = 1
+
+    def sum(self, tensor):
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, rows: list) -> list:
+        """The rows of all ranks, on every rank."""
+        if self.world == 1:
+            return rows
+        parts = [None] * self.world
+        dist.all_gather_object(parts, rows)
+        return [r for part in parts for r in part]
+
+    def same(self, value):
+        """Rank 0's value, on every rank."""
+        return self.gather([value])[0]
+
+
+def start_ranks(device: torch.device) -> tuple[Ranks, torch.device]:
+    """Join torchrun's process group, if there is one (gloo on CPU, nccl on CUDA, one GPU a local rank)."""
+    if "WORLD_SIZE" not in os.environ:
+        return Ranks(), device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size()), device
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The optimiser
+
+
+class Optimizer:
+    """AdamW on fp32 master weights. Gradients of micro-batches are added up in fp32, summed over ranks, clipped."""
+
+    def __init__(self, model: Qwen25VL, config: TrainConfig):
+        self.names, self.params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.params]
+        groups = [{"params": [m for m in self.masters if m.dim() > 1], "weight_decay": config.weight_decay},
+                  {"params": [m for m in self.masters if m.dim() <= 1], "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
+        self.max_grad_norm = config.max_grad_norm
+
+    def collect(self):
+        """After each backward pass: move bf16 gradients into the fp32 sums (fp32 parameters sum theirs in place)."""
+        for p, m in zip(self.params, self.masters):
+            if p is not m and p.grad is not None:
+                m.grad = p.grad.float() if m.grad is None else m.grad.add_(p.grad)
+                p.grad = None
+
+    def step(self, lr: float, ranks: Ranks) -> float:
+        """One update. Returns the gradient norm before clipping; a norm that is not finite skips the update."""
+        for m in self.masters:
+            m.grad = ranks.sum(torch.zeros_like(m) if m.grad is None else m.grad)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm).item()
+        if math.isfinite(norm):
+            for group in self.adamw.param_groups:
+                group["lr"] = lr
+            self.adamw.step()
+            with torch.no_grad():
+                for p, m in zip(self.params, self.masters):
+                    if p is not m:
+                        p.copy_(m)
+        self.adamw.zero_grad()
+        return norm
+
+    def state(self) -> dict:
+        """Everything a resumed run needs, as named tensors."""
+        out = {}
+        for name, p, m in zip(self.names, self.params, self.masters):
+            out.update({f"{name}/{key}": value for key, value in self.adamw.state[m].items()})
+            if p is not m:
+                out[f"{name}/master"] = m.detach()
+        return out
+
+    def load(self, state: dict):
+        for name, p, m in zip(self.names, self.params, self.masters):
+            if p is not m:
+                m.data.copy_(state[f"{name}/master"])
+            keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{k}" in state]
+            self.adamw.state[m] = {k: state[f"{name}/{k}"].to("cpu" if k == "step" else m.device) for k in keys}
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then linear decay to lr_end x lr at the last step."""
+    return config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps)) * (
+        1 - (1 - config.lr_end) * step / max(1, config.max_steps))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop in phases
+
+
+class Trainer:
+    """One run: the policy, its codec and optimiser, and what a step needs to know."""
+
+    def __init__(self, config: TrainConfig, checkpoint: Path | None = None):
+        device, dtype = device_and_dtype(config.device, config.dtype)
+        self.ranks, self.device = start_ranks(device)
+        config.check(self.ranks.world)
+        self.config, self.step = config, 0
+        self.codec = rollout.load_codec(config.model)
+        self.data, self.held_out = self.load_data()
+        self.model = load_model(checkpoint or config.model, self.device, dtype)
+        self.model.remat = config.remat
+        if config.freeze_vision:
+            self.model.visual.requires_grad_(False)
+        self.optimizer = Optimizer(self.model, config)
+        self.reference = load_model(config.model, self.device, dtype).eval() if config.beta > 0 else None
+        self.tokens = 0                                 # completion tokens generated so far, over all ranks
+        if checkpoint:
+            state = json.loads((checkpoint / "trainer.json").read_text())
+            self.step, self.tokens = state["step"], state["tokens"]
+            self.optimizer.load(load_file(checkpoint / "optimizer.safetensors"))
+
+    def load_data(self):
+        """Training data (a Stream or a list) and held-out problems, all of it checked before anything is computed."""
+        c = self.config
+        if c.data.partition(":")[0] == "tiny":
+            from tiny.shapes import Stream
+            data = Stream(c.data, "train", c.seed, run=c.batch)
+        else:
+            data = rollout.load_problems(c.data, c.image_dir, c.instruction)
+            for p in data:
+                if c.stage == "sft" and not isinstance(p.demonstration, str):
+                    raise rollout.DataError(f"problem {p.id}: field 'demonstration' is missing, --stage sft needs it")
+        name = c.eval_data or (c.data if c.data.partition(":")[0] == "tiny" else "")
+        held_out = []
+        if name and c.eval_problems:
+            held_out = rollout.load_data(name, "heldout", c.eval_problems, c.image_dir, c.instruction)
+        for p in (data if isinstance(data, list) else [data[0]]) + held_out:
+            rollout.encode_prompt(p, self.codec, c.max_prompt_tokens, pixels=False)
+        return data, held_out
+
+    def draw(self, step: int) -> list:
+        """Phase 1, problems: this rank's share of the global batch of a step. A file is shuffled anew each epoch."""
+        c, out = self.config, []
+        for i in range(step * c.batch + self.ranks.rank, (step + 1) * c.batch, self.ranks.world):
+            if isinstance(self.data, list):
+                epoch, i = divmod(i, len(self.data))
+                order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(c.seed + 7919 * epoch))
+                i = int(order[i])
+            out.append(self.data[i])
+        return out
+
+    # ---- reinforcement learning
+
+    def rl_step(self) -> dict:
+        c = self.config
+        problems = self.draw(self.step)
+        prompts = [rollout.encode_prompt(p, self.codec, c.max_prompt_tokens) for p in problems]
+        groups = self.roll_out(problems, prompts)
+        self.score(groups)
+        self.assign_advantages(groups)
+        stats = self.update(groups, prompts)
+        return {**self.describe(groups), **stats, "groups": groups}
+
+    def roll_out(self, problems, prompts) -> list:
+        """Phase 2, rollout: G completions a problem, at temperature 1 so that the stored log-probs are the policy."""
+        c, key = self.config, f"train/{self.config.seed}/{self.step}"
+        numbers = [rollout.uniforms(f"{key}/{p.id}", c.group_size, c.max_new_tokens) for p in problems]
+        self.model.eval()
+        return rollout.sample(self.model, problems, self.codec, c.group_size, c.max_new_tokens, 1.0,
+                              torch.cat(numbers), prompts=prompts)
+
+    def score(self, groups):
+        """Phase 3, reward: rules only, no model."""
+        for t in (t for group in groups for t in group):
+            p = t.problem
+            t.rewards = reward.reward_parts(t.text, p.answer, p.choices, t.finished, self.config.format_weight)
+
+    def assign_advantages(self, groups):
+        """Phase 4, advantages inside each group."""
+        rewards = torch.tensor([[t.rewards["total"] for t in group] for group in groups])      # (B, G)
+        for group, row in zip(groups, grpo.group_advantages(rewards, self.config.use_std).tolist()):
+            for t, a in zip(group, row):
+                t.advantage = a
+
+    def update(self, groups, prompts) -> dict:
+        """Phase 5, policy update: `updates_per_batch` optimiser steps, each over its share of the groups."""
+        c, sums, norms = self.config, {}, []
+        self.model.train()
+        share = len(groups) // c.updates_per_batch
+        for u in range(c.updates_per_batch):
+            part = range(u * share, (u + 1) * share)
+            rows = [(i, t) for i in part for t in groups[i] if t.advantage != 0 or c.beta > 0]  # no others have a gradient
+            normaliser = share * self.ranks.world * c.group_size * c.max_new_tokens
+            for at in range(0, len(rows), c.micro_rows):
+                for name, value in self.backward(rows[at:at + c.micro_rows], prompts, normaliser).items():
+                    sums[name] = sums.get(name, 0.0) + value
+            norms.append(self.optimizer.step(learning_rate(c, self.step), self.ranks))
+        names = ("loss", "tokens", "entropy", "clip_fraction", "kl_ref", "kl_old", "ratio")
+        total = self.ranks.sum(torch.tensor([float(sums.get(n, 0.0)) for n in names], dtype=torch.float64))
+        figures = dict(zip(names, total.tolist()))
+        tokens = max(figures.pop("tokens"), 1.0)
+        loss = figures.pop("loss") / c.updates_per_batch
+        return {"loss": loss, **{n: v / tokens for n, v in figures.items()}, "grad_norm": sum(norms) / len(norms),
+                "lr": learning_rate(c, self.step)}
+
+    def backward(self, rows, prompts, normaliser: float) -> dict:
+        """Loss and gradients of some rows. rows: (index of the prompt, trajectory)."""
+        c = self.config
+        used = sorted({i for i, _ in rows})
+        inputs = ([prompts[i] for i in used], [used.index(i) for i, _ in rows], [t.ids for _, t in rows])
+        logps, entropy, mask = self.completion_logps(self.model, inputs)                       # (R, T)
+        ref_logps = None
+        if c.beta > 0:
+            with torch.no_grad():
+                ref_logps = self.completion_logps(self.reference, inputs)[0]
+        ragged = lambda values: rollout.pad(values, 0.0)[0].to(self.device, torch.float32)
+        old_logps = ragged([t.logps for _, t in rows])
+        weights = ragged([[w * s for w, s in zip(t.weights or t.sampled, t.sampled)] for _, t in rows])
+        advantages = torch.tensor([t.advantage for _, t in rows], device=self.device)[:, None]
+        loss, stats = grpo.policy_loss(logps, old_logps, advantages, weights, normaliser, c.clip_low, c.clip_high,
+                                       c.dual_clip, c.beta, ref_logps)
+        loss.backward()
+        self.optimizer.collect()
+        return {"loss": loss.item(), "entropy": (entropy * (weights > 0)).sum().item(),
+                **{name: value.item() for name, value in stats.items()}}
+
+    def completion_logps(self, model, inputs):
+        """inputs as `rollout.completion_hidden` takes them -> logps, entropies, completion_mask, all (R, T)."""
+        hidden, targets, mask = rollout.completion_hidden(model, *inputs, self.codec.pad_id)
+        found, spread = grpo.token_logps(hidden[mask], model.head_weight, targets[mask],
+                                         self.codec.logit_mask.to(self.device), entropy=True)
+        fill = lambda values: torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, values)
+        return fill(found), fill(spread), mask
+
+    def describe(self, groups) -> dict:
+        """What a step's rollouts were like, over all ranks."""
+        rows = self.ranks.gather([[(t.rewards["total"], t.rewards["accuracy"], t.rewards["format"], len(t.ids), t.finished,
+                                    sum(t.sampled)) for t in group] for group in groups])
+        figures = torch.tensor(rows, dtype=torch.float64)                                      # (B, G, 6)
+        self.tokens += int(figures[..., 5].sum())
+        names = ("reward", "accuracy", "format", "length", "finished")
+        return {**dict(zip(names, figures.mean((0, 1)).tolist())), **grpo.group_shares(figures[..., 1]),
+                "generated_tokens": self.tokens}
+
+    # ---- supervised
+
+    def sft_step(self) -> dict:
+        """Imitate demonstrations: cross-entropy of their tokens, the mean over the global batch."""
+        c, tok = self.config, self.codec.tokenizer
+        problems = self.draw(self.step)
+        if isinstance(self.data, list):
+            texts = [p.demonstration for p in problems]
+        else:
+            from tiny import shapes
+            erosion = (c.erosion_first, c.erosion_ninth)
+            texts = [shapes.demonstrate(p, erosion, random.Random(f"erosion/{c.seed}/{p.id}")) for p in problems]
+        completions = [ids[:c.max_new_tokens - 1] + [self.codec.eos_ids[0]]
+                       for ids in tok(texts, add_special_tokens=False)["input_ids"]]
+        prompts = [rollout.encode_prompt(p, self.codec, c.max_prompt_tokens) for p in problems]
+        total = self.ranks.sum(torch.tensor(float(sum(map(len, completions))))).item()
+        self.model.train()
+        loss_sum = right = 0.0
+        for at in range(0, len(problems), c.micro_rows):
+            part = slice(at, at + c.micro_rows)
+            hidden, targets, mask = rollout.completion_hidden(
+                self.model, prompts[part], list(range(len(prompts[part]))), completions[part], self.codec.pad_id)
+            logps, _ = grpo.token_logps(hidden[mask], self.model.head_weight, targets[mask],
+                                        self.codec.logit_mask.to(self.device))
+            loss = -logps.sum() / total
+            loss.backward()
+            self.optimizer.collect()
+            loss_sum += loss.item()
+            right += (logps.exp() > 0.5).sum().item()
+        norm = self.optimizer.step(learning_rate(c, self.step), self.ranks)
+        figures = self.ranks.sum(torch.tensor([loss_sum, right / total], dtype=torch.float64)).tolist()
+        self.tokens += int(total)
+        return {"loss": figures[0], "likely_tokens": figures[1], "grad_norm": norm, "lr": learning_rate(c, self.step)}
+
+
+    # ---- looking at it, keeping it
+
+    def evaluate(self) -> dict | None:
+        """Held-out figures of the policy as it is; None where there is nothing to evaluate on."""
+        c, mine = self.config, self.held_out[self.ranks.rank::self.ranks.world]
+        if not self.held_out:
+            return None
+        self.model.eval()
+        records = evaluate(self.model, self.codec, mine, True, c.eval_samples, c.max_new_tokens, c.seed,
+                           progress=self.ranks.rank == 0)
+        records = self.ranks.gather(records)
+        return {**summarise(records), "table": report(records)}
+
+    def save(self):
+        """out/checkpoint-<step>: the model in the hub's form, optimizer.safetensors, trainer.json. Written beside and
+        then renamed, so that a checkpoint is whole or not there; the oldest beyond `keep` are removed."""
+        if self.ranks.rank == 0:
+            out = Path(self.config.out)
+            target, part = out / f"checkpoint-{self.step:06d}", out / "unfinished-checkpoint"
+            shutil.rmtree(part, ignore_errors=True)
+            save_model(self.model, part, self.config.model)
+            save_file({k: v.contiguous() for k, v in self.optimizer.state().items()}, part / "optimizer.safetensors")
+            (part / "trainer.json").write_text(json.dumps({"step": self.step, "tokens": self.tokens}))
+            shutil.rmtree(target, ignore_errors=True)
+            part.rename(target)
+            for old in sorted(out.glob("checkpoint-*"))[:-self.config.keep]:
+                shutil.rmtree(old)
+
+
+def show(groups) -> str:
+    """One decoded sample for a person: question, gold, completion, reward; on tiny, the oracle's word on each step."""
+    group = max(groups, key=lambda g: len({t.rewards["accuracy"] for t in g}))      # a mixed group, where there is one
+    t = group[0]
+    lines = [f"  question  {t.problem.question!r}", f"  gold      {t.problem.answer!r}", f"  sampled   {t.text!r}"]
+    if t.problem.oracle:
+        from tiny.shapes import check_steps
+        think = t.text.partition("<think>")[2].partition("</think>")[0]
+        lines.append(f"  steps     {' '.join(check_steps(t.problem, think.splitlines()))}")
+    lines.append(f"  reward    {t.rewards}, right in the group: {sum(x.rewards['accuracy'] for x in group):.0f} of {len(group)}")
+    return "\n".join(lines)
+
+
+def line(step: int, config: TrainConfig, m: dict) -> str:
+    """One step in one line."""
+    if config.stage == "sft":
+        text = f"loss {m['loss']:.3f}  likely tokens {m['likely_tokens']:.3f}"
+    else:
+        text = (f"reward {m['reward']:.3f}  accuracy {m['accuracy']:.3f}  groups right/mixed/wrong {m['all_right']:.2f}/"
+                f"{m['mixed']:.2f}/{m['all_wrong']:.2f}  length {m['length']:.0f}  entropy {m['entropy']:.3f}  "
+                f"kl {m['kl_old']:.5f}  clipped {m['clip_fraction']:.3f}")
+    return f"step {step}/{config.max_steps}  {text}  |grad| {m['grad_norm']:.2f}  lr {m['lr']:.1e}  {m['seconds']:.1f} s"
+
+
+def headline(figures: dict) -> str:
+    """'greedy 50.0 % [..], avg@4 30.0 % [..], n 200' of a summary."""
+    parts = [f"{name} {percent(value)}" for name, value in figures.items()
+             if name == "greedy" or name.startswith(("avg@", "pass@"))]
+    return ", ".join(parts) + f", {figures['n']} problems"
+
+
+def run(config: TrainConfig, checkpoint: Path | None = None) -> dict:
+    """The whole job. Returns the held-out figures {"before": ..., "after": ...} (None without held-out problems)."""
+    trainer = Trainer(config, checkpoint)
+    ranks = trainer.ranks
+    config.out = ranks.same(config.out or f"runs/{config.stage}-{time.strftime('%Y%m%d-%H%M%S')}")
+    out, lead = Path(config.out), ranks.rank == 0
+    say = tqdm.write if lead else (lambda text: None)
+    if lead:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        rows = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").is_file() else []
+        rows = [r for r in rows if json.loads(r)["step"] <= trainer.step]           # a resumed run goes on from here
+        (out / "metrics.jsonl").write_text("".join(r + "\n" for r in rows))
+    say(json.dumps(dataclasses.asdict(config)))
+    say(f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters on {ranks.world} x {trainer.device}, "
+        f"run folder {out}")
+    figures = {"before": None, "after": None}
+    if checkpoint:
+        figures["before"] = json.loads((out / "heldout.json").read_text())["before"] if trainer.held_out else None
+    else:
+        figures["before"] = trainer.evaluate()
+    if figures["before"]:
+        say(f"held-out before: {headline(figures['before'])}")
+    if lead:
+        (out / "heldout.json").write_text(json.dumps(figures))
+    if trainer.step == 0:
+        trainer.save()
+    bar = tqdm(total=config.max_steps, initial=trainer.step, desc=config.stage, disable=None if lead else True)
+    while trainer.step < config.max_steps:
+        started = time.time()
+        m = trainer.sft_step() if config.stage == "sft" else trainer.rl_step()
+        groups = m.pop("groups", None)
+        trainer.step += 1
+        m = {"step": trainer.step, **m, "seconds": time.time() - started}
+        if config.eval_every and trainer.step % config.eval_every == 0 and (found := trainer.evaluate()):
+            m["heldout"] = {k: v for k, v in found.items() if k != "table"}
+            say(f"held-out at {trainer.step}: {headline(found)}")
+        if lead:
+            with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(m) + "\n")
+            say(line(trainer.step, config, m))
+            if groups and config.print_every and trainer.step % config.print_every == 0:
+                say(show(groups))
+        bar.update()
+        if trainer.step % config.save_every == 0 or trainer.step == config.max_steps:
+            trainer.save()
+    bar.close()
+    figures["after"] = trainer.evaluate()
+    if figures["after"]:
+        if lead:
+            (out / "heldout.json").write_text(json.dumps(figures, indent=1))
+        say(f"\n{figures['after']['table']}\n\nheld-out before: {headline(figures['before'])}\n"
+            f"held-out after:  {headline(figures['after'])}")
+    say(f"checkpoint {out / f'checkpoint-{trainer.step:06d}'}")
+    if ranks.world > 1:
+        dist.destroy_process_group()
+    return figures
+
+
+def main(argv=None):
+    """Flags in, run out; bad input ends with one line."""
+    try:
+        given = parse_flags(TrainConfig, argv)
+        if not given.resume:
+            config, checkpoint = given, None
+            if config.out and (Path(config.out) / "metrics.jsonl").exists():
+                raise ValueError(f"--out {config.out}: holds a run already; --resume it, or choose another folder")
+        else:
+            folder = Path(given.resume)
+            found = [folder] if (folder / "trainer.json").is_file() else sorted(folder.glob("checkpoint-*"))
+            if not found:
+                raise ValueError(f"--resume {folder}: no checkpoint in there")
+            checkpoint = found[-1]
+            saved = json.loads((checkpoint.parent / "config.json").read_text())
+            config = parse_flags(TrainConfig, argv, defaults=saved)
+            config.out = str(checkpoint.parent)
+        run(config, checkpoint)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()
