@@ -1,16 +1,18 @@
-"""Evaluation: greedy accuracy, avg@k, pass@k, format and parse-fail rates, with intervals, by task and by steps.
+"""Evaluation: greedy accuracy, avg@k, pass@k, format and parse-fail rates, with intervals, by task and by
+steps.
 
     python eval.py --model tiny --data tiny:steps=5 --greedy --samples 4 --out results.jsonl
     python eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --data my_benchmark.jsonl --greedy
 
-Place in the pipeline: before and after training (`train.py` calls `evaluate` and `summarise`). Reads from model.py,
-rollout.py, reward.py. The paper names no evaluation protocol; the definitions are the field's usual ones:
+Place in the pipeline: before and after training (`train.py` calls `evaluate` and `summarise`). Reads from
+model.py, rollout.py, reward.py. The paper names no evaluation protocol; the definitions are the field's usual
+ones:
   avg@k   mean accuracy of k samples at temperature 1, averaged over problems
   pass@k  chance that at least one of k samples is right, unbiased from n >= k (Chen et al., arXiv 2107.03374)
-  interval  95 %, Wilson's, with the number of problems corrected for the k samples of a problem not being independent
+  interval  95 %, Wilson's; the k samples of a problem are not independent, so they count as one problem
 
-Worked example: two problems with 4 samples each, 4 and 0 of them right: avg@4 = 0.5, pass@1 = 0.5, pass@4 = 0.5, and the
-interval is that of 1 success in 2, not of 4 in 8.
+Worked example: two problems with 4 samples each, 4 and 0 of them right: avg@4 = 0.5, pass@1 = 0.5, pass@4 =
+0.5, and the interval is that of 1 success in 2, not of 4 in 8.
 """
 import argparse
 import inspect
@@ -33,7 +35,7 @@ from reward import answers_match, extract_answer, format_ok
 class EvalConfig:
     """Flags of `python eval.py`; without --greedy and --samples it does both, with 4 samples."""
     model: str = "tiny"                 # folder or hub id of the checkpoint
-    data: str = "tiny"                  # JSONL file, or "tiny" (held-out split), e.g. "tiny:steps=3-9,forms=free+choice"
+    data: str = "tiny"       # JSONL file, or "tiny" (held-out split), e.g. "tiny:steps=3-9,forms=free+choice"
     image_dir: str = ""                 # folder that image paths are relative to ("" = the folder of --data)
     instruction: str = rollout.INSTRUCTION  # text appended to each question of a JSONL file (may be empty)
     problems: int = 0                   # evaluate the first so many problems (0 = all of a file, 256 of tiny)
@@ -49,19 +51,20 @@ class EvalConfig:
 
 
 def parse_flags(config_class, argv=None, defaults: dict | None = None):
-    """A dataclass as a command line: every field a --flag, its comment the help text. Unknown flags exit with code 2.
-    `defaults` replaces default values by field name (a saved configuration)."""
+    """A dataclass as a command line: every field a --flag, its comment the help text. Unknown flags exit with
+    code 2. `defaults` replaces default values by field name (a saved configuration)."""
     comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(config_class), re.M))
     parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False)
     for f in fields(config_class):
         kind = {"action": argparse.BooleanOptionalAction} if f.type in (bool, "bool") else {"type": f.type}
         help_text = f"{comments.get(f.name, '')} [{f.default}]".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", default=(defaults or {}).get(f.name, f.default), help=help_text, **kind)
+        default = (defaults or {}).get(f.name, f.default)
+        parser.add_argument(f"--{f.name}", default=default, help=help_text, **kind)
     return config_class(**vars(parser.parse_args(argv)))
 
 
 def device_and_dtype(device: str, dtype: str):
-    """"auto" resolved: cuda and bfloat16 where there is a GPU, otherwise cpu and float32. ValueError for other names."""
+    """Resolve "auto": cuda and bfloat16 where there is a GPU, else cpu and float32. ValueError for others."""
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     names = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "float32": torch.float32,
              "bfloat16": torch.bfloat16}
@@ -70,52 +73,55 @@ def device_and_dtype(device: str, dtype: str):
     return device, names[dtype]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Running a model
 
 
-def evaluate(model, codec, problems, greedy: bool, samples: int, max_new_tokens: int, seed: int = 0, batch: int = 32,
-             progress: bool = True) -> list[dict]:
-    """One record a completion: id, task, steps, mode, completion, extracted, gold, correct, format, finished, tokens.
-    A problem's random numbers depend on `seed` and its id alone, so the same problem gives the same samples in any
-    company."""
+def evaluate(model, codec, problems, greedy: bool, samples: int, max_new_tokens: int, seed: int = 0,
+             batch: int = 32, progress: bool = True) -> list[dict]:
+    """One record a completion: id, task, steps, mode, completion, extracted, gold, correct, format, finished,
+    tokens. A problem's random numbers depend on `seed` and its id alone, so the same problem gives the same
+    samples in any company."""
     lengths = [len(rollout.encode_prompt(p, codec, pixels=False).ids) for p in problems]
-    order = sorted(range(len(problems)), key=lengths.__getitem__)                       # similar lengths together
+    order = sorted(range(len(problems)), key=lengths.__getitem__)                   # similar lengths together
     records = [[] for _ in problems]
     modes = [("greedy", 1, 0.0)] * greedy + [("sample", samples, 1.0)] * (samples > 0)
-    bar = tqdm(total=len(modes) * len(problems), desc="evaluating", leave=False, disable=None if progress else True)
+    total = len(modes) * len(problems)
+    bar = tqdm(total=total, desc="evaluating", leave=False, disable=None if progress else True)
     for mode, group_size, temperature in modes:
         for at in range(0, len(order), batch):
             part = order[at:at + batch]
-            uniforms = torch.cat([rollout.uniforms(f"eval/{seed}/{problems[i].id}", group_size, max_new_tokens)
-                                  for i in part])
-            groups = rollout.sample(model, [problems[i] for i in part], codec, group_size, max_new_tokens, temperature,
-                                    uniforms)
+            numbers = [rollout.uniforms(f"eval/{seed}/{problems[i].id}", group_size, max_new_tokens)
+                       for i in part]
+            groups = rollout.sample(model, [problems[i] for i in part], codec, group_size, max_new_tokens,
+                                    temperature, torch.cat(numbers))
             for i, group in zip(part, groups):
-                records[i] += [{**judge(problems[i], t), "mode": mode, "sample": k} for k, t in enumerate(group)]
+                records[i] += [{**judge(t), "mode": mode, "sample": k} for k, t in enumerate(group)]
             bar.update(len(part))
     bar.close()
     return [r for rows in records for r in rows]
 
 
-def judge(problem, trajectory) -> dict:
+def judge(trajectory) -> dict:
     """What one completion is worth."""
+    problem = trajectory.problem
     extracted = extract_answer(trajectory.text, problem.choices)
-    return {"id": problem.id, "task": problem.task, "steps": len(problem.key_steps or []), "completion": trajectory.text,
-            "extracted": extracted, "gold": problem.answer,
+    return {"id": problem.id, "task": problem.task, "steps": len(problem.key_steps or []),
+            "completion": trajectory.text, "extracted": extracted, "gold": problem.answer,
             "correct": extracted is not None and answers_match(extracted, problem.answer, problem.choices),
             "format": trajectory.finished and format_ok(trajectory.text), "finished": trajectory.finished,
             "tokens": len(trajectory.ids)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Figures
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """95 % Wilson interval of a mean of per-problem values in [0, 1]. Values between 0 and 1 (several samples a
-    problem) count for more than one yes/no each: the effective number of problems is mean (1 - mean) / variance of the
-    mean, which is their plain number when all are 0 or 1. Source: Wilson 1927; the correction is our choice."""
+    """95 % Wilson interval of a mean of per-problem values in [0, 1]. Values between 0 and 1 (several samples
+    a problem) count for more than one yes/no each: the effective number of problems is mean (1 - mean) /
+    variance of the mean, which is their plain number when all are 0 or 1. Source: Wilson 1927; the correction
+    is our choice."""
     n, mean = len(values), sum(values) / len(values)
     variance = sum((v - mean) ** 2 for v in values) / n ** 2
     n = mean * (1 - mean) / variance if variance > 0 else n
@@ -182,7 +188,8 @@ def main(argv=None):
         if not (config.greedy or config.samples):
             config.greedy, config.samples = True, 4
         device, dtype = device_and_dtype(config.device, config.dtype)
-        problems = rollout.load_data(config.data, "heldout", config.problems, config.image_dir, config.instruction)
+        problems = rollout.load_data(config.data, "heldout", config.problems, config.image_dir,
+                                     config.instruction)
         codec = rollout.load_codec(config.model)
         for p in problems:
             rollout.encode_prompt(p, codec, config.max_prompt_tokens, pixels=False)
@@ -190,7 +197,8 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     limit = config.max_new_tokens or (256 if config.data.startswith("tiny") else 2048)
-    records = evaluate(model, codec, problems, config.greedy, config.samples, limit, config.seed, config.batch)
+    records = evaluate(model, codec, problems, config.greedy, config.samples, limit, config.seed,
+                       config.batch)
     if config.out:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         with open(config.out, "w", encoding="utf-8") as f:

@@ -1,18 +1,23 @@
-"""Qwen2.5-VL written out in PyTorch: vision tower, M-RoPE decoder, image preprocessing, KV cache, hub-format files.
+"""Qwen2.5-VL written out in PyTorch: vision tower, M-RoPE decoder, image preprocessing, KV cache, hub-format
+files.
 
-Place in the pipeline: the policy. `rollout.py` samples from it, `train.py` updates it; it imports no other file of ours.
-Source of the architecture: Qwen2.5-VL technical report (arXiv 2502.13923) and the published checkpoints, whose tensor
-names and config keys we read and write. Parity with transformers is tested over random configurations.
+Place in the pipeline: the policy. `rollout.py` samples from it, `train.py` updates it; it imports no other
+file of ours.
+Source of the architecture: Qwen2.5-VL technical report (arXiv 2502.13923) and the published checkpoints,
+whose tensor names and config keys we read and write. Parity with transformers is tested over random
+configurations.
 
 What is ours, not the reference's (same function, other bookkeeping):
   1. Window attention gathers each window by index, so patches are never permuted and permuted back.
-  2. Attention is told what to attend to by a small context object (`Full`, `Rows`), so the layers know nothing of caches.
-  3. `Rows` keeps the prompt's keys once and shares them among the G samples of that prompt (sampling and training).
+  2. Attention is told what to attend to by a small context object (`Full`, `Rows`), so the layers know
+     nothing of caches.
+  3. `Rows` keeps the prompt's keys once and shares them among the G samples of that prompt (sampling and
+     training).
 
 Left out: video, dropout, sliding-window attention (the published checkpoints have it off).
 
-Shapes: B prompts, R rows (B x G samples), T tokens, P prompt tokens, V vocabulary, D width, H heads, K key/value heads,
-d head size, N image patches, M merged image tokens (N / 4).
+Shapes: B prompts, R rows (B x G samples), T tokens, P prompt tokens, V vocabulary, D width, H heads,
+K key/value heads, d head size, N image patches, M merged image tokens (N / 4).
 """
 import json
 import math
@@ -29,13 +34,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Configuration
 
 
 @dataclass(frozen=True)
 class Config:
-    """What the network needs of a checkpoint's config.json. Units: sizes in features, patch and window in pixels."""
+    """What the network needs of a checkpoint's config.json. Units: sizes in features, patch and window in
+    pixels."""
     vocab_size: int
     hidden_size: int                # D
     intermediate_size: int
@@ -61,15 +67,17 @@ class Config:
 
     @staticmethod
     def from_dict(c: dict, where: str = "config.json") -> "Config":
-        """Read the hub's config.json, flat (as published) or nested (as transformers 5 writes it). ValueError names
-        the file and the field."""
+        """Read the hub's config.json, flat (as published) or nested (as transformers 5 writes it). ValueError
+        names the file and the field."""
         if c.get("model_type") != "qwen2_5_vl":
-            raise ValueError(f"{where}: model_type is {c.get('model_type')!r}; only 'qwen2_5_vl' (Qwen2.5-VL) is supported")
+            raise ValueError(f"{where}: model_type is {c.get('model_type')!r}; "
+                             "only 'qwen2_5_vl' (Qwen2.5-VL) is supported")
         text, vision = c.get("text_config") or c, c.get("vision_config")
         if not isinstance(vision, dict):
             raise ValueError(f"{where}: vision_config is missing")
         # older files say rope_theta + rope_scaling, newer ones rope_parameters
-        rope = text.get("rope_parameters") or {"rope_theta": text.get("rope_theta"), **(text.get("rope_scaling") or {})}
+        rope = text.get("rope_parameters") or {"rope_theta": text.get("rope_theta"),
+                                               **(text.get("rope_scaling") or {})}
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind not in ("default", "mrope"):
             raise ValueError(f"{where}: rope type {kind!r} is not supported (only default M-RoPE)")
@@ -86,7 +94,8 @@ class Config:
 
         config = Config(
             vocab_size=need(text, "vocab_size"), hidden_size=need(text, "hidden_size"),
-            intermediate_size=need(text, "intermediate_size"), num_hidden_layers=need(text, "num_hidden_layers"),
+            intermediate_size=need(text, "intermediate_size"),
+            num_hidden_layers=need(text, "num_hidden_layers"),
             num_attention_heads=need(text, "num_attention_heads"),
             num_key_value_heads=text.get("num_key_value_heads") or need(text, "num_attention_heads"),
             rms_norm_eps=text.get("rms_norm_eps", 1e-6), rope_theta=float(rope.get("rope_theta") or 1e6),
@@ -97,16 +106,18 @@ class Config:
             v_intermediate_size=need(vision, "intermediate_size"), v_num_heads=need(vision, "num_heads"),
             v_in_channels=need({"in_channels": 3, **vision}, "in_channels"),
             v_patch_size=need(vision, "patch_size", "spatial_patch_size"),
-            v_temporal_patch_size=vision.get("temporal_patch_size", 2), v_merge_size=vision.get("spatial_merge_size", 2),
-            v_window_size=vision.get("window_size", 112), v_full_blocks=tuple(need(vision, "fullatt_block_indexes")))
+            v_temporal_patch_size=vision.get("temporal_patch_size", 2),
+            v_merge_size=vision.get("spatial_merge_size", 2), v_window_size=vision.get("window_size", 112),
+            v_full_blocks=tuple(need(vision, "fullatt_block_indexes")))
         if vision.get("out_hidden_size", config.hidden_size) != config.hidden_size:
-            raise ValueError(f"{where}: vision_config.out_hidden_size must equal hidden_size {config.hidden_size}")
+            raise ValueError(f"{where}: vision_config.out_hidden_size must equal "
+                             f"hidden_size {config.hidden_size}")
         if sum(config.mrope_section) * 2 * config.num_attention_heads != config.hidden_size:
             raise ValueError(f"{where}: mrope_section {config.mrope_section} must sum to half the head size")
         return config
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Image preprocessing (Pillow and numpy only; parity with transformers' Qwen2VLImageProcessor)
 
 
@@ -129,12 +140,13 @@ class ImageConfig:
             max_pixels=c.get("max_pixels") or size.get("longest_edge") or base.max_pixels,
             patch_size=c.get("patch_size", base.patch_size), merge_size=c.get("merge_size", base.merge_size),
             temporal_patch_size=c.get("temporal_patch_size", base.temporal_patch_size),
-            image_mean=tuple(c.get("image_mean", base.image_mean)), image_std=tuple(c.get("image_std", base.image_std)))
+            image_mean=tuple(c.get("image_mean", base.image_mean)),
+            image_std=tuple(c.get("image_std", base.image_std)))
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size (height, width) nearest to the given one with both sides multiples of `factor` and the area inside
-    [min_pixels, max_pixels]. Source: Qwen2-VL. ValueError for aspect ratios beyond 200."""
+    """The size (height, width) nearest to the given one with both sides multiples of `factor` and the area
+    inside [min_pixels, max_pixels]. Source: Qwen2-VL. ValueError for aspect ratios beyond 200."""
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"aspect ratio of a {width}x{height} image is beyond 200:1")
     h, w = round(height / factor) * factor, round(width / factor) * factor
@@ -149,8 +161,9 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def preprocess_image(image: Image.Image, config: ImageConfig) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """One RGB image -> (patches (N, C * temporal * patch * patch) float32, grid (1, rows, columns) in patches).
-    Patches are ordered merge block by merge block, the four of a block beside each other, as the merger needs them."""
+    """One RGB image -> (patches (N, C * temporal * patch * patch) float32, grid (1, rows, columns) in
+    patches). Patches are ordered merge block by merge block, the four of a block beside each other, as the
+    merger needs them."""
     p, m = config.patch_size, config.merge_size
     h, w = smart_resize(image.height, image.width, p * m, config.min_pixels, config.max_pixels)
     if (w, h) != image.size:
@@ -158,12 +171,13 @@ def preprocess_image(image: Image.Image, config: ImageConfig) -> tuple[np.ndarra
     x = np.asarray(image, dtype=np.float32) / 255.0                                     # (h, w, C)
     x = (x - np.array(config.image_mean, np.float32)) / np.array(config.image_std, np.float32)
     rows, cols = h // p, w // p
-    x = x.reshape(rows // m, m, p, cols // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)   # (R/m, C/m, m, m, C, p, p)
-    x = np.repeat(x[:, :, :, :, :, None], config.temporal_patch_size, axis=5)           # a still image is a 2-frame clip
+    # (R/m, C/m, m, m, C, p, p)
+    x = x.reshape(rows // m, m, p, cols // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    x = np.repeat(x[:, :, :, :, :, None], config.temporal_patch_size, axis=5)           # a still is 2 frames
     return np.ascontiguousarray(x.reshape(rows * cols, -1)), (1, rows, cols)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Building blocks
 
 
@@ -198,20 +212,22 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Vision tower
 
 
 def vision_layout(grid_thw: list, merge: int, window: int):
-    """Where the patches of all images lie. grid_thw: (frames, rows, cols) per image; `window`: window side in patches.
+    """Where the patches of all images lie. grid_thw: (frames, rows, cols) per image; `window`: window side in
+    patches.
 
-    Returns (hw (N, 2) row and column of each patch, full groups, window groups). A group list holds index tensors
-    (n, L): n segments of equal length L that attend inside themselves; together they cover every patch once."""
+    Returns (hw (N, 2) row and column of each patch, full groups, window groups). A group list holds index
+    tensors (n, L): n segments of equal length L that attend inside themselves; together they cover every
+    patch once."""
     hw, frame_ids, window_ids, frames = [], [], [], 0
     for t, h, w in grid_thw:
         rows, cols = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         block = lambda a: a.reshape(h // merge, merge, w // merge, merge).transpose(1, 2).reshape(-1)
-        one = torch.stack([block(rows), block(cols)], dim=1)                            # (h * w, 2), merge-block order
+        one = torch.stack([block(rows), block(cols)], dim=1)                            # (h * w, 2) in blocks
         for _ in range(t):
             hw.append(one)
             frame_ids.append(torch.full((h * w,), frames))
@@ -280,7 +296,8 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.ln_q = RMSNorm(c.v_hidden_size, 1e-6)
         self.width = c.v_hidden_size * c.v_merge_size ** 2
-        self.mlp = nn.Sequential(nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, c.hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(self.width, self.width), nn.GELU(),
+                                 nn.Linear(self.width, c.hidden_size))
 
     def forward(self, x):
         return self.mlp(self.ln_q(x).view(-1, self.width))
@@ -302,7 +319,7 @@ class VisionTower(nn.Module):
         hw, full, windows = vision_layout(grid_thw.tolist(), c.v_merge_size, window)
         d = c.v_hidden_size // c.v_num_heads
         inv_freq = 1.0 / 10000.0 ** (torch.arange(0, d // 2, 2, dtype=torch.float) / (d // 2))
-        angles = (hw[:, :, None].float() * inv_freq).flatten(1)                         # (N, d/2): rows, then columns
+        angles = (hw[:, :, None].float() * inv_freq).flatten(1)                         # (N, d/2), rows first
         angles = torch.cat((angles, angles), dim=-1)[:, None].to(pixel_values.device)   # (N, 1, d)
         cos, sin = angles.cos(), angles.sin()
         full, windows = ([g.to(pixel_values.device) for g in groups] for groups in (full, windows))
@@ -313,12 +330,13 @@ class VisionTower(nn.Module):
         return self.merger(x)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What a query attends to: a whole sequence, or rows that share their prompt
 
 
 class Full:
-    """Causal attention over whole right- or left-padded sequences; keeps keys and values if `keep` (prefill)."""
+    """Causal attention over whole right- or left-padded sequences; keeps keys and values if `keep`
+    (prefill)."""
 
     def __init__(self, attention_mask=None, keep: bool = False):
         self.kv = [] if keep else None
@@ -326,7 +344,7 @@ class Full:
         if attention_mask is not None and not bool(attention_mask.all()):
             t = attention_mask.shape[1]
             causal = torch.ones(t, t, dtype=torch.bool, device=attention_mask.device).tril()
-            itself = torch.eye(t, dtype=torch.bool, device=attention_mask.device)       # padding queries: no NaN
+            itself = torch.eye(t, dtype=torch.bool, device=attention_mask.device)       # padding: no NaN
             self.mask = (causal & attention_mask[:, None, None].bool()) | itself        # (B, 1, T, T)
 
     def attend(self, layer: int, q, k, v):
@@ -341,8 +359,9 @@ class Rows:
 
     prefix_kv: per layer (k, v) of shape (B, K, P, d), stored once however many rows share it.
     prefix_mask (B, P) bool; prompt (R,): the prompt of each row.
-    Row tokens lie left-padded in the row part, so that all rows write the same column; `mask` (R, S) marks the real ones.
-    With `grow=False` (training) one forward sees all row tokens, nothing is cached, and gradients flow."""
+    Row tokens lie left-padded in the row part, so that all rows write the same column; `mask` (R, S) marks
+    the real ones. With `grow=False` (training) one forward sees all row tokens, nothing is cached, and
+    gradients flow."""
 
     def __init__(self, prefix_kv, prefix_mask, prompt, grow: bool = True):
         self.prefix_kv, self.prefix_mask, self.prompt, self.grow = prefix_kv, prefix_mask.bool(), prompt, grow
@@ -383,7 +402,7 @@ class Rows:
         t, s = q.shape[2], k.shape[2]
         kp, vp = (a[self.prompt] for a in self.prefix_kv[layer])                        # (R, K, P, d)
         causal = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
-        itself = torch.eye(s, dtype=torch.bool, device=q.device)[s - t:]                # padding queries: no NaN
+        itself = torch.eye(s, dtype=torch.bool, device=q.device)[s - t:]                # padding: no NaN
         own = (causal & self.mask[:, None, :]) | itself                                 # (R, T, S)
         shared = self.prefix_mask[self.prompt][:, None].expand(-1, t, -1)               # (R, T, P)
         mask = torch.cat((shared, own), dim=2)[:, None]
@@ -404,14 +423,14 @@ class Rows:
         return buffer[0, :, :, :end], buffer[1, :, :, :end]
 
     def _decode(self, layer, q, k, v):
-        """One new token a row. The prompt part is one matmul a prompt over all its rows: its keys are read once, not G
-        times. Two softmax halves are joined through one concatenated score tensor."""
+        """One new token a row. The prompt part is one matmul a prompt over all its rows: its keys are read
+        once, not G times. Two softmax halves are joined through one concatenated score tensor."""
         kp, vp = self.prefix_kv[layer]                                                  # (B, K, P, d)
         (r, h, _, d), (b, kh, p, _) = q.shape, kp.shape
         rep, g = h // kh, self.g_max
         q = (q * d ** -0.5).view(r, kh, rep, d)
 
-        def to_slots(a):                                                                # (R, K, rep, x) -> (B, K, G*rep, x)
+        def to_slots(a):                                                  # (R, K, rep, x) -> (B, K, G*rep, x)
             if r < b * g:
                 a = a.new_zeros(b * g, *a.shape[1:]).index_copy_(0, self.slot, a)
             elif b > 1 or g > 1:
@@ -421,7 +440,8 @@ class Rows:
         def to_rows(a):                                                                 # the inverse
             return a.view(b, kh, g, rep, -1).transpose(1, 2).reshape(b * g, kh, rep, -1)[self.slot]
 
-        shared = to_rows((to_slots(q) @ kp.transpose(2, 3)).masked_fill(~self.prefix_mask[:, None, None], -torch.inf))
+        shared = to_rows(
+            (to_slots(q) @ kp.transpose(2, 3)).masked_fill(~self.prefix_mask[:, None, None], -torch.inf))
         own = (q @ k.transpose(2, 3)).masked_fill(~self.mask[:, None, None], -torch.inf)
         weights = torch.cat((shared, own), dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
         out = to_rows(to_slots(weights[..., :p]) @ vp) + weights[..., p:] @ v           # (R, K, rep, d)
@@ -429,11 +449,13 @@ class Rows:
 
 
 def sdpa(q, k, v, mask=None, causal: bool = False):
-    """Grouped-query attention: q (R, H, T, d), k and v (R, K, S, d); mask broadcastable to (R, H, T, S), True = see."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    """Grouped-query attention: q (R, H, T, d), k and v (R, K, S, d); mask broadcastable to (R, H, T, S),
+    True = see."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+                                          enable_gqa=q.shape[1] != k.shape[1])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Decoder
 
 
@@ -448,7 +470,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, context):
         b, t, _ = x.shape
-        q, k, v = (f(x).view(b, t, -1, self.d).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (f(x).view(b, t, -1, self.d).transpose(1, 2)
+                   for f in (self.q_proj, self.k_proj, self.v_proj))
         out = context.attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)   # (b, H, t, d)
         return self.o_proj(out.transpose(1, 2).reshape(b, t, -1))
 
@@ -489,16 +512,17 @@ class Decoder(nn.Module):
         """x (B, T, D) embeddings, context `Full` or `Rows` -> hidden states (B, T, D)."""
         cos, sin = self.rope(position_ids, x.dtype)
         for layer in self.layers:
-            x = checkpoint(layer, x, cos, sin, context, use_reentrant=False) if remat else layer(x, cos, sin, context)
+            x = (checkpoint(layer, x, cos, sin, context, use_reentrant=False) if remat
+                 else layer(x, cos, sin, context))
         return self.norm(x)
 
 
 def mrope_positions(input_ids, attention_mask, grids: list, image_token_id: int, merge: int):
-    """Positions (3, B, T) and the next free position (B,). Text advances all three axes by one; an image of h x w
-    merged tokens keeps time fixed, counts rows and columns, and the text after it goes on at max(h, w).
+    """Positions (3, B, T) and the next free position (B,). Text advances all three axes by one; an image of
+    h x w merged tokens keeps time fixed, counts rows and columns, and the text after it goes on at max(h, w).
 
-    grids: (1, rows, cols) in patches for every image of the batch, in order. ValueError where the image tokens of a
-    row do not match them."""
+    grids: (1, rows, cols) in patches for every image of the batch, in order. ValueError where the image
+    tokens of a row do not match them."""
     ids, mask = input_ids.tolist(), attention_mask.tolist()
     positions = torch.ones(3, *input_ids.shape, dtype=torch.long)
     following, image = [], 0
@@ -515,7 +539,8 @@ def mrope_positions(input_ids, attention_mask, grids: list, image_token_id: int,
             frames, h, w = grids[image][0], grids[image][1] // merge, grids[image][2] // merge
             n = frames * h * w
             if t + n > len(real) or any(row[i] != image_token_id for i in real[t:t + n]):
-                raise ValueError(f"row {b}: image {image} needs {n} image tokens in a row, the prompt has fewer")
+                raise ValueError(f"row {b}: image {image} needs {n} image tokens in a row, "
+                                 "the prompt has fewer")
             columns += [(at + f, at + y, at + x) for f in range(frames) for y in range(h) for x in range(w)]
             at, t, image = at + max(h, w, frames), t + n, image + 1
         positions[:, b, real] = torch.tensor(columns, dtype=torch.long).view(-1, 3).T
@@ -526,7 +551,8 @@ def mrope_positions(input_ids, attention_mask, grids: list, image_token_id: int,
 
 
 class Qwen25VL(nn.Module):
-    """The whole model. `forward` gives logits as transformers would; the pieces below serve sampler and trainer."""
+    """The whole model. `forward` gives logits as transformers would; the pieces below serve sampler and
+    trainer."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -546,22 +572,25 @@ class Qwen25VL(nn.Module):
         return self.remat and torch.is_grad_enabled()
 
     def prompt_hidden(self, input_ids, attention_mask, pixel_values, image_grid_thw, keep: bool = False):
-        """Whole sequences -> (hidden (B, T, D), the `Full` context holding their keys if `keep`, next positions (B,))."""
+        """Whole sequences -> (hidden (B, T, D), the `Full` context holding their keys if `keep`, next
+        positions (B,))."""
         c = self.config
         grids = [] if image_grid_thw is None else image_grid_thw.tolist()
-        positions, following = mrope_positions(input_ids, attention_mask, grids, c.image_token_id, c.v_merge_size)
+        positions, following = mrope_positions(input_ids, attention_mask, grids, c.image_token_id,
+                                               c.v_merge_size)
         x = self.model.embed_tokens(input_ids)
         if pixel_values is not None:
             features = self.visual(pixel_values, image_grid_thw, self._remat())         # (M, D)
             x = x.masked_scatter((input_ids == c.image_token_id)[..., None], features.to(x.dtype))
         context = Full(attention_mask, keep)
-        # with `keep` a recomputed layer would store its keys twice; the prompt part is the cheap one, so it is not
+        # with `keep` a recomputed layer would store its keys twice; the prompt part is cheap, so it is not
         return self.model(x, positions, context, self._remat() and not keep), context, following
 
     def rows_hidden(self, input_ids, position_ids, context: Rows):
         """Text tokens (R, T) continuing their prompts -> hidden (R, T, D). position_ids (R, T)."""
         x = self.model.embed_tokens(input_ids)
-        return self.model(x, position_ids[None].expand(3, -1, -1), context, self._remat() and not context.grow)
+        return self.model(x, position_ids[None].expand(3, -1, -1), context,
+                          self._remat() and not context.grow)
 
     def forward(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None):
         """input_ids (B, T), attention_mask (B, T), pixel_values (N, ...), image_grid_thw (images, 3), all as
@@ -572,23 +601,27 @@ class Qwen25VL(nn.Module):
         return F.linear(hidden, self.head_weight)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files: config.json, *.safetensors (one file or shards with an index), in the hub's names
 
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-              "added_tokens.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
-              "processor_config.json", "video_preprocessor_config.json", "generation_config.json", "config.json")
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+              "special_tokens_map.json", "added_tokens.json", "chat_template.json", "chat_template.jinja",
+              "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+              "generation_config.json", "config.json")
 
 
 def resolve(path_or_id: str) -> Path:
-    """A local folder as it is; otherwise a hub id, fetched with huggingface_hub. FileNotFoundError where neither."""
+    """A local folder as it is; otherwise a hub id, fetched with huggingface_hub. FileNotFoundError where
+    neither."""
     path = Path(path_or_id)
     if path.is_dir():
         return path
     if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/")):
-        raise FileNotFoundError(f"--model {path_or_id}: no such folder, and not a hub id of the form owner/name")
+        raise FileNotFoundError(f"--model {path_or_id}: no such folder, "
+                                "and not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
-    return Path(snapshot_download(path_or_id, allow_patterns=["*.safetensors", "*.safetensors.index.json", *COMPANIONS]))
+    return Path(snapshot_download(path_or_id,
+                                  allow_patterns=["*.safetensors", "*.safetensors.index.json", *COMPANIONS]))
 
 
 def read_json(path: Path) -> dict:
@@ -620,8 +653,8 @@ def init_model(config: Config, seed: int = 0) -> Qwen25VL:
 
 
 def load_model(path_or_id: str, device="cpu", dtype=torch.float32) -> Qwen25VL:
-    """Build the model from a folder or hub id and load its safetensors. ValueError names every missing, extra or
-    mis-shaped tensor before anything is allocated on `device`."""
+    """Build the model from a folder or hub id and load its safetensors. ValueError names every missing, extra
+    or mis-shaped tensor before anything is allocated on `device`."""
     folder = resolve(str(path_or_id))
     with torch.device("meta"):
         model = Qwen25VL(Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json")))
@@ -645,7 +678,8 @@ def load_model(path_or_id: str, device="cpu", dtype=torch.float32) -> Qwen25VL:
     bad += [f"tensor {n} has shape {found[n][1]}, the config says {s}" for n, s in expected.items()
             if n in found and found[n][1] != s]
     if bad:
-        raise ValueError(f"{folder}: {'; '.join(bad[:5])}" + (f" and {len(bad) - 5} more" if len(bad) > 5 else ""))
+        raise ValueError(f"{folder}: {'; '.join(bad[:5])}"
+                         + (f" and {len(bad) - 5} more" if len(bad) > 5 else ""))
     state = {}
     for path in sorted({path for path, _ in found.values()}):
         with safe_open(path, "pt", device=str(device)) as f:
@@ -655,8 +689,9 @@ def load_model(path_or_id: str, device="cpu", dtype=torch.float32) -> Qwen25VL:
 
 
 def save_model(model: Qwen25VL, folder, source, dtype=None, max_shard_bytes: int = 5 * 10 ** 9):
-    """Write the weights in the hub's names and shards, beside the config, tokenizer and processor files of `source`
-    (a folder or hub id), so that transformers' from_pretrained opens the folder. dtype None keeps the model's."""
+    """Write the weights in the hub's names and shards, beside the config, tokenizer and processor files of
+    `source` (a folder or hub id), so that transformers' from_pretrained opens the folder. dtype None keeps
+    the model's."""
     folder, source = Path(folder), resolve(str(source))
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve() != source.resolve():

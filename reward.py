@@ -20,7 +20,8 @@ from functools import lru_cache
 from itertools import accumulate
 from unicodedata import normalize
 
-MAX_LENGTH, MAX_TOKENS, MAX_BRACKETS, MAX_DIGITS = 2000, 300, 80, 60      # limits of an answer
+MAX_LENGTH, MAX_TOKENS, MAX_BRACKETS, MAX_DIGITS = 2000, 300, 80, 60
+# of an answer: a longer one never matches; with more tokens, brackets or digits only verbatim
 
 # -- Extraction --------------------------------------------------------------------------------------------------------
 CUE = re.compile(r"\banswer\b[*_ ]*(?:is\b|[:=：])[*_: ]*|####", re.I)
@@ -104,8 +105,8 @@ def _choose(text: str, choices: list, strict: bool = False) -> str | None:
 
 # -- Normalisation -----------------------------------------------------------------------------------------------------
 LATEX = dict(pair.split(":") for pair in r"""pi:π times:* cdot:* div:/ dfrac:\frac tfrac:\frac cfrac:\frac circ:°
-    degree:° pm:± le:≤ leq:≤ leqslant:≤ ge:≥ geq:≥ geqslant:≥ ne:≠ neq:≠ lt:< gt:> approx:= infty:∞ cup:∪ angle:∠
-    triangle:△ theta:θ alpha:α beta:β left: right: displaystyle: lvert:| rvert:| vert:|""".split())
+    degree:° pm:± le:≤ leq:≤ leqslant:≤ ge:≥ geq:≥ geqslant:≥ ne:≠ neq:≠ lt:< gt:> approx:= in:= infty:∞ cup:∪
+    angle:∠ triangle:△ theta:θ alpha:α beta:β left: right: displaystyle: lvert:| rvert:| vert:|""".split())
 WORDS = r"(?:[A-Za-z\s$.,:;=*~]|\\[()\[\]]|\\(?:text|mathrm)\{[A-Za-z\s~]*\})*"
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (rf"(?s)^{WORDS}\\boxed\{{(.*)\}}{WORDS}$", r"\1"),                             # "The area is \boxed{5} cm."
@@ -113,9 +114,10 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=\d)([\u202f\u2009]|\\[,!]|\{,\})(?=\d{3}(?!\d))", ""), ("(?s).+", lambda m: normalize("NFKC", m[0])[:2000]),
     (r"(?<=\d)\\(?=text|math)", r" \\"), (r"\\(?:text\w*|math[a-z]+|mbox|operatorname)\s*\{([^{}]*)\}", r"\1"),
     (r"\\[()\[\],;:!\\ ]|~", " "), (r"\\([A-Za-z]+)", lambda m: LATEX.get(m[1], m[0])), (r"\\([{}%$&#_|])", r"\1"),
-    ("[$€£]", ""), ("[−–—‐‑]", "-"), ("[×·⋅∗]", "*"), ("[÷⁄∕]", "/"), ("[“”]", '"'), ("≈", "="), (r"√|\\sqrt", "sqrt "),
+    ("[$€£]", ""), ("[−–—‐‑]", "-"), ("[×·⋅∗]", "*"), ("[÷⁄∕]", "/"), ("[“”]", '"'), (r"√|\\sqrt", "sqrt "),
     ("<=|⩽", "≤"), (">=|⩾", "≥"), ("!=", "≠"), (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"), (r"\*\*", ""),
-    (r"(?<=\d)\s*\{([A-Za-z]+)\}", r" \1"), (r"\b(?:square|sq\.?) (\w+)", r"\1^2"), (r"\bcubic (\w+)", r"\1^3"),
+    ("[≈∈]", "="), (r"(?<=\d)\s*\{([A-Za-z]+)\}", r" \1"),                          # 69{degrees}
+    (r"(?<=[\d}] )sq(?:uare|\.)? (\w+)", r"\1^2"), (r"(?<=[\d}] )cubic (\w+)", r"\1^3"),
     (r"\^ ?\{?°\}?|(?<=\d)\s*deg(?:ree)?s?\b", "°"), (r"(?<=\d)\s*percent\b", "%"), (r"° ?([CF])\b", r" deg\1"),
     (r"(sin|cos|tan) ?\(?(\d+)°\)?", r"\1(\2*π/180)"), ("°", ""),                   # 90° is 90, but sin 90° is 1
     (r"(?<=\d)\s*[xX]\s*(?=10\^)", "*"), (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
@@ -238,7 +240,7 @@ def _value(text: str, point: int):
         value = evaluator.expression()
         bounded = value == 0 or 1e-150 < abs(value) < 1e150         # so that no quotient of two values overflows
         return (value, evaluator.names) if bounded and evaluator.tokens == [""] else None
-    except (ValueError, ArithmeticError, IndexError):   # IndexError: the text ended inside a bracket
+    except (ValueError, ArithmeticError, IndexError, RecursionError):      # IndexError: ended inside a bracket
         return None
 
 
@@ -349,8 +351,8 @@ def format_ok(text: str) -> bool:
 
 def reward_parts(text: str, gold: str, choices=None, finished: bool = True, format_weight: float = 0.1) -> dict:
     """The training reward: accuracy and format (each 0.0 or 1.0) and total = (1 - w) accuracy + w format.
-    Stricter than `extract_answer`: one answer block in the whole completion, behind the thoughts, or no tag and one
-    box; several boxes in one block match nothing. A completion cut off at the length limit (`finished` False) earns nothing."""
+    Stricter than `extract_answer`: one answer block in the whole completion, behind the thoughts, or no tag and a box;
+    several boxes in a block match nothing. A completion cut off at the length limit (not `finished`) earns nothing."""
     opened, closed, (tail, declared) = text.count("<answer>"), text.count("</answer>"), _declared(text)
     single = opened == closed == 1 or (opened == closed == 0 and tail.count("\\boxed{") == 1)
     right = finished and single and answers_match(declared, gold, choices)

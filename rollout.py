@@ -1,18 +1,18 @@
 """Problems in, trajectories out: JSONL loading, prompt building, and the KV-cached batch sampler.
 
-Place in the pipeline: first. `train.py` and `eval.py` load problems here, sample G completions each with `sample`, and
-recompute them with `completion_hidden` for the update. Reads from model.py.
+Place in the pipeline: first. `train.py` and `eval.py` load problems here, sample G completions each with
+`sample`, and recompute them with `completion_hidden` for the update. Reads from model.py.
 
 What matters here (ours; the paper says nothing of its sampler):
   1. Vision and prompt run once a prompt, whatever G is; finished rows leave the batch.
-  2. Temperature is the only knob, and the stored log-probs are the policy's own at that temperature, so on the first
-     update the ratio of new to old probability is 1. Tokens that may not be generated (image pads, control tokens)
-     get probability zero here and in the trainer alike, through the same `logit_mask`.
+  2. Temperature is the only knob, and the stored log-probs are the policy's own at that temperature, so on
+     the first update the ratio of new to old probability is 1. Tokens that may not be generated (image pads,
+     control tokens) get probability zero here and in the trainer alike, through the same `logit_mask`.
   3. Token ids are never decoded and encoded again, and masks come from lengths, never from `ids == pad`.
 
-Worked example: inverse-CDF sampling with probabilities (0.2, 0.5, 0.3) and the uniform number 0.65 picks token 1, since
-0.2 <= 0.65 < 0.7; its log-prob is ln 0.5 = -0.693. A row's numbers are its own, so a row sampled in a batch equals the
-row sampled alone.
+Worked example: inverse-CDF sampling with probabilities (0.2, 0.5, 0.3) and the uniform number 0.65 picks
+token 1, since 0.2 <= 0.65 < 0.7; its log-prob is ln 0.5 = -0.693. A row's numbers are its own, so a row
+sampled in a batch equals the row sampled alone.
 """
 import base64
 import hashlib
@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from model import ImageConfig, Qwen25VL, Rows, load_image_config, preprocess_image, read_json, resolve, smart_resize
+from model import (ImageConfig, Qwen25VL, Rows, load_image_config, preprocess_image, read_json, resolve,
+                   smart_resize)
 
 INSTRUCTION = ("First think inside <think> </think>, one step a line, checking each step against the image. "
                "Then give only the final answer inside <answer> </answer>.")
@@ -55,7 +56,7 @@ class Trajectory:
     problem: Problem
     ids: list                           # forced prefix first; EOS included when it was reached
     sampled: list                       # 1 = sampled by the policy (EOS too), 0 = forced
-    logps: list                         # behaviour log-prob of each sampled token in its own context; 0.0 where forced
+    logps: list                         # behaviour log-prob of a sampled token in its context; 0.0 if forced
     finished: bool                      # ended by EOS (False: cut off at the length limit)
     text: str                           # decoded once, for rewards and people; never encoded again
     provenance: str = "policy"
@@ -64,7 +65,7 @@ class Trajectory:
     weights: list | None = None         # per-token loss weights; None = 1 everywhere
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data: one JSON object a line
 
 
@@ -90,9 +91,11 @@ def _first(row: dict, kind: str, where: str = "", default=None):
 
 
 def unwrap_gold(text: str) -> str:
-    """The bare answer out of a worked solution: <answer>x</answer>, '### The final answer is: x' or \\boxed{x}."""
+    """The bare answer out of a worked solution: <answer>x</answer>, '### The final answer is: x'
+    or \\boxed{x}."""
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.S)
-    for pattern in (r"<answer>(.*?)</answer>", r"### The final answer is:\s*(.*)", r"^\s*\$?\\boxed\{(.*)\}\$?\s*$"):
+    for pattern in (r"<answer>(.*?)</answer>", r"### The final answer is:\s*(.*)",
+                    r"^\s*\$?\\boxed\{(.*)\}\$?\s*$"):
         found = re.search(pattern, text, re.S)
         if found:
             return found[1].strip()
@@ -100,7 +103,8 @@ def unwrap_gold(text: str) -> str:
 
 
 def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Problem:
-    """One JSON object -> Problem with image paths resolved against `folder`. DataError names `where` and the field."""
+    """One JSON object -> Problem with image paths resolved against `folder`. DataError names `where` and the
+    field."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: a JSON object is expected, found {type(row).__name__}")
     images = _first(row, "images", default=[])
@@ -112,7 +116,8 @@ def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Pro
     if not isinstance(question, str) or not question.replace("<image>", "").strip():
         raise DataError(f"{where}: field 'problem' is empty or not text")
     gold = _first(row, "answer", where)
-    gold = unwrap_gold(str(gold)) if isinstance(gold, (str, int, float)) and not isinstance(gold, bool) else ""
+    gold = (unwrap_gold(str(gold)) if isinstance(gold, (str, int, float)) and not isinstance(gold, bool)
+            else "")
     if not gold:
         raise DataError(f"{where}: field 'answer' is empty or not text")
     tags = question.count("<image>")
@@ -121,7 +126,8 @@ def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Pro
     elif tags == 0:
         question = "<image>" * len(images) + question
     elif tags != len(images):
-        raise DataError(f"{where}: field 'problem' has {tags} <image> tags, field 'images' has {len(images)} images")
+        raise DataError(f"{where}: field 'problem' has {tags} <image> tags, "
+                        f"field 'images' has {len(images)} images")
     for name in ("choices", "key_steps"):
         if row.get(name) is not None and not isinstance(row[name], (list, dict)):
             raise DataError(f"{where}: field '{name}' must be a list")
@@ -132,8 +138,9 @@ def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Pro
         question += "".join(f"\n{chr(65 + i)}. {c}" for i, c in enumerate(choices))
     if instruction:
         question += "\n" + instruction
-    return Problem(id=str(row.get("id", where)), question=question, answer=gold, choices=choices, key_steps=key_steps,
-                   task=str(_first(row, "task", default="")), demonstration=_first(row, "demonstration", default="") or None,
+    return Problem(id=str(row.get("id", where)), question=question, answer=gold, choices=choices,
+                   key_steps=key_steps, task=str(_first(row, "task", default="")),
+                   demonstration=_first(row, "demonstration", default="") or None,
                    images=[_image_source(im, folder, where) for im in images])
 
 
@@ -159,8 +166,8 @@ def open_image(image) -> Image.Image:
 
 
 def load_problems(path, image_dir=None, instruction: str = "") -> list[Problem]:
-    """Read and check a whole JSONL file: every line, every image. Raises DataError with one line a bad row (the first
-    20), so nothing is trained on or scored before all of it is known to be good."""
+    """Read and check a whole JSONL file: every line, every image. Raises DataError with one line a bad row
+    (the first 20), so nothing is trained on or scored before all of it is known to be good."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"--data {path}: no such file")
@@ -181,7 +188,7 @@ def load_problems(path, image_dir=None, instruction: str = "") -> list[Problem]:
         for image in problem.images:
             try:
                 open_image(image)
-            except Exception as e:              # Pillow raises many kinds: OSError, SyntaxError, DecompressionBombError
+            except Exception as e:    # Pillow raises many kinds: OSError, SyntaxError, DecompressionBombError
                 reason = "no such file" if isinstance(e, FileNotFoundError) else f"not readable: {e}"
                 return f"{where}: field 'images': {getattr(image, 'filename', image)}: {reason}"
         return None
@@ -198,8 +205,10 @@ def load_problems(path, image_dir=None, instruction: str = "") -> list[Problem]:
     return [p for _, p in problems]
 
 
-def load_data(data: str, split: str, count: int = 0, image_dir: str = "", instruction: str = "") -> list[Problem]:
-    """The first `count` problems of a JSONL file (0 = all), or of a tiny spec such as "tiny:steps=5" (0 = 256)."""
+def load_data(data: str, split: str, count: int = 0, image_dir: str = "",
+              instruction: str = "") -> list[Problem]:
+    """The first `count` problems of a JSONL file (0 = all), or of a tiny spec such as "tiny:steps=5"
+    (0 = 256)."""
     if data.partition(":")[0] == "tiny":
         from tiny.shapes import Stream          # here, since shapes.py needs Problem
         stream = Stream(data, split)
@@ -207,7 +216,7 @@ def load_data(data: str, split: str, count: int = 0, image_dir: str = "", instru
     return load_problems(data, image_dir, instruction)[:count or None]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Between problems and tensors
 
 
@@ -240,16 +249,19 @@ def load_codec(path_or_id: str) -> Codec:
     if not tokenizer.chat_template:
         raise ValueError(f"{folder}: the tokenizer has no chat template")
     if tokenizer.convert_tokens_to_ids("<|image_pad|>") != image_id:
-        raise ValueError(f"{folder}: the tokenizer's <|image_pad|> is not image_token_id {image_id} of config.json")
+        raise ValueError(f"{folder}: the tokenizer's <|image_pad|> is not "
+                         f"image_token_id {image_id} of config.json")
     generation = folder / "generation_config.json"
-    eos = (read_json(generation) if generation.is_file() else {}).get("eos_token_id") or tokenizer.eos_token_id
+    eos = ((read_json(generation) if generation.is_file() else {}).get("eos_token_id")
+           or tokenizer.eos_token_id)
     eos = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
     if None in eos:
         raise ValueError(f"{folder}: neither generation_config.json nor the tokenizer names an eos token")
     vocab_size = (config.get("text_config") or config)["vocab_size"]
     mask = torch.zeros(vocab_size)
     mask[len(tokenizer):] = -torch.inf          # rows of the embedding that no token owns
-    banned = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    banned = (set(tokenizer.all_special_ids)
+              | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special})
     mask[sorted(banned - set(eos))] = -torch.inf
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
     return Codec(tokenizer, load_image_config(folder), image_id, eos, pad, mask)
@@ -258,16 +270,17 @@ def load_codec(path_or_id: str) -> Codec:
 def image_grid(image, config: ImageConfig) -> tuple[int, int, int]:
     """(1, rows, cols) in patches of a path or PIL image after resizing, from the file's header alone."""
     image = Image.open(image) if isinstance(image, (str, Path)) else image
-    width, height = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size     # EXIF: lies on its side
+    width, height = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size  # EXIF: sideways
     p, m = config.patch_size, config.merge_size
     height, width = smart_resize(height, width, p * m, config.min_pixels, config.max_pixels)
     return 1, height // p, width // p
 
 
-def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None, pixels: bool = True) -> Prompt:
-    """Chat template around the question, each <image> replaced by its image tokens. DataError where the prompt is
-    longer than `max_tokens` (it is never cut: a cut image would not match its features). pixels False: the ids and
-    grids alone, without reading the images' content."""
+def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None,
+                  pixels: bool = True) -> Prompt:
+    """Chat template around the question, each <image> replaced by its image tokens. DataError where the
+    prompt is longer than `max_tokens` (it is never cut: a cut image would not match its features). pixels
+    False: the ids and grids alone, without reading the images' content."""
     tok, pieces = codec.tokenizer, problem.question.split("<image>")
     specials = [t.content for t in tok.added_tokens_decoder.values() if t.special]
     content = []
@@ -275,7 +288,8 @@ def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None,
         for special in specials:                # text of a user must not turn into control tokens
             text = text.replace(special, special[0] + " " + special[1:])
         content += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": text}] * bool(text)
-    text = tok.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    text = tok.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                   add_generation_prompt=True)
     grids = [image_grid(image, codec.image_config) for image in problem.images]
     ids, image = [], 0
     for token in tok(text, add_special_tokens=False)["input_ids"]:
@@ -287,7 +301,8 @@ def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None,
     if image != len(grids):
         raise DataError(f"problem {problem.id}: the chat template placed {image} of {len(grids)} images")
     if max_tokens and len(ids) > max_tokens:
-        raise DataError(f"problem {problem.id}: the prompt has {len(ids)} tokens, --max_prompt_tokens is {max_tokens}")
+        raise DataError(f"problem {problem.id}: the prompt has {len(ids)} tokens, "
+                        f"--max_prompt_tokens is {max_tokens}")
     if not (pixels and grids):
         return Prompt(ids, None, grids)
     patches = [preprocess_image(open_image(image), codec.image_config)[0] for image in problem.images]
@@ -295,7 +310,8 @@ def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None,
 
 
 def collate(prompts: list[Prompt], pad_id: int, device) -> dict:
-    """Right-padded batch: input_ids, attention_mask (B, P), pixel_values (N, ...), image_grid_thw (images, 3)."""
+    """Right-padded batch: input_ids, attention_mask (B, P), pixel_values (N, ...), image_grid_thw
+    (images, 3)."""
     ids, mask = pad([p.ids for p in prompts], pad_id)
     pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
     grids = [g for p in prompts for g in p.grids]
@@ -314,20 +330,20 @@ def pad(rows: list[list], value, left: bool = False):
     return data.reshape(len(rows), width), columns >= width - lengths if left else columns < lengths
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The sampler
 
 
 @torch.no_grad()
-def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: int = 1, max_new_tokens: int = 128,
-           temperature: float = 1.0, uniforms: torch.Tensor | None = None, prefix_ids: list | None = None,
-           prompts: list[Prompt] | None = None) -> list[list[Trajectory]]:
+def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: int = 1,
+           max_new_tokens: int = 128, temperature: float = 1.0, uniforms: torch.Tensor | None = None,
+           prefix_ids: list | None = None, prompts: list[Prompt] | None = None) -> list[list[Trajectory]]:
     """Sample `group_size` completions of each problem. Returns B lists of G trajectories.
 
-    temperature 0 is greedy; otherwise uniforms (B x G, max_new_tokens) in [0, 1) are the random numbers, one row a
-    completion, one column a token. prefix_ids: for each of the B x G rows (problem-major) the completion tokens it
-    continues from; these are forced, count towards max_new_tokens and are marked sampled = 0. prompts: the problems
-    encoded already. ValueError where the prefixes do not fit."""
+    temperature 0 is greedy; otherwise uniforms (B x G, max_new_tokens) in [0, 1) are the random numbers, one
+    row a completion, one column a token. prefix_ids: for each of the B x G rows (problem-major) the
+    completion tokens it continues from; these are forced, count towards max_new_tokens and are marked
+    sampled = 0. prompts: the problems encoded already. ValueError where the prefixes do not fit."""
     device = model.head_weight.device
     prompts = prompts or [encode_prompt(p, codec) for p in problems]
     rows = len(problems) * group_size
@@ -336,29 +352,31 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
         raise ValueError(f"prefix_ids must hold {rows} lists shorter than max_new_tokens {max_new_tokens}")
     uniforms = uniforms.to(device) if temperature > 0 else None
 
-    # prompt and vision once a prompt; then the forced prefixes, left-padded so that all rows write the same column
+    # prompt and vision once a prompt; then the forced prefixes, left-padded so all rows write the same column
     batch = collate(prompts, codec.pad_id, device)
     hidden, context, following = model.prompt_hidden(**batch, keep=True)
     prompt = torch.arange(len(problems), device=device).repeat_interleave(group_size)   # (R,)
     last = hidden[torch.arange(len(prompts)), batch["attention_mask"].sum(1) - 1][prompt]
     cache = Rows(context.kv, batch["attention_mask"], prompt)
-    length = torch.tensor([len(p) for p in prefixes], device=device)                    # completion tokens so far
-    start = following[prompt]                                                           # position of completion token 0
+    length = torch.tensor([len(p) for p in prefixes], device=device)                    # completion so far
+    start = following[prompt]                                                           # first free position
     if int(length.max()):
         ids, mask = (a.to(device) for a in pad(prefixes, codec.pad_id, left=True))
-        positions = start[:, None] + (torch.arange(ids.shape[1], device=device) - ids.shape[1] + length[:, None]).clamp(min=0)
+        positions = start[:, None] + (torch.arange(ids.shape[1], device=device)
+                                      - ids.shape[1] + length[:, None]).clamp(min=0)
         cache.extend(mask)
         h = model.rows_hidden(ids, positions, cache)[:, -1]
         last = torch.where((length > 0)[:, None], h, last)
 
     tokens = torch.full((rows, max_new_tokens), codec.pad_id, device=device)
     logps = torch.zeros(rows, max_new_tokens, device=device)
-    total = torch.full((rows,), -1, device=device)                                      # final length, -1 while running
+    total = torch.full((rows,), -1, device=device)                                      # length; -1 = running
     eos, mask = torch.tensor(codec.eos_ids, device=device), codec.logit_mask.to(device)
-    alive = torch.arange(rows, device=device)                                           # original row of each live row
+    alive = torch.arange(rows, device=device)                                           # original row of each
     for step in range(max_new_tokens):
         token, logp = next_token(F.linear(last, model.head_weight), mask, temperature,
-                                 None if uniforms is None else uniforms[alive, length.clamp(max=max_new_tokens - 1)])
+                                 None if uniforms is None
+                                 else uniforms[alive, length.clamp(max=max_new_tokens - 1)])
         column = length.clamp(max=max_new_tokens - 1)
         open_rows = (total[alive] < 0) & (length < max_new_tokens)
         tokens[alive[open_rows], column[open_rows]] = token[open_rows]
@@ -366,7 +384,7 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
         length = length + 1
         done = open_rows & (torch.isin(token, eos) | (length >= max_new_tokens))
         total[alive[done]] = length[done]
-        if step % 4 == 3 or step == max_new_tokens - 1:     # looking costs a device sync, so not at every step
+        if step % 4 == 3 or step == max_new_tokens - 1:    # looking costs a device sync, so not at every step
             keep = (total[alive] < 0).nonzero()[:, 0]
             if len(keep) == 0:
                 break
@@ -383,15 +401,16 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
         ids = list(forced) + tokens[r][len(forced):total[r]]
         finished = ids[-1] in codec.eos_ids
         text = codec.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
-        out.append(Trajectory(problems[r // group_size], ids, [0] * len(forced) + [1] * (len(ids) - len(forced)),
+        out.append(Trajectory(problems[r // group_size], ids,
+                              [0] * len(forced) + [1] * (len(ids) - len(forced)),
                               [0.0] * len(forced) + logps[r][len(forced):total[r]], finished, text))
     return [out[i:i + group_size] for i in range(0, rows, group_size)]
 
 
 def next_token(logits, logit_mask, temperature: float, uniform=None):
-    """logits (R, V) -> token (R,) and its log-prob (R,) under softmax(logits / temperature) without banned tokens.
-    Greedy (temperature 0) reports the log-prob at temperature 1. Inverse CDF: the first token whose cumulative
-    probability exceeds `uniform` (R,)."""
+    """logits (R, V) -> token (R,) and its log-prob (R,) under softmax(logits / temperature) without banned
+    tokens. Greedy (temperature 0) reports the log-prob at temperature 1. Inverse CDF: the first token whose
+    cumulative probability exceeds `uniform` (R,)."""
     logits = logits.float() + logit_mask
     logp = (logits / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
@@ -403,24 +422,26 @@ def next_token(logits, logit_mask, temperature: float, uniform=None):
 
 
 def uniforms(key: str, rows: int, columns: int) -> torch.Tensor:
-    """Random numbers (rows, columns) in [0, 1 - 1e-6] that depend on `key` alone: whatever is sampled beside a problem,
-    on however many ranks and after whatever interruption, its own numbers stay the same."""
+    """Random numbers (rows, columns) in [0, 1 - 1e-6] that depend on `key` alone: whatever is sampled beside
+    a problem, on however many ranks and after whatever interruption, its own numbers stay the same."""
     rng = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
     return torch.rand(rows, columns, generator=rng).clamp(max=1 - 1e-6)
 
 
-def completion_hidden(model: Qwen25VL, prompts: list[Prompt], prompt_of_row: list[int], completions: list[list],
-                      pad_id: int):
-    """The training forward: hidden states that predict each completion token, the prompt computed once a prompt.
+def completion_hidden(model: Qwen25VL, prompts: list[Prompt], prompt_of_row: list[int],
+                      completions: list[list], pad_id: int):
+    """The training forward: hidden states that predict each completion token, the prompt computed once a
+    prompt.
 
     prompts: B; prompt_of_row (R,): which one each row continues; completions: R lists of token ids.
-    Returns hidden (R, T, D), targets (R, T) and the completion_mask (R, T) from lengths. Gradients flow through both
-    the prompt and the rows."""
+    Returns hidden (R, T, D), targets (R, T) and the completion_mask (R, T) from lengths. Gradients flow
+    through both the prompt and the rows."""
     device = model.head_weight.device
     batch = collate(prompts, pad_id, device)
     prompt = torch.tensor(prompt_of_row, device=device)
     hidden, context, following = model.prompt_hidden(**batch, keep=True)
-    last = hidden[torch.arange(len(prompts), device=device), batch["attention_mask"].sum(1) - 1][prompt]    # (R, D)
+    last = hidden[torch.arange(len(prompts), device=device),
+                  batch["attention_mask"].sum(1) - 1][prompt]                           # (R, D)
     targets, mask = (a.to(device) for a in pad(completions, pad_id))
     rows = Rows(context.kv, batch["attention_mask"], prompt, grow=False)
     rows.extend(mask[:, :-1])

@@ -1,7 +1,7 @@
 """Every test, in file order: python test_all.py [-k WORD]
 
-Each compares a component with a slow, obvious reference: transformers' own model, a for-loop, torch.autograd, one rank,
-an uninterrupted run. No network, no GPU.
+Each compares a component with a slow, obvious reference: transformers' own model, a for-loop, torch.autograd,
+one rank, an uninterrupted run. No network, no GPU.
 """
 import argparse
 import contextlib
@@ -54,26 +54,29 @@ def scratch():
 
 
 def close(a, b, tolerance=1e-4):
-    difference = (torch.as_tensor(a, dtype=torch.double) - torch.as_tensor(b, dtype=torch.double)).abs().max().item()
+    difference = (torch.as_tensor(a, dtype=torch.double)
+                  - torch.as_tensor(b, dtype=torch.double)).abs().max().item()
     assert difference <= tolerance, f"differ by {difference:.2e}, allowed {tolerance:.0e}"
 
 
 def random_model(seed=0, spread=0.25):
-    """The tiny architecture with random weights large enough that nothing is nearly uniform or nearly certain."""
+    """The tiny architecture with random weights large enough that nothing is nearly uniform or nearly
+    certain."""
     config = m.Config.from_dict(m.read_json(Path(TINY) / "config.json"))
     return m.init_model(replace(config, initializer_range=spread), seed).eval()
 
 
 def mixed_problems(count=4, steps=3):
     """Problems with one image, two images and none, so prompts differ in length."""
-    out = [shapes.make_problem(shapes.KINDS[i % 4], steps + i % 3, "free", "train", 5, i) for i in range(count)]
+    out = [shapes.make_problem(shapes.KINDS[i % 4], steps + i % 3, "free", "train", 5, i)
+           for i in range(count)]
     out[1] = replace(out[1], question="<image> and <image>" + out[1].question.replace("<image>", ""),
                      images=out[1].images + out[0].images)
     out[2] = replace(out[2], question=out[2].question.replace("<image>", ""), images=[])
     return out
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # model.py
 
 
@@ -86,9 +89,11 @@ def hub_model(seed: int):
     section = {16: [[4, 2, 2], [2, 3, 3]], 32: [[8, 4, 4], [4, 6, 6]]}[size][seed % 2]
     depth, v_heads = r.choice([1, 2, 3, 4]), r.choice([2, 4])
     config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=300, hidden_size=heads * size, intermediate_size=96, num_attention_heads=heads,
-                         num_hidden_layers=r.choice([1, 2, 3]), num_key_value_heads=kv, bos_token_id=1, eos_token_id=2,
-                         rope_parameters=dict(rope_type="default", rope_theta=r.choice([1e4, 1e6]), mrope_section=section)),
+        text_config=dict(vocab_size=300, hidden_size=heads * size, intermediate_size=96,
+                         num_attention_heads=heads, num_hidden_layers=r.choice([1, 2, 3]),
+                         num_key_value_heads=kv, bos_token_id=1, eos_token_id=2,
+                         rope_parameters=dict(rope_type="default", rope_theta=r.choice([1e4, 1e6]),
+                                              mrope_section=section)),
         vision_config=dict(depth=depth, hidden_size=v_heads * 16, num_heads=v_heads, intermediate_size=48,
                            out_hidden_size=heads * size, window_size=r.choice([56, 84, 112]),
                            fullatt_block_indexes=[i for i in range(depth) if r.random() < 0.5]),
@@ -109,13 +114,15 @@ def hub_batch(seed: int, check_images=True):
     for count in (1, 2, 0, 1):
         ids = [r.randrange(10, 300) for _ in range(r.randrange(1, 9))]
         for _ in range(count):
-            image = Image.fromarray(noise.integers(0, 256, (r.randrange(30, 200), r.randrange(30, 260), 3), dtype=np.uint8))
+            image = Image.fromarray(noise.integers(0, 256, (r.randrange(30, 200), r.randrange(30, 260), 3),
+                                                   dtype=np.uint8))
             patches, grid = m.preprocess_image(image, m.ImageConfig())
             if check_images:
                 same_patches(image, patches, grid)
             pixels.append(torch.from_numpy(patches))
             grids.append(grid)
-            ids += [7] + [5] * (grid[1] * grid[2] // 4) + [8] + [r.randrange(10, 300) for _ in range(r.randrange(9))]
+            ids += ([7] + [5] * (grid[1] * grid[2] // 4) + [8]
+                    + [r.randrange(10, 300) for _ in range(r.randrange(9))])
         rows.append(ids)
     ids, mask = rollout.pad(rows, 0, left=seed % 3 == 0)
     return ids, mask.long(), torch.cat(pixels), torch.tensor(grids)
@@ -135,7 +142,8 @@ def reference_logits(reference, ids, mask, pixels, grids):
 
 
 def test_parity_with_transformers():
-    """12 random configurations, loaded from what transformers saved: logits to 1e-4, image patches to 1e-4."""
+    """12 random configurations, loaded from what transformers saved: logits to 1e-4, image patches to
+    1e-4."""
     for seed in range(12):
         reference, batch = hub_model(seed), hub_batch(seed)
         with scratch() as folder:
@@ -186,11 +194,13 @@ def test_transformers_opens_what_we_save():
             ours = m.load_model(folder / "a")
             m.save_model(ours, folder / "b", folder / "a", max_shard_bytes=limit)
             assert (folder / "b" / "model.safetensors.index.json").is_file() == (limit < 10 ** 9)
-            reference, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "b", output_loading_info=True)
+            reference, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                folder / "b", output_loading_info=True)
             assert not any(info.values()), info
             again, batch = m.load_model(folder / "b"), hub_batch(seed, check_images=False)
         with torch.no_grad():
-            close(ours(*batch) * batch[1][..., None], reference_logits(reference.eval(), *batch) * batch[1][..., None])
+            close(ours(*batch) * batch[1][..., None],
+                  reference_logits(reference.eval(), *batch) * batch[1][..., None])
         for (name, a), (_, b) in zip(ours.named_parameters(), again.named_parameters()):
             assert torch.equal(a, b), name
 
@@ -199,7 +209,8 @@ def test_bad_checkpoints_are_named():
     with scratch() as folder:
         good = folder / "good"
         hub_model(1).save_pretrained(good)
-        tensors, config = load_file(good / "model.safetensors"), json.loads((good / "config.json").read_text())
+        tensors, config = (load_file(good / "model.safetensors"),
+                           json.loads((good / "config.json").read_text()))
         name = next(n for n in tensors if n.endswith("q_proj.weight"))
 
         def broken(change=None, config_change=None, write=True):
@@ -211,10 +222,12 @@ def test_bad_checkpoints_are_named():
                 save_file({k: v.clone() for k, v in (change or tensors).items()}, bad / "model.safetensors")
             return bad
 
-        raises(ValueError, ["missing", name], m.load_model, broken({k: v for k, v in tensors.items() if k != name}))
+        raises(ValueError, ["missing", name], m.load_model,
+               broken({k: v for k, v in tensors.items() if k != name}))
         raises(ValueError, ["unexpected", "stray"], m.load_model, broken({**tensors, "stray": torch.ones(2)}))
         raises(ValueError, [name, "shape (3, 3)"], m.load_model, broken({**tensors, name: torch.ones(3, 3)}))
-        raises(ValueError, ["config.json", "model_type", "llama"], m.load_model, broken(None, {"model_type": "llama"}))
+        raises(ValueError, ["config.json", "model_type", "llama"], m.load_model,
+               broken(None, {"model_type": "llama"}))
         raises(ValueError, ["model.safetensors", "missing"], m.load_model, broken(write=False))
         bad = broken()
         (bad / "model.safetensors").write_bytes(b"not tensors at all")
@@ -246,7 +259,7 @@ def test_remat_changes_nothing():
         close(a, b, 1e-3 * max(1.0, a.abs().max().item()))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # rollout.py
 
 
@@ -285,7 +298,8 @@ def test_sampled_logps_equal_training_logps():
     flat = [(i, t) for i, group in enumerate(rolled(net, codec, problems)) for t in group]
     flat = flat[::2] + flat[1::3]                       # any order, any number a prompt
     hidden, targets, mask = rollout.completion_hidden(
-        net, [rollout.encode_prompt(p, codec) for p in problems], [i for i, _ in flat], [t.ids for _, t in flat], codec.pad_id)
+        net, [rollout.encode_prompt(p, codec) for p in problems], [i for i, _ in flat],
+        [t.ids for _, t in flat], codec.pad_id)
     logps, _ = grpo.token_logps(hidden[mask], net.head_weight, targets[mask], codec.logit_mask)
     assert mask.sum(1).tolist() == [len(t.ids) for _, t in flat]
     close(logps, torch.tensor([x for _, t in flat for x in t.logps]))
@@ -335,13 +349,15 @@ def test_prefix_continues_like_the_uncached_forward():
     whole = [t for g in rollout.sample(net, problems, codec, 2, 12, uniforms=numbers) for t in g]
     cuts = [0, 3, 5, 1, 2, 7, 4, 0]
     prefixes = [t.ids[:min(c, len(t.ids) - 1)] for t, c in zip(whole, cuts)]
-    again = [t for g in rollout.sample(net, problems, codec, 2, 12, uniforms=numbers, prefix_ids=prefixes) for t in g]
+    again = [t for g in rollout.sample(net, problems, codec, 2, 12, uniforms=numbers, prefix_ids=prefixes)
+             for t in g]
     for t, prefix, original in zip(again, prefixes, whole):
         assert t.ids == original.ids                    # the same random numbers at the same token
         assert t.sampled == [0] * len(prefix) + [1] * (len(t.ids) - len(prefix))
         assert t.logps[:len(prefix)] == [0.0] * len(prefix)
         close(t.logps[len(prefix):], uncached_logps(net, codec, t.problem, t.ids)[len(prefix):])
-    raises(ValueError, "prefix_ids", rollout.sample, net, problems, codec, 2, 12, uniforms=numbers, prefix_ids=[[1]])
+    raises(ValueError, "prefix_ids", rollout.sample, net, problems, codec, 2, 12,
+           uniforms=numbers, prefix_ids=[[1]])
 
 
 def test_prompt_and_vision_once_whatever_the_group():
@@ -373,10 +389,11 @@ def test_next_token_follows_the_distribution():
     logits = torch.tensor([[0.2, 0.5, 0.3, 0.0]]).log().clamp(min=-1e9)
     banned = torch.zeros(4)
     token, logp = rollout.next_token(logits, banned, 1.0, torch.tensor([0.65]))
-    assert token.item() == 1 and abs(logp.item() - math.log(0.5)) < 1e-6              # the header's worked example
+    assert token.item() == 1 and abs(logp.item() - math.log(0.5)) < 1e-6         # the header's worked example
     grid = (torch.arange(10_000) + 0.5) / 10_000
     for temperature in (1.0, 0.5):
-        token, logp = rollout.next_token(logits.expand(10_000, -1), torch.tensor([0.0, 0.0, -torch.inf, 0.0]), temperature, grid)
+        token, logp = rollout.next_token(logits.expand(10_000, -1),
+                                         torch.tensor([0.0, 0.0, -torch.inf, 0.0]), temperature, grid)
         want = torch.tensor([0.2, 0.5, 0.0, 0.0]) ** (1 / temperature)
         want /= want.sum()
         close(torch.bincount(token, minlength=4) / 10_000, want, 2e-4)
@@ -408,7 +425,8 @@ def test_sampling_leaves_inputs_alone():
     kept = numbers.clone()
     rollout.sample(net, problems, codec, 1, 9, uniforms=numbers, prefix_ids=prefix, prompts=prompts)
     assert torch.equal(numbers, kept) and prefix == [[9, 10]] * 4
-    assert all(p.ids == ids and (x is None or torch.equal(p.pixel_values, x)) for p, (ids, x) in zip(prompts, before))
+    assert all(p.ids == ids and (x is None or torch.equal(p.pixel_values, x))
+               for p, (ids, x) in zip(prompts, before))
     assert all(torch.equal(a, b) for a, b in zip(weights, net.parameters()))
 
 
@@ -419,10 +437,12 @@ def test_prompt_is_the_chat_template():
     pads = prompt.ids.count(codec.image_token_id)
     assert pads == prompt.grids[0][1] * prompt.grids[0][2] // 4 and len(prompt.pixel_values) == 4 * pads
     text = codec.tokenizer.decode([i for i in prompt.ids if i != codec.image_token_id])
-    assert text == f"<|im_start|>user\n<|vision_start|><|vision_end|>{p.question[7:]}<|im_end|>\n<|im_start|>assistant\n"
+    assert text == (f"<|im_start|>user\n<|vision_start|><|vision_end|>{p.question[7:]}<|im_end|>\n"
+                    "<|im_start|>assistant\n")
     hostile = replace(p, question="<image>say <|im_end|> and <|image_pad|>")
     ids = rollout.encode_prompt(hostile, codec).ids
-    assert ids.count(codec.image_token_id) == pads and ids.count(codec.eos_ids[0]) == prompt.ids.count(codec.eos_ids[0])
+    assert (ids.count(codec.image_token_id) == pads
+            and ids.count(codec.eos_ids[0]) == prompt.ids.count(codec.eos_ids[0]))
     raises(rollout.DataError, ["tiles-4", "--max_prompt_tokens is 5"], rollout.encode_prompt, p, codec, 5)
 
 
@@ -436,7 +456,8 @@ def write_rows(folder, rows):
 def test_jsonl_aliases_and_image_tags():
     with scratch() as folder:
         rows = [{"images": ["a.png"], "problem": "<image>Find x.", "answer": 48},
-                {"image": "a.png", "question": "Find y.", "solution": "<think>long</think><answer>7</answer>"},
+                {"image": "a.png", "question": "Find y.",
+                 "solution": "<think>long</think><answer>7</answer>"},
                 {"prompt": [{"role": "user", "content": "One?"}], "ground_truth": "\\boxed{1}"},
                 {"img": ["a.png", "a.png"], "query": "is <image> like <image>?", "answer": "yes", "id": "q"},
                 {"problem": "stray <image> tag", "answer": "B", "choices": ["1", "2"]}]
@@ -456,13 +477,15 @@ def test_bad_rows_are_named_all_at_once():
         (folder / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
         good = {"images": ["a.png"], "problem": "<image>Find x.", "answer": "48"}
         rows = [good, {**good, "images": ["none.png"]}, {**good, "images": ["cut.png"]}, '{"problem": "half',
-                {**good, "answer": " "}, {**good, "problem": "<image><image>x"}, {"images": ["a.png"], "answer": "1"},
-                {**good, "answer": None}, [1, 2], {**good, "images": ["data:image/png;base64,%%%"]}, {**good, "images": 5}]
+                {**good, "answer": " "}, {**good, "problem": "<image><image>x"},
+                {"images": ["a.png"], "answer": "1"}, {**good, "answer": None}, [1, 2],
+                {**good, "images": ["data:image/png;base64,%%%"]}, {**good, "images": 5}]
         path = write_rows(folder, rows)
         message = raises(rollout.DataError, [], rollout.load_problems, path)
         for n, words in {2: ("none.png", "no such file"), 3: ("cut.png", "not readable"), 4: ("not JSON",),
-                         5: ("'answer'", "empty"), 6: ("2 <image> tags", "1 images"), 7: ("'problem'",), 8: ("'answer'",),
-                         9: ("JSON object",), 10: ("'images'", "data:"), 11: ("'images'",)}.items():
+                         5: ("'answer'", "empty"), 6: ("2 <image> tags", "1 images"), 7: ("'problem'",),
+                         8: ("'answer'",), 9: ("JSON object",), 10: ("'images'", "data:"),
+                         11: ("'images'",)}.items():
             lines = [x for x in message.splitlines() if x.startswith(f"{path}:{n}:")]
             assert len(lines) == 1 and all(w in lines[0] for w in words), (n, message)
         assert f"{path}:1:" not in message
@@ -478,12 +501,12 @@ def test_pad():
     assert data.tolist() == [[9, 9, 1], [2, 3, 4]] and mask.tolist() == [[False, False, True], [True] * 3]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # reward.py (cases follow)
 
 # REWARD TESTS
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # tiny/shapes.py
 
 
@@ -502,9 +525,11 @@ def test_problems_are_reproducible_and_varied():
 def test_splits_share_no_image():
     """No content of a held-out picture is ever drawn in training, whatever the seed."""
     def content(p):
-        return json.dumps([p.oracle["kind"], sorted(p.oracle["show"].items()), sorted(p.oracle.get("next", {}).items())])
+        return json.dumps([p.oracle["kind"], sorted(p.oracle["show"].items()),
+                           sorted(p.oracle.get("next", {}).items())])
     for kind in shapes.KINDS:
-        sides = [{content(shapes.make_problem(kind, 2, "free", split, seed, i)) for seed in (0, 1) for i in range(150)}
+        sides = [{content(shapes.make_problem(kind, 2, "free", split, seed, i))
+                  for seed in (0, 1) for i in range(150)}
                  for split in ("train", "heldout")]
         assert not sides[0] & sides[1] and min(map(len, sides)) > 50
 
@@ -529,8 +554,9 @@ def test_oracle_names_what_is_wrong():
     slip = f"{name} {value} {(int(shifted) + 1) % 10}"
     assert shapes.check_steps(p, [s[0], s[1], misread, s[3]]) == ["true", "true", "misread", "true"]
     assert shapes.check_steps(p, [s[0], s[1], slip, s[3]]) == ["true", "true", "logic", "true"]
-    assert shapes.check_steps(p, [s[1], s[0]]) == ["logic", "logic"]                    # true, but not what was asked
-    assert shapes.check_steps(p, ["hello", "red", "", s[3], s[3] + " 1", "gold 3 4", "red ² 3"]).count("unparsed") == 6
+    assert shapes.check_steps(p, [s[1], s[0]]) == ["logic", "logic"]            # true, but not what was asked
+    assert shapes.check_steps(
+        p, ["hello", "red", "", s[3], s[3] + " 1", "gold 3 4", "red ² 3"]).count("unparsed") == 6
     assert shapes.is_true(p, s[3]) and shapes.is_true(p, slip) and not shapes.is_true(p, misread)
     p = shapes.make_problem("path", 5, index=2)
     s = p.key_steps
@@ -543,7 +569,8 @@ def test_oracle_names_what_is_wrong():
 
 
 def test_erosion_grows_with_depth_and_stays_consistent():
-    assert abs(shapes.erosion_rate(1, 0.05, 0.4) - 0.05) < 1e-9 and abs(shapes.erosion_rate(9, 0.05, 0.4) - 0.4) < 1e-9
+    assert (abs(shapes.erosion_rate(1, 0.05, 0.4) - 0.05) < 1e-9
+            and abs(shapes.erosion_rate(9, 0.05, 0.4) - 0.4) < 1e-9)
     rng, wrong = random.Random(0), np.zeros(9)
     for i in range(600):
         p = shapes.make_problem(("tiles", "count", "bars")[i % 3], 9, "free", "train", 4, i)
@@ -579,7 +606,7 @@ def test_stream_spec():
         raises(ValueError, [spec, word], shapes.Stream, spec)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # grpo.py
 
 
@@ -629,12 +656,14 @@ def test_full_logits_never_exist():
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            sizes.extend(x.numel() for x in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(x))
+            sizes.extend(x.numel() for x in (out if isinstance(out, (tuple, list)) else [out])
+                         if torch.is_tensor(x))
             return out
 
     hidden, head = torch.randn(64, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True)
     with Watch():
-        grpo.token_logps(hidden, head, torch.arange(64), torch.zeros(100), chunk=16, entropy=True)[0].sum().backward()
+        grpo.token_logps(hidden, head, torch.arange(64), torch.zeros(100), chunk=16,
+                         entropy=True)[0].sum().backward()
     assert 16 * 100 == max(sizes), max(sizes)
 
 
@@ -668,22 +697,26 @@ def test_eq2_to_eq5_policy_loss():
     logps, old, advantages, weights, ref = loss_inputs()
     for low, high, dual, beta in ((0.2, 0.28, 3.0, 0.0), (0.1, 0.5, 1.5, 0.04), (0.2, 0.2, 100.0, 1.0)):
         loss, _ = grpo.policy_loss(logps, old, advantages, weights, 54, low, high, dual, beta, ref)
-        want = loss_by_loops(*(x.tolist() for x in (logps, old, advantages, weights)), 54, low, high, dual, beta, ref.tolist())
+        want = loss_by_loops(*(x.tolist() for x in (logps, old, advantages, weights)), 54, low, high, dual,
+                             beta, ref.tolist())
         close(loss, want, 1e-5)
 
 
 def test_eq3_gradient_and_worked_example():
-    """On policy the gradient is the plain policy gradient; outside the clip it is zero; weight 0 means no gradient."""
+    """On policy the gradient is the plain policy gradient; outside the clip it is zero; weight 0 means
+    no gradient."""
     logps, _, advantages, weights, _ = loss_inputs()
     x = logps.clone().requires_grad_()
     grpo.policy_loss(x, logps, advantages, weights, 10.0)[0].backward()
     close(x.grad, -advantages * weights / 10.0, 1e-6)
     x = torch.tensor([[math.log(0.3)]], requires_grad=True)
-    loss, stats = grpo.policy_loss(x, torch.tensor([[math.log(0.2)]]), torch.tensor([[0.75]]), torch.ones(1, 1), 1.0)
+    loss, stats = grpo.policy_loss(x, torch.tensor([[math.log(0.2)]]), torch.tensor([[0.75]]),
+                                   torch.ones(1, 1), 1.0)
     loss.backward()
     assert abs(loss.item() + 0.96) < 1e-6 and x.grad.item() == 0 and stats["clip_fraction"] == 1
     x = torch.tensor([[0.0, 0.0]], requires_grad=True)
-    grpo.policy_loss(x, torch.tensor([[0.0, -torch.inf]]), torch.tensor([[1.0]]), torch.tensor([[1.0, 0.0]]), 1.0)[0].backward()
+    grpo.policy_loss(x, torch.tensor([[0.0, -torch.inf]]), torch.tensor([[1.0]]),
+                     torch.tensor([[1.0, 0.0]]), 1.0)[0].backward()
     assert x.grad.tolist() == [[-1.0, 0.0]]             # even where an unused log-prob is not finite
 
 
@@ -696,8 +729,9 @@ def test_eq4_dual_clip_bounds_the_push():
 
 def test_eq5_k3_is_not_negative_and_unbiased():
     p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.5, 0.3, 0.2])
-    k3 = torch.stack([grpo.policy_loss(a.log().view(1, 1), a.log().view(1, 1), torch.zeros(1, 1), torch.ones(1, 1), 1.0,
-                                       beta=1.0, ref_logps=b.log().view(1, 1))[0] for a, b in zip(p, q)])
+    k3 = torch.stack([grpo.policy_loss(a.log().view(1, 1), a.log().view(1, 1), torch.zeros(1, 1),
+                                       torch.ones(1, 1), 1.0, beta=1.0, ref_logps=b.log().view(1, 1))[0]
+                      for a, b in zip(p, q)])
     assert (k3 >= 0).all()
     close((p * k3).sum(), (p * (p / q).log()).sum(), 1e-5)
 
@@ -707,7 +741,7 @@ def test_group_shares():
     assert shares == {"all_right": 0.25, "all_wrong": 0.25, "mixed": 0.5}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # eval.py
 
 
@@ -720,7 +754,7 @@ def test_pass_at_k_by_counting():
 
 
 def test_interval_is_wilsons():
-    low, high = evaluation.interval([1.0] * 8 + [0.0] * 2)                              # textbook values for 8 of 10
+    low, high = evaluation.interval([1.0] * 8 + [0.0] * 2)                       # textbook values for 8 of 10
     assert abs(low - 0.4902) < 2e-3 and abs(high - 0.9433) < 2e-3
     assert evaluation.interval([0.0] * 10)[0] == 0 and 0.2 < evaluation.interval([0.0] * 10)[1] < 0.35
     close(evaluation.interval([1.0, 0.0] * 5), evaluation.interval([1.0] * 5 + [0.0] * 5), 1e-9)
@@ -735,21 +769,24 @@ def test_interval_is_wilsons():
 
 
 def test_summary_figures():
-    rows = [{"id": i, "task": "a" if i < 2 else "b", "steps": 3, "mode": "sample", "correct": c, "format": True,
-             "extracted": "x" if c else None} for i, cs in enumerate(((1, 1), (1, 0), (0, 0), (0, 0))) for c in cs]
+    rows = [{"id": i, "task": "a" if i < 2 else "b", "steps": 3, "mode": "sample", "correct": c,
+             "format": True, "extracted": "x" if c else None}
+            for i, cs in enumerate(((1, 1), (1, 0), (0, 0), (0, 0))) for c in cs]
     rows += [{**r, "mode": "greedy"} for r in rows[::2]]
     s = evaluation.summarise(rows)
-    assert s["n"] == 4 and s["greedy"]["mean"] == 0.5 and s["avg@2"]["mean"] == 0.375 and s["pass@2"]["mean"] == 0.5
+    assert (s["n"] == 4 and s["greedy"]["mean"] == 0.5 and s["avg@2"]["mean"] == 0.375
+            and s["pass@2"]["mean"] == 0.5)
     assert s["sample no answer"]["mean"] == 0.625 and s["sample format"]["mean"] == 1
     table = evaluation.report(rows).splitlines()
     assert len(table) == 5 and "task a" in table[3] and "100.0 %" in table[3]
 
 
 def test_eval_command_on_a_file():
-    """JSONL in, one row a completion out, the same again with the same seed; a problem's samples do not depend on
-    the company it is in."""
+    """JSONL in, one row a completion out, the same again with the same seed; a problem's samples do not
+    depend on the company it is in."""
     with scratch() as folder:
-        rows = [{"id": f"p{i}", "images": ["a.png"], "problem": "<image>red 1?", "answer": "1"} for i in range(3)]
+        rows = [{"id": f"p{i}", "images": ["a.png"], "problem": "<image>red 1?", "answer": "1"}
+                for i in range(3)]
         path = write_rows(folder, rows)
         flags = ["--model", TINY, "--data", str(path), "--samples", "2", "--max_new_tokens", "12", "--out"]
         got = []
@@ -766,24 +803,27 @@ def test_eval_command_on_a_file():
 def test_flags_of_a_dataclass():
     config = evaluation.parse_flags(evaluation.EvalConfig, ["--samples", "3", "--greedy"])
     assert config.samples == 3 and config.greedy is True and config.data == "tiny"
-    assert evaluation.parse_flags(train.TrainConfig, ["--no-freeze_vision"], {"freeze_vision": True}).freeze_vision is False
+    assert evaluation.parse_flags(train.TrainConfig, ["--no-freeze_vision"],
+                                  {"freeze_vision": True}).freeze_vision is False
     with contextlib.redirect_stderr(io.StringIO()) as err:
         for flags in (["--no_such_flag", "1"], ["--sample", "3"], ["--samples", "many"]):
             raises(SystemExit, "2", evaluation.parse_flags, evaluation.EvalConfig, flags)
     assert "no_such_flag" in err.getvalue()
     source = Path(train.__file__).read_text()
     for name in asdict(train.TrainConfig()):
-        assert f"    {name}: " in source and "#" in source.split(f"    {name}: ", 1)[1].split("\n", 1)[0], name
+        assert (f"    {name}: " in source
+                and "#" in source.split(f"    {name}: ", 1)[1].split("\n", 1)[0]), name
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # train.py
 
 
 def small_run(out, **kwargs):
     """A few real steps of the real loop on few, short problems."""
-    defaults = dict(model=TINY, data="tiny:steps=3", out=str(out), max_steps=3, batch=4, group_size=4, max_new_tokens=40,
-                    eval_problems=0, lr=1e-3, warmup_steps=1, save_every=100, print_every=0, device="cpu")
+    defaults = dict(model=TINY, data="tiny:steps=3", out=str(out), max_steps=3, batch=4, group_size=4,
+                    max_new_tokens=40, eval_problems=0, lr=1e-3, warmup_steps=1, save_every=100,
+                    print_every=0, device="cpu")
     config = train.TrainConfig(**{**defaults, **kwargs})
     with contextlib.redirect_stdout(io.StringIO()):
         train.run(config)
@@ -812,12 +852,14 @@ def flags_of(config):
 
 def test_two_ranks_equal_one():
     """torchrun with two gloo processes against one process, RL and supervised: losses, norms and weights."""
-    for kwargs in (dict(stage="rl", updates_per_batch=2, micro_rows=5, beta=0.1), dict(stage="sft", max_new_tokens=60)):
+    for kwargs in (dict(stage="rl", updates_per_batch=2, micro_rows=5, beta=0.1),
+                   dict(stage="sft", max_new_tokens=60)):
         with scratch() as folder:
             config = small_run(folder / "one", **kwargs)
             two = replace(config, out=str(folder / "two"))
-            subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                            str(ROOT / "train.py"), *flags_of(two)], check=True, capture_output=True, text=True,
+            subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                            "--nproc_per_node", "2", str(ROOT / "train.py"), *flags_of(two)],
+                           check=True, capture_output=True, text=True,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
             for a, b in zip(metrics(folder / "one"), metrics(folder / "two"), strict=True):
                 for key in a:
@@ -840,7 +882,8 @@ def test_resumed_run_equals_uninterrupted():
         assert [r["step"] for r in metrics(folder / "cut")] == [1, 2, 3, 4]
         same_weights(weights_of(folder / "whole"), weights_of(folder / "cut"), 0)
         for a, b in zip(metrics(folder / "whole"), metrics(folder / "cut"), strict=True):
-            assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+            assert ({k: v for k, v in a.items() if k != "seconds"}
+                    == {k: v for k, v in b.items() if k != "seconds"})
         assert json.loads((folder / "cut" / "config.json").read_text())["lr"] == whole.lr
 
 
@@ -854,10 +897,11 @@ def test_micro_batches_change_nothing():
 
 
 def test_first_update_is_the_plain_policy_gradient():
-    """The gradient of a whole step against autograd on uncached log-probs: -sum A_i log pi(y_i) / (B G L_max)."""
+    """The gradient of a whole step against autograd on uncached log-probs: -sum A_i log pi(y_i) /
+    (B G L_max)."""
     with scratch() as folder:
-        config = train.TrainConfig(model=TINY, data="tiny:steps=3", batch=3, group_size=3, max_new_tokens=24, device="cpu",
-                                   eval_problems=0, max_grad_norm=1e9, out=str(folder))
+        config = train.TrainConfig(model=TINY, data="tiny:steps=3", batch=3, group_size=3, max_new_tokens=24,
+                                   device="cpu", eval_problems=0, max_grad_norm=1e9, out=str(folder))
         trainer = train.Trainer(config)
         trainer.model = random_model(spread=0.2)
         trainer.optimizer = train.Optimizer(trainer.model, config)
@@ -875,7 +919,8 @@ def test_first_update_is_the_plain_policy_gradient():
         for i, group in enumerate(groups):
             for t in group:
                 row = torch.tensor([prompts[i].ids + t.ids])
-                logits = net(row, None, prompts[i].pixel_values, torch.tensor(prompts[i].grids))[0] + trainer.codec.logit_mask
+                logits = (net(row, None, prompts[i].pixel_values, torch.tensor(prompts[i].grids))[0]
+                          + trainer.codec.logit_mask)
                 at = torch.arange(len(t.ids))
                 logps = logits.log_softmax(-1)[len(prompts[i].ids) - 1 + at, torch.tensor(t.ids)]
                 (-t.advantage * logps.sum() / (9 * 24)).backward()
@@ -886,19 +931,21 @@ def test_first_update_is_the_plain_policy_gradient():
 
 def test_forced_tokens_and_weights_carry_no_gradient():
     with scratch() as folder:
-        config = train.TrainConfig(model=TINY, batch=2, group_size=2, max_new_tokens=20, device="cpu", eval_problems=0,
-                                   out=str(folder))
+        config = train.TrainConfig(model=TINY, batch=2, group_size=2, max_new_tokens=20, device="cpu",
+                                   eval_problems=0, out=str(folder))
         trainer = train.Trainer(config)
         problems = trainer.draw(0)
         prompts = [rollout.encode_prompt(p, trainer.codec) for p in problems]
         t = trainer.roll_out(problems, prompts)[0][0]
         t.advantage = 1.0
         losses = []
-        for sampled, weights in (([0] * len(t.ids), None), (t.sampled, [0.0] * len(t.ids)), (t.sampled, None)):
+        for sampled, weights in (([0] * len(t.ids), None), (t.sampled, [0.0] * len(t.ids)),
+                                 (t.sampled, None)):
             t.sampled, t.weights = sampled, weights
             trainer.model.zero_grad()
             trainer.backward([(0, t)], prompts, 1.0)
-            losses.append(sum(p.grad.abs().sum().item() for p in trainer.model.parameters() if p.grad is not None))
+            losses.append(sum(p.grad.abs().sum().item()
+                              for p in trainer.model.parameters() if p.grad is not None))
         assert losses[0] == 0 and losses[1] == 0 and losses[2] > 0
 
 
@@ -958,11 +1005,14 @@ def test_bad_input_ends_with_one_line():
         (other / "config.json").write_text('{"model_type": "llama"}')
         (folder / "used").mkdir()
         (folder / "used" / "metrics.jsonl").write_text("")
-        cases = [(["--data", str(bad)], ["data.jsonl:1", "images", "none.png"]), (["--batches", "3"], ["--batches"]),
+        cases = [(["--data", str(bad)], ["data.jsonl:1", "images", "none.png"]),
+                 (["--batches", "3"], ["--batches"]),
                  (["--model", str(other)], ["llama", "model_type"]), (["--batch", "0"], ["--batch"]),
-                 (["--stage", "ppo"], ["--stage"]), (["--data", "tiny:steps=99"], ["steps"]), (["--dtype", "int4"], ["--dtype"]),
-                 (["--group_size", "1"], ["--group_size"]), (["--resume", str(folder)], ["--resume", "no checkpoint"]),
-                 (["--out", str(folder / "used")], ["--out", "holds a run"]), (["--model", "./nowhere"], ["./nowhere"]),
+                 (["--stage", "ppo"], ["--stage"]), (["--data", "tiny:steps=99"], ["steps"]),
+                 (["--dtype", "int4"], ["--dtype"]), (["--group_size", "1"], ["--group_size"]),
+                 (["--resume", str(folder)], ["--resume", "no checkpoint"]),
+                 (["--out", str(folder / "used")], ["--out", "holds a run"]),
+                 (["--model", "./nowhere"], ["./nowhere"]),
                  (["--max_prompt_tokens", "4"], ["--max_prompt_tokens"])]
         for flags, words in cases:
             out = [] if "--out" in flags or "--resume" in flags else ["--out", str(folder / "new")]
@@ -978,12 +1028,14 @@ def test_bad_input_ends_with_one_line():
 
 
 def test_the_readme_run_improves():
-    """The shipped model and the default flags, cut short: the log is written, figures are sane, a sample is shown."""
+    """The shipped model and the default flags, cut short: the log is written, figures are sane, a sample is
+    shown."""
     with scratch() as folder, contextlib.redirect_stdout(io.StringIO()) as printed:
         train.main(["--out", str(folder / "run"), "--max_steps", "2", "--batch", "8", "--eval_problems", "12",
                     "--print_every", "1", "--device", "cpu"])
         text = printed.getvalue()
-        for words in ("held-out before: greedy", "held-out after:  greedy", "avg@4", "step 2/2", "question", "steps "):
+        for words in ("held-out before: greedy", "held-out after:  greedy", "avg@4", "step 2/2",
+                      "question", "steps "):
             assert words in text, words
         figures = json.loads((folder / "run" / "heldout.json").read_text())
         assert figures["before"]["n"] == figures["after"]["n"] == 12
@@ -991,11 +1043,12 @@ def test_the_readme_run_improves():
         assert [r["step"] for r in metrics(folder / "run")] == [1, 2]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-k", default="", help="run only tests whose name contains this")
     word = parser.parse_args().k
     os.environ["HF_HUB_OFFLINE"] = "1"                  # hermetic: a test that reaches for the network fails

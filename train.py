@@ -5,13 +5,13 @@
 
 Place in the pipeline: all of it; nothing imports this file. One step reads
     problems -> rollout -> reward -> advantages -> policy update
-The paper says: reinforcement learning with GRPO. We chose: one update a rollout batch by default, AdamW at a constant
-rate after a short warm-up, fp32 master weights where the model is bfloat16.
+The paper says: reinforcement learning with GRPO. We chose: one update a rollout batch by default, AdamW at a
+constant rate after a short warm-up, fp32 master weights where the model is bfloat16.
 
-Data parallelism is one line of arithmetic: each rank takes every W-th problem of the global batch, divides its loss by
-the *global* normaliser, and gradients are summed over ranks, in fp32, once an optimiser step. Random numbers belong to
-problems (`rollout.uniforms`), not to processes. So W ranks and one process do the same, and a resumed run does the same
-as an uninterrupted one.
+Data parallelism is one line of arithmetic: each rank takes every W-th problem of the global batch, divides
+its loss by the *global* normaliser, and gradients are summed over ranks, in fp32, once an optimiser step.
+Random numbers belong to problems (`rollout.uniforms`), not to processes. So W ranks and one process do the
+same, and a resumed run does the same as an uninterrupted one.
 """
 import dataclasses
 import json
@@ -42,9 +42,9 @@ class TrainConfig:
     # what
     stage: str = "rl"                   # rl: GRPO from rewards; sft: imitate demonstrations
     model: str = "tiny"                 # folder or hub id of the checkpoint to start from
-    data: str = "tiny"                  # JSONL file, or "tiny" (drawn afresh), e.g. "tiny:steps=5,kinds=tiles+path"
-    eval_data: str = ""                 # JSONL file or tiny spec ("" = held-out split of the same spec; none for a file)
-    image_dir: str = ""                 # folder that image paths are relative to ("" = the folder of the file)
+    data: str = "tiny"            # JSONL file, or "tiny" (drawn afresh), e.g. "tiny:steps=5,kinds=tiles+path"
+    eval_data: str = ""      # JSONL file or tiny spec ("" = held-out split of the same spec; none for a file)
+    image_dir: str = ""                # folder that image paths are relative to ("" = the folder of the file)
     instruction: str = rollout.INSTRUCTION  # text appended to each question of a JSONL file (may be empty)
     out: str = ""                       # run folder ("" = runs/<stage>-<time>)
     resume: str = ""                    # run folder or checkpoint to go on from, with its saved flags
@@ -61,7 +61,7 @@ class TrainConfig:
     clip_low: float = 0.2               # the ratio is clipped to 1 - clip_low ...
     clip_high: float = 0.28             # ... and 1 + clip_high
     dual_clip: float = 3.0              # bound on the loss of tokens with a negative advantage
-    beta: float = 0.0                   # weight of the KL to the starting model (a frozen copy exists only if > 0)
+    beta: float = 0.0              # weight of the KL to the starting model (a frozen copy exists only if > 0)
     format_weight: float = 0.1          # share of the reward that is for form
     # the optimiser
     lr: float = 3e-5                    # AdamW's learning rate after warm-up
@@ -90,7 +90,8 @@ class TrainConfig:
         """ValueError names the flag that can not be."""
         if self.stage not in ("rl", "sft"):
             raise ValueError(f"--stage {self.stage}: must be rl or sft")
-        for name in ("max_steps", "batch", "group_size", "max_new_tokens", "updates_per_batch", "micro_rows", "keep"):
+        for name in ("max_steps", "batch", "group_size", "max_new_tokens", "updates_per_batch", "micro_rows",
+                     "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.batch % (ranks * self.updates_per_batch):
@@ -100,7 +101,7 @@ class TrainConfig:
             raise ValueError("--group_size 1: a group needs at least 2 completions to compare")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Ranks
 
 
@@ -140,30 +141,31 @@ def start_ranks(device: torch.device) -> tuple[Ranks, torch.device]:
     return Ranks(dist.get_rank(), dist.get_world_size()), device
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The optimiser
 
 
 class Optimizer:
-    """AdamW on fp32 master weights. Gradients of micro-batches are added up in fp32, summed over ranks, clipped."""
+    """AdamW on fp32 master weights. Gradients are added up in fp32, summed over ranks, clipped."""
 
     def __init__(self, model: Qwen25VL, config: TrainConfig):
         self.names, self.params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.params]
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+                        for p in self.params]
         groups = [{"params": [m for m in self.masters if m.dim() > 1], "weight_decay": config.weight_decay},
                   {"params": [m for m in self.masters if m.dim() <= 1], "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
         self.max_grad_norm = config.max_grad_norm
 
     def collect(self):
-        """After each backward pass: move bf16 gradients into the fp32 sums (fp32 parameters sum theirs in place)."""
+        """After each backward pass: add bf16 gradients to the fp32 sums (fp32 ones sum up in place)."""
         for p, m in zip(self.params, self.masters):
             if p is not m and p.grad is not None:
                 m.grad = p.grad.float() if m.grad is None else m.grad.add_(p.grad)
                 p.grad = None
 
     def step(self, lr: float, ranks: Ranks) -> float:
-        """One update. Returns the gradient norm before clipping; a norm that is not finite skips the update."""
+        """One update. Returns the gradient norm before clipping; where that is not finite, nothing moves."""
         for m in self.masters:
             m.grad = ranks.sum(torch.zeros_like(m) if m.grad is None else m.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm).item()
@@ -192,7 +194,8 @@ class Optimizer:
             if p is not m:
                 m.data.copy_(state[f"{name}/master"])
             keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{k}" in state]
-            self.adamw.state[m] = {k: state[f"{name}/{k}"].to("cpu" if k == "step" else m.device) for k in keys}
+            self.adamw.state[m] = {k: state[f"{name}/{k}"].to("cpu" if k == "step" else m.device)
+                                   for k in keys}
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -201,7 +204,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         1 - (1 - config.lr_end) * step / max(1, config.max_steps))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loop in phases
 
 
@@ -228,7 +231,7 @@ class Trainer:
             self.optimizer.load(load_file(checkpoint / "optimizer.safetensors"))
 
     def load_data(self):
-        """Training data (a Stream or a list) and held-out problems, all of it checked before anything is computed."""
+        """Training data (a Stream or a list) and held-out problems, checked before anything is computed."""
         c = self.config
         if c.data.partition(":")[0] == "tiny":
             from tiny.shapes import Stream
@@ -237,7 +240,7 @@ class Trainer:
             data = rollout.load_problems(c.data, c.image_dir, c.instruction)
             for p in data:
                 if c.stage == "sft" and not isinstance(p.demonstration, str):
-                    raise rollout.DataError(f"problem {p.id}: field 'demonstration' is missing, --stage sft needs it")
+                    raise rollout.DataError(f"problem {p.id}: --stage sft needs field 'demonstration'")
         name = c.eval_data or (c.data if c.data.partition(":")[0] == "tiny" else "")
         held_out = []
         if name and c.eval_problems:
@@ -247,13 +250,13 @@ class Trainer:
         return data, held_out
 
     def draw(self, step: int) -> list:
-        """Phase 1, problems: this rank's share of the global batch of a step. A file is shuffled anew each epoch."""
+        """Phase 1, problems: this rank's share of the global batch. A file is shuffled anew each epoch."""
         c, out = self.config, []
         for i in range(step * c.batch + self.ranks.rank, (step + 1) * c.batch, self.ranks.world):
             if isinstance(self.data, list):
                 epoch, i = divmod(i, len(self.data))
-                order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(c.seed + 7919 * epoch))
-                i = int(order[i])
+                rng = torch.Generator().manual_seed(c.seed + 7919 * epoch)
+                i = int(torch.randperm(len(self.data), generator=rng)[i])
             out.append(self.data[i])
         return out
 
@@ -270,7 +273,7 @@ class Trainer:
         return {**self.describe(groups), **stats, "groups": groups}
 
     def roll_out(self, problems, prompts) -> list:
-        """Phase 2, rollout: G completions a problem, at temperature 1 so that the stored log-probs are the policy."""
+        """Phase 2, rollout: G completions a problem, at temperature 1: stored log-probs are the policy."""
         c, key = self.config, f"train/{self.config.seed}/{self.step}"
         numbers = [rollout.uniforms(f"{key}/{p.id}", c.group_size, c.max_new_tokens) for p in problems]
         self.model.eval()
@@ -281,7 +284,8 @@ class Trainer:
         """Phase 3, reward: rules only, no model."""
         for t in (t for group in groups for t in group):
             p = t.problem
-            t.rewards = reward.reward_parts(t.text, p.answer, p.choices, t.finished, self.config.format_weight)
+            t.rewards = reward.reward_parts(t.text, p.answer, p.choices, t.finished,
+                                            self.config.format_weight)
 
     def assign_advantages(self, groups):
         """Phase 4, advantages inside each group."""
@@ -297,7 +301,8 @@ class Trainer:
         share = len(groups) // c.updates_per_batch
         for u in range(c.updates_per_batch):
             part = range(u * share, (u + 1) * share)
-            rows = [(i, t) for i in part for t in groups[i] if t.advantage != 0 or c.beta > 0]  # no others have a gradient
+            # rows with advantage 0 have no gradient
+            rows = [(i, t) for i in part for t in groups[i] if t.advantage != 0 or c.beta > 0]
             normaliser = share * self.ranks.world * c.group_size * c.max_new_tokens
             for at in range(0, len(rows), c.micro_rows):
                 for name, value in self.backward(rows[at:at + c.micro_rows], prompts, normaliser).items():
@@ -308,8 +313,8 @@ class Trainer:
         figures = dict(zip(names, total.tolist()))
         tokens = max(figures.pop("tokens"), 1.0)
         loss = figures.pop("loss") / c.updates_per_batch
-        return {"loss": loss, **{n: v / tokens for n, v in figures.items()}, "grad_norm": sum(norms) / len(norms),
-                "lr": learning_rate(c, self.step)}
+        return {"loss": loss, **{n: v / tokens for n, v in figures.items()},
+                "grad_norm": sum(norms) / len(norms), "lr": learning_rate(c, self.step)}
 
     def backward(self, rows, prompts, normaliser: float) -> dict:
         """Loss and gradients of some rows. rows: (index of the prompt, trajectory)."""
@@ -325,15 +330,15 @@ class Trainer:
         old_logps = ragged([t.logps for _, t in rows])
         weights = ragged([[w * s for w, s in zip(t.weights or t.sampled, t.sampled)] for _, t in rows])
         advantages = torch.tensor([t.advantage for _, t in rows], device=self.device)[:, None]
-        loss, stats = grpo.policy_loss(logps, old_logps, advantages, weights, normaliser, c.clip_low, c.clip_high,
-                                       c.dual_clip, c.beta, ref_logps)
+        loss, stats = grpo.policy_loss(logps, old_logps, advantages, weights, normaliser, c.clip_low,
+                                       c.clip_high, c.dual_clip, c.beta, ref_logps)
         loss.backward()
         self.optimizer.collect()
         return {"loss": loss.item(), "entropy": (entropy * (weights > 0)).sum().item(),
                 **{name: value.item() for name, value in stats.items()}}
 
     def completion_logps(self, model, inputs):
-        """inputs as `rollout.completion_hidden` takes them -> logps, entropies, completion_mask, all (R, T)."""
+        """inputs as `rollout.completion_hidden` takes them -> logps, entropies, completion_mask (R, T)."""
         hidden, targets, mask = rollout.completion_hidden(model, *inputs, self.codec.pad_id)
         found, spread = grpo.token_logps(hidden[mask], model.head_weight, targets[mask],
                                          self.codec.logit_mask.to(self.device), entropy=True)
@@ -342,8 +347,9 @@ class Trainer:
 
     def describe(self, groups) -> dict:
         """What a step's rollouts were like, over all ranks."""
-        rows = self.ranks.gather([[(t.rewards["total"], t.rewards["accuracy"], t.rewards["format"], len(t.ids), t.finished,
-                                    sum(t.sampled)) for t in group] for group in groups])
+        one = lambda t: (t.rewards["total"], t.rewards["accuracy"], t.rewards["format"], len(t.ids),
+                         t.finished, sum(t.sampled))
+        rows = self.ranks.gather([[one(t) for t in group] for group in groups])
         figures = torch.tensor(rows, dtype=torch.float64)                                      # (B, G, 6)
         self.tokens += int(figures[..., 5].sum())
         names = ("reward", "accuracy", "format", "length", "finished")
@@ -361,7 +367,8 @@ class Trainer:
         else:
             from tiny import shapes
             erosion = (c.erosion_first, c.erosion_ninth)
-            texts = [shapes.demonstrate(p, erosion, random.Random(f"erosion/{c.seed}/{p.id}")) for p in problems]
+            texts = [shapes.demonstrate(p, erosion, random.Random(f"erosion/{c.seed}/{p.id}"))
+                     for p in problems]
         completions = [ids[:c.max_new_tokens - 1] + [self.codec.eos_ids[0]]
                        for ids in tok(texts, add_special_tokens=False)["input_ids"]]
         prompts = [rollout.encode_prompt(p, self.codec, c.max_prompt_tokens) for p in problems]
@@ -370,8 +377,9 @@ class Trainer:
         loss_sum = right = 0.0
         for at in range(0, len(problems), c.micro_rows):
             part = slice(at, at + c.micro_rows)
-            hidden, targets, mask = rollout.completion_hidden(
-                self.model, prompts[part], list(range(len(prompts[part]))), completions[part], self.codec.pad_id)
+            count = len(prompts[part])
+            hidden, targets, mask = rollout.completion_hidden(self.model, prompts[part], list(range(count)),
+                                                              completions[part], self.codec.pad_id)
             logps, _ = grpo.token_logps(hidden[mask], self.model.head_weight, targets[mask],
                                         self.codec.logit_mask.to(self.device))
             loss = -logps.sum() / total
@@ -382,7 +390,8 @@ class Trainer:
         norm = self.optimizer.step(learning_rate(c, self.step), self.ranks)
         figures = self.ranks.sum(torch.tensor([loss_sum, right / total], dtype=torch.float64)).tolist()
         self.tokens += int(total)
-        return {"loss": figures[0], "likely_tokens": figures[1], "grad_norm": norm, "lr": learning_rate(c, self.step)}
+        return {"loss": figures[0], "likely_tokens": figures[1], "grad_norm": norm,
+                "lr": learning_rate(c, self.step)}
 
 
     # ---- looking at it, keeping it
@@ -399,14 +408,16 @@ class Trainer:
         return {**summarise(records), "table": report(records)}
 
     def save(self):
-        """out/checkpoint-<step>: the model in the hub's form, optimizer.safetensors, trainer.json. Written beside and
-        then renamed, so that a checkpoint is whole or not there; the oldest beyond `keep` are removed."""
+        """out/checkpoint-<step>: the model in the hub's form, optimizer.safetensors, trainer.json. Written
+        beside and then renamed, so that a checkpoint is whole or not there; the oldest beyond `keep` are
+        removed."""
         if self.ranks.rank == 0:
             out = Path(self.config.out)
             target, part = out / f"checkpoint-{self.step:06d}", out / "unfinished-checkpoint"
             shutil.rmtree(part, ignore_errors=True)
             save_model(self.model, part, self.config.model)
-            save_file({k: v.contiguous() for k, v in self.optimizer.state().items()}, part / "optimizer.safetensors")
+            state = {k: v.contiguous() for k, v in self.optimizer.state().items()}
+            save_file(state, part / "optimizer.safetensors")
             (part / "trainer.json").write_text(json.dumps({"step": self.step, "tokens": self.tokens}))
             shutil.rmtree(target, ignore_errors=True)
             part.rename(target)
@@ -415,15 +426,17 @@ class Trainer:
 
 
 def show(groups) -> str:
-    """One decoded sample for a person: question, gold, completion, reward; on tiny, the oracle's word on each step."""
-    group = max(groups, key=lambda g: len({t.rewards["accuracy"] for t in g}))      # a mixed group, where there is one
+    """One decoded sample: question, gold, completion, reward; on tiny, the oracle's word on each step."""
+    group = max(groups, key=lambda g: len({t.rewards["accuracy"] for t in g}))      # a mixed one, if any
     t = group[0]
-    lines = [f"  question  {t.problem.question!r}", f"  gold      {t.problem.answer!r}", f"  sampled   {t.text!r}"]
+    lines = [f"  question  {t.problem.question!r}", f"  gold      {t.problem.answer!r}",
+             f"  sampled   {t.text!r}"]
     if t.problem.oracle:
         from tiny.shapes import check_steps
         think = t.text.partition("<think>")[2].partition("</think>")[0]
         lines.append(f"  steps     {' '.join(check_steps(t.problem, think.splitlines()))}")
-    lines.append(f"  reward    {t.rewards}, right in the group: {sum(x.rewards['accuracy'] for x in group):.0f} of {len(group)}")
+    right = sum(x.rewards["accuracy"] for x in group)
+    lines.append(f"  reward    {t.rewards}, right in the group: {right:.0f} of {len(group)}")
     return "\n".join(lines)
 
 
@@ -432,10 +445,12 @@ def line(step: int, config: TrainConfig, m: dict) -> str:
     if config.stage == "sft":
         text = f"loss {m['loss']:.3f}  likely tokens {m['likely_tokens']:.3f}"
     else:
-        text = (f"reward {m['reward']:.3f}  accuracy {m['accuracy']:.3f}  groups right/mixed/wrong {m['all_right']:.2f}/"
-                f"{m['mixed']:.2f}/{m['all_wrong']:.2f}  length {m['length']:.0f}  entropy {m['entropy']:.3f}  "
-                f"kl {m['kl_old']:.5f}  clipped {m['clip_fraction']:.3f}")
-    return f"step {step}/{config.max_steps}  {text}  |grad| {m['grad_norm']:.2f}  lr {m['lr']:.1e}  {m['seconds']:.1f} s"
+        text = (f"reward {m['reward']:.3f}  accuracy {m['accuracy']:.3f}  "
+                f"right/mixed/wrong {m['all_right']:.2f}/{m['mixed']:.2f}/{m['all_wrong']:.2f}  "
+                f"length {m['length']:.0f}  entropy {m['entropy']:.3f}  kl {m['kl_old']:.5f}  "
+                f"clipped {m['clip_fraction']:.3f}")
+    return (f"step {step}/{config.max_steps}  {text}  |grad| {m['grad_norm']:.2f}  lr {m['lr']:.1e}  "
+            f"{m['seconds']:.1f} s")
 
 
 def headline(figures: dict) -> str:
@@ -446,7 +461,7 @@ def headline(figures: dict) -> str:
 
 
 def run(config: TrainConfig, checkpoint: Path | None = None) -> dict:
-    """The whole job. Returns the held-out figures {"before": ..., "after": ...} (None without held-out problems)."""
+    """The whole job. Returns the held-out figures {"before": ..., "after": ...}, or None for each."""
     trainer = Trainer(config, checkpoint)
     ranks = trainer.ranks
     config.out = ranks.same(config.out or f"runs/{config.stage}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -456,14 +471,14 @@ def run(config: TrainConfig, checkpoint: Path | None = None) -> dict:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
         rows = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").is_file() else []
-        rows = [r for r in rows if json.loads(r)["step"] <= trainer.step]           # a resumed run goes on from here
+        rows = [r for r in rows if json.loads(r)["step"] <= trainer.step]    # a resumed run goes on from here
         (out / "metrics.jsonl").write_text("".join(r + "\n" for r in rows))
     say(json.dumps(dataclasses.asdict(config)))
-    say(f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters on {ranks.world} x {trainer.device}, "
-        f"run folder {out}")
+    size = sum(p.numel() for p in trainer.model.parameters())
+    say(f"{size:,} parameters on {ranks.world} x {trainer.device}, run folder {out}")
     figures = {"before": None, "after": None}
     if checkpoint:
-        figures["before"] = json.loads((out / "heldout.json").read_text())["before"] if trainer.held_out else None
+        figures["before"] = json.loads((out / "heldout.json").read_text())["before"]
     else:
         figures["before"] = trainer.evaluate()
     if figures["before"]:
@@ -472,7 +487,8 @@ def run(config: TrainConfig, checkpoint: Path | None = None) -> dict:
         (out / "heldout.json").write_text(json.dumps(figures))
     if trainer.step == 0:
         trainer.save()
-    bar = tqdm(total=config.max_steps, initial=trainer.step, desc=config.stage, disable=None if lead else True)
+    bar = tqdm(total=config.max_steps, initial=trainer.step, desc=config.stage,
+               disable=None if lead else True)
     while trainer.step < config.max_steps:
         started = time.time()
         m = trainer.sft_step() if config.stage == "sft" else trainer.rl_step()
@@ -511,7 +527,7 @@ def main(argv=None):
         if not given.resume:
             config, checkpoint = given, None
             if config.out and (Path(config.out) / "metrics.jsonl").exists():
-                raise ValueError(f"--out {config.out}: holds a run already; --resume it, or choose another folder")
+                raise ValueError(f"--out {config.out}: holds a run already; --resume it, or choose another")
         else:
             folder = Path(given.resume)
             found = [folder] if (folder / "trainer.json").is_file() else sorted(folder.glob("checkpoint-*"))

@@ -2,8 +2,8 @@
 
     python experiments/seeds.py --seeds 3 [any flag of train.py]
 
-Each seed is one `python train.py --seed s`; runs already in the folder are not repeated. About 8 minutes a seed on 2
-CPU cores.
+Each seed is one `python train.py --seed s`; runs already in the folder are not repeated. About 8 minutes a
+seed on 2 CPU cores.
 """
 import argparse
 import json
@@ -15,24 +15,30 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
     parser.add_argument("--folder", default="runs/seeds", help="where the runs go")
-    args, flags = parser.parse_known_args()             # the rest goes to train.py, which refuses unknown flags
+    args, flags = parser.parse_known_args()           # the rest goes to train.py, which refuses unknown flags
     rows = []
     for seed in range(args.seeds):
         out = Path(args.folder) / f"seed-{seed}"
-        if not (out / "heldout.json").is_file() or json.loads((out / "heldout.json").read_text())["after"] is None:
-            subprocess.run([sys.executable, str(ROOT / "train.py"), "--seed", str(seed), "--out", str(out), *flags], check=True)
+        if (not (out / "heldout.json").is_file()
+                or json.loads((out / "heldout.json").read_text())["after"] is None):
+            subprocess.run([sys.executable, str(ROOT / "train.py"), "--seed", str(seed), "--out", str(out),
+                            *flags], check=True)
         rows.append(json.loads((out / "heldout.json").read_text()))
     names = [n for n in rows[0]["before"] if n == "greedy" or n.startswith(("avg@", "pass@"))]
     cell = lambda f: f"{100 * f['mean']:.1f} % [{100 * f['low']:.1f}, {100 * f['high']:.1f}]"
-    print("| seed | " + " | ".join(f"{n} before | {n} after" for n in names) + " |\n|---" + "|---" * (2 * len(names)) + "|")
+    print("| seed | " + " | ".join(f"{n} before | {n} after" for n in names)
+          + " |\n|---" + "|---" * (2 * len(names)) + "|")
     for seed, row in enumerate(rows):
-        print(f"| {seed} | " + " | ".join(f"{cell(row['before'][n])} | {cell(row['after'][n])}" for n in names) + " |")
+        print(f"| {seed} | " + " | ".join(f"{cell(row['before'][n])} | {cell(row['after'][n])}"
+                                          for n in names) + " |")
     for n in names:
         gains = [100 * (row["after"][n]["mean"] - row["before"][n]["mean"]) for row in rows]
-        print(f"{n}: gain {sum(gains) / len(gains):+.1f} points (seeds: {', '.join(f'{g:+.1f}' for g in gains)})")
+        print(f"{n}: gain {sum(gains) / len(gains):+.1f} points "
+              f"(seeds: {', '.join(f'{g:+.1f}' for g in gains)})")
 
 
 if __name__ == "__main__":

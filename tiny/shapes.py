@@ -1,23 +1,24 @@
-"""Visual tasks drawn by Pillow: each a chain of readings from the image followed by logic, with a step oracle.
+"""Visual tasks drawn by Pillow: each a chain of readings from the image followed by logic, with a step
+oracle.
 
-    python tiny/shapes.py --out shapes_preview --count 12      # write pictures and a problems.jsonl to look at
+    python tiny/shapes.py --out shapes_preview --count 12     # write pictures and a problems.jsonl to look at
     python tiny/shapes.py --guess                              # the guess rate of every task
 
 Four kinds, each with 1 to 20 steps (one step a line: what is looked up, what it shows, what follows from it):
 
-| kind  | the image                                  | a step        | the answer                               |
-|-------|--------------------------------------------|---------------|------------------------------------------|
-| tiles | coloured tiles with a digit                | `red 4 7`     | colour and shifted digit of each tile    |
-| count | coloured circles, squares, triangles       | `red 3`       | attribute and how many of each           |
-| path  | tiles with a digit and a dot: the next tile| `red 4 blue`  | colour and digit along the path          |
-| bars  | a bar chart, a colour a bar                | `red 6 yes`   | the bars over the limit with their height|
+kind  | the image                                  | a step        | the answer
+------|--------------------------------------------|---------------|------------------------------------------
+tiles | coloured tiles with a digit                | `red 4 7`     | colour and shifted digit of each tile
+count | coloured circles, squares, triangles       | `red 3`       | attribute and how many of each
+path  | tiles with a digit and a dot: the next tile| `red 4 blue`  | colour and digit along the path
+bars  | a bar chart, a colour a bar                | `red 6 yes`   | the bars over the limit with their height
 
-Three forms: `free` (the answer itself), `choice` (a letter among four), `yesno`. The free answer carries every reading,
-so guessing does not pay: a reward by luck would teach guessing instead of looking. Train and held-out problems share
-no image: a checksum of what an image shows decides on which side it lies.
+Three forms: `free` (the answer itself), `choice` (a letter among four), `yesno`. The free answer carries
+every reading, so guessing does not pay: a reward by luck would teach guessing instead of looking. Train and
+held-out problems share no image: a checksum of what an image shows decides on which side it lies.
 
-Everything here is our choice; the paper trains on natural images. `demonstrate` plants visual erosion: the chance of a
-wrong reading grows with depth, and the rest of the chain stays consistent with the wrong reading.
+Everything here is our choice; the paper trains on natural images. `demonstrate` plants visual erosion: the
+chance of a wrong reading grows with depth, and the rest of the chain stays consistent with the wrong reading.
 """
 import argparse
 import json
@@ -35,10 +36,11 @@ if __name__ == "__main__":
 from rollout import Problem
 
 COLOURS = {"red": (230, 25, 45), "green": (40, 160, 60), "yellow": (250, 220, 30), "blue": (20, 80, 220),
-           "orange": (245, 130, 30), "purple": (130, 30, 170), "cyan": (60, 220, 240), "magenta": (240, 50, 220),
-           "lime": (180, 245, 50), "pink": (250, 190, 205), "teal": (0, 120, 125), "violet": (200, 170, 255),
-           "brown": (130, 70, 25), "cream": (255, 245, 200), "maroon": (100, 0, 10), "mint": (150, 255, 195),
-           "olive": (120, 120, 0), "navy": (0, 0, 100), "black": (10, 10, 10), "white": (255, 255, 255)}
+           "orange": (245, 130, 30), "purple": (130, 30, 170), "cyan": (60, 220, 240),
+           "magenta": (240, 50, 220), "lime": (180, 245, 50), "pink": (250, 190, 205), "teal": (0, 120, 125),
+           "violet": (200, 170, 255), "brown": (130, 70, 25), "cream": (255, 245, 200),
+           "maroon": (100, 0, 10), "mint": (150, 255, 195), "olive": (120, 120, 0), "navy": (0, 0, 100),
+           "black": (10, 10, 10), "white": (255, 255, 255)}
 NAMES = tuple(COLOURS)
 SHAPES = ("circle", "square", "triangle")
 KINDS = ("tiles", "count", "path", "bars")
@@ -49,19 +51,21 @@ CELL = 28                                   # pixels; one merged image token of 
 UNIT = 8                                    # pixels a unit of bar height; a chart row is three cells high
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What an image shows (facts), and the chain that follows from it
 
 
 def make_facts(kind: str, steps: int, rng: random.Random) -> dict:
-    """Draw the content of one problem. JSON-friendly; `show` maps each name asked about (and distractors) to its
-    reading, `ask` lists the names in the order of the chain."""
+    """Draw the content of one problem. JSON-friendly; `show` maps each name asked about (and distractors) to
+    its reading, `ask` lists the names in the order of the chain."""
     names = rng.sample(NAMES, len(NAMES))
     ask, rest = names[:steps], names[steps:steps + rng.randint(0, min(3, MAX_STEPS - steps))]
     if kind == "tiles":
-        return {"kind": kind, "ask": ask, "shift": rng.randint(1, 2), "show": {n: rng.randint(0, 9) for n in ask + rest}}
+        return {"kind": kind, "ask": ask, "shift": rng.randint(1, 2),
+                "show": {n: rng.randint(0, 9) for n in ask + rest}}
     if kind == "bars":
-        return {"kind": kind, "ask": ask, "limit": rng.randint(1, 3), "show": {n: rng.randint(1, 9) for n in ask + rest}}
+        return {"kind": kind, "ask": ask, "limit": rng.randint(1, 3),
+                "show": {n: rng.randint(1, 9) for n in ask + rest}}
     if kind == "count":
         objects = [(n, rng.choice(SHAPES)) for n in ask + rest for _ in range(rng.randint(0, 3))]
         show = {n: sum(c == n for c, _ in objects) for n in ask + rest}
@@ -73,7 +77,7 @@ def make_facts(kind: str, steps: int, rng: random.Random) -> dict:
         ask = list(dict.fromkeys(ask))
         ask += [n for n in names if n not in ask][:steps - len(ask)]
         return {"kind": kind, "ask": ask, "show": {**{n: 0 for n in ask}, **show}, "objects": objects}
-    # path: ask[0] -> ask[1] -> ... -> end; distractors lead to a tile further on, so every walk comes to an end
+    # path: ask[0] -> ask[1] -> ... -> end; distractors lead to a tile further on, so every walk ends
     order = ask[:]
     for n in rest:
         order.insert(rng.randrange(len(order)), n)
@@ -110,9 +114,12 @@ QUESTIONS = {"tiles": "Shift each digit by {shift}: {ask}", "bars": "Which bars 
              "count": "Count each: {ask}", "path": "Follow the dots from {start}"}
 
 
-def make_problem(kind: str, steps: int, form: str = "free", split: str = "train", seed: int = 0, index: int = 0) -> Problem:
-    """The `index`-th problem of a stream; the same arguments give the same problem. split: "train" or "heldout"."""
-    if kind not in KINDS or form not in FORMS or not 1 <= steps <= MAX_STEPS or split not in ("train", "heldout"):
+def make_problem(kind: str, steps: int, form: str = "free", split: str = "train", seed: int = 0,
+                 index: int = 0) -> Problem:
+    """The `index`-th problem of a stream; the same arguments give the same problem. split: "train" or
+    "heldout"."""
+    if (kind not in KINDS or form not in FORMS or not 1 <= steps <= MAX_STEPS
+            or split not in ("train", "heldout")):
         raise ValueError(f"no such task: kind {kind!r}, steps {steps}, form {form!r}, split {split!r}")
     rng = random.Random(f"{kind}/{steps}/{form}/{split}/{seed}/{index}")
     while True:
@@ -121,7 +128,8 @@ def make_problem(kind: str, steps: int, form: str = "free", split: str = "train"
         if (zlib.crc32(shown.encode()) % 8 == 0) == (split == "heldout"):
             break
     gold = answer_from_steps(facts, true_steps(facts))
-    question = "<image>" + QUESTIONS[kind].format(**{**facts, "ask": " ".join(facts["ask"]), "start": facts["ask"][0]})
+    question = "<image>" + QUESTIONS[kind].format(**{**facts, "ask": " ".join(facts["ask"]),
+                                                     "start": facts["ask"][0]})
     answer, choices = gold, None
     if form == "choice":
         options = {gold}
@@ -139,12 +147,14 @@ def make_problem(kind: str, steps: int, form: str = "free", split: str = "train"
         answer = "yes" if offer == gold else "no"
         question += f"\nIs it {offer}?"
     return Problem(id=f"{kind}-{steps}-{form}-{split}-{seed}-{index}", question=question, answer=answer,
-                   images=[draw(facts, rng)], choices=choices, task=f"{kind}/{form}", key_steps=true_steps(facts), oracle=facts)
+                   images=[draw(facts, rng)], choices=choices, task=f"{kind}/{form}",
+                   key_steps=true_steps(facts), oracle=facts)
 
 
 class Stream:
-    """Endless problems by index. `spec` is "tiny" or, say, "tiny:steps=4-6,kinds=tiles+path,forms=free+choice"; `run`
-    neighbours have the same number of steps (a batch of one length has little padding). ValueError for a bad spec."""
+    """Endless problems by index. `spec` is "tiny" or, say,
+    "tiny:steps=4-6,kinds=tiles+path,forms=free+choice"; `run` neighbours have the same number of steps (a
+    batch of one length has little padding). ValueError for a bad spec."""
 
     def __init__(self, spec: str = "tiny", split: str = "train", seed: int = 0, run: int = 1):
         options = {"steps": DEFAULT_STEPS, "kinds": "+".join(KINDS), "forms": "free"}
@@ -156,8 +166,10 @@ class Stream:
             options[key] = value
         self.kinds, self.forms = options["kinds"].split("+"), options["forms"].split("+")
         low, _, high = options["steps"].partition("-")
-        if not (low.isdecimal() and (high or low).isdecimal() and 1 <= int(low) <= int(high or low) <= MAX_STEPS):
-            raise ValueError(f"{spec!r}: steps must be a number or a range like 4-6, between 1 and {MAX_STEPS}")
+        if not (low.isdecimal() and (high or low).isdecimal()
+                and 1 <= int(low) <= int(high or low) <= MAX_STEPS):
+            raise ValueError(f"{spec!r}: steps must be a number or a range like 4-6, "
+                             f"between 1 and {MAX_STEPS}")
         for given, known in ((self.kinds, KINDS), (self.forms, FORMS), ([name], ("tiny",))):
             if not set(given) <= set(known):
                 raise ValueError(f"{spec!r}: {'+'.join(given)} is not among {', '.join(known)}")
@@ -166,11 +178,12 @@ class Stream:
     def __getitem__(self, index: int) -> Problem:
         """Every kind and form in turn, so any stretch of the stream is balanced."""
         steps = random.Random(f"{self.split}/{self.seed}/{index // self.run}").choice(self.steps)
-        kind, form = self.kinds[index % len(self.kinds)], self.forms[index // len(self.kinds) % len(self.forms)]
+        kind, form = (self.kinds[index % len(self.kinds)],
+                      self.forms[index // len(self.kinds) % len(self.forms)])
         return make_problem(kind, steps, form, self.split, self.seed, index)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Demonstrations with planted erosion, and the oracle
 
 
@@ -196,20 +209,22 @@ def corrupt(facts: dict, wrong: set, rng: random.Random) -> list[str]:
 
 
 def erosion_rate(depth: int, first: float, ninth: float) -> float:
-    """Chance of a wrong reading at a step (depth 1, 2, ...): linear from `first` at 1 to `ninth` at 9, at most 0.9."""
+    """Chance of a wrong reading at a step (depth 1, 2, ...): linear from `first` at 1 to `ninth` at 9, at
+    most 0.9."""
     return min(first + (ninth - first) * (depth - 1) / 8, 0.9)
 
 
 def demonstrate(problem: Problem, erosion: tuple[float, float], rng: random.Random) -> str:
-    """A completion for supervised training: the chain, each reading wrong with the erosion rate of its depth, and the
-    answer that follows from the chain as written."""
+    """A completion for supervised training: the chain, each reading wrong with the erosion rate of its depth,
+    and the answer that follows from the chain as written."""
     facts = problem.oracle
     wrong = {k for k in range(MAX_STEPS) if rng.random() < erosion_rate(k + 1, *erosion)}
     steps = corrupt(facts, wrong, rng)
     answer = answer_from_steps(facts, steps)
-    if problem.choices:                     # the chain's own answer, else the option that agrees in most words
+    if problem.choices:                    # the chain's own answer, else the option that agrees in most words
         words = answer.split()
-        agree = [(option == answer, sum(a == b for a, b in zip(words, option.split()))) for option in problem.choices]
+        agree = [(option == answer, sum(a == b for a, b in zip(words, option.split())))
+                 for option in problem.choices]
         answer = "ABCD"[agree.index(max(agree))]
     elif "offer" in facts:
         answer = "yes" if answer == facts["offer"] else "no"
@@ -219,11 +234,13 @@ def demonstrate(problem: Problem, erosion: tuple[float, float], rng: random.Rand
 def check_steps(problem: Problem, steps: list[str]) -> list[str]:
     """The oracle. One verdict a step, each judged on its own words and the step before it:
     "true" - true of the image and the step the chain calls for; "misread" - not true of the image;
-    "logic" - the reading is true, but what is concluded is not, or it is not the step called for; "unparsed"."""
+    "logic" - the reading is true, but what is concluded is not, or it is not the step called for;
+    "unparsed"."""
     facts, verdicts, previous = problem.oracle, [], None
     for k, step in enumerate(steps):
         words = step.split()
-        known = len(words) >= 2 and words[0] in facts["show"] and len(words[1]) == 1 and words[1] in "0123456789"
+        known = (len(words) >= 2 and words[0] in facts["show"]
+                 and len(words[1]) == 1 and words[1] in "0123456789")
         if not known or len(words) != (2 if facts["kind"] == "count" else 3):
             verdicts.append("unparsed")
             previous = None
@@ -248,7 +265,7 @@ def is_true(problem: Problem, step: str) -> bool:
     return check_steps(problem, [step])[0] in ("true", "logic")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Drawing
 
 
@@ -258,12 +275,13 @@ def _font(size: int):
 
 
 def draw(facts: dict, rng: random.Random) -> Image.Image:
-    """The picture: whole cells, everything inside them varied (order, offset, size, shade, shape, background, noise).
-    Notes in facts["cells"] what lies where: ((row, column), thing)."""
+    """The picture: whole cells, everything inside them varied (order, offset, size, shade, shape, background,
+    noise). Notes in facts["cells"] what lies where: ((row, column), thing)."""
     things = list(facts.get("objects", facts["show"]))
     rng.shuffle(things)
     per_row, height = (min(10, max(3, len(things))), 3) if facts["kind"] == "bars" else (None, 1)
-    cols = per_row or rng.randint(max(2, int(len(things) ** 0.5)), min(8, max(3, int(len(things) ** 0.5) + 2)))
+    cols = per_row or rng.randint(max(2, int(len(things) ** 0.5)),
+                                  min(8, max(3, int(len(things) ** 0.5) + 2)))
     rows = max(1, -(-len(things) // cols))
     rows += facts["kind"] != "bars" and rng.random() < 0.3
     cells = sorted(rng.sample(range(rows * cols), len(things)))
@@ -293,7 +311,8 @@ def _ink(rgb):
 def _draw_tile(pen, x, y, rgb, digit, dot, rng):
     side = rng.randint(24, 27)
     x, y = x + rng.randint(0, CELL - side), y + rng.randint(0, CELL - side)
-    pen.rounded_rectangle((x, y, x + side, y + side), radius=rng.choice([0, 3, 6]), fill=rgb, outline=_ink(rgb))
+    pen.rounded_rectangle((x, y, x + side, y + side), radius=rng.choice([0, 3, 6]), fill=rgb,
+                          outline=_ink(rgb))
     if dot is None:
         size, cx, cy = rng.randint(15, 20), x + side / 2, y + side / 2
     else:                                                           # room for the dot; a cross marks the end
@@ -304,7 +323,8 @@ def _draw_tile(pen, x, y, rgb, digit, dot, rng):
                 pen.line((dx - r, dy - s * r, dx + r, dy + s * r), fill=_ink(rgb), width=2)
         else:
             pen.ellipse((dx - r, dy - r, dx + r, dy + r), fill=COLOURS[dot], outline=_ink(rgb))
-    pen.text((cx + rng.uniform(-1, 1), cy + rng.uniform(-1, 1)), str(digit), fill=_ink(rgb), font=_font(size), anchor="mm")
+    pen.text((cx + rng.uniform(-1, 1), cy + rng.uniform(-1, 1)), str(digit),
+             fill=_ink(rgb), font=_font(size), anchor="mm")
 
 
 def _draw_object(pen, x, y, rgb, shape, rng):
@@ -328,12 +348,13 @@ def _draw_bar(pen, x, y, rgb, value, rng):
     pen.line((x, base, x + CELL, base), fill=(90, 90, 90), width=2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Looking at it
 
 
 def guess_rate(kind: str, steps: int, trials: int = 2000) -> float:
-    """Chance that a blind chain (right names, readings drawn as the task draws them) gives the right free answer."""
+    """Chance that a blind chain (right names, readings drawn as the task draws them) gives the right free
+    answer."""
     rng, hits = random.Random(0), 0
     for _ in range(trials):
         a, b = make_facts(kind, steps, rng), make_facts(kind, steps, rng)
@@ -344,7 +365,8 @@ def guess_rate(kind: str, steps: int, trials: int = 2000) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="folder for pictures and problems.jsonl")
     parser.add_argument("--count", type=int, default=12, help="how many problems")
     parser.add_argument("--steps", type=int, default=5, help="steps a problem, 1 to 20")
