@@ -158,7 +158,7 @@ def summarise(records: list[dict]) -> dict:
             for k in (k for k in (2 ** j for j in range(1, 20)) if k <= n):
                 add(f"pass@{k}", [pass_at_k(n, sum(r["correct"] for r in g), k) for g in groups])
         add(f"{mode} format", mean(lambda r: r["format"]))
-        add(f"{mode} no answer", mean(lambda r: r["extracted"] is None))
+        add(f"{mode} parse fail", mean(lambda r: r["extracted"] is None))
     return out
 
 

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from model import (ImageConfig, Qwen25VL, Rows, load_image_config, preprocess_image, read_json, resolve,
-                   smart_resize)
+from model import (Config, ImageConfig, Qwen25VL, Rows, load_image_config, preprocess_image, read_json,
+                   resolve, smart_resize)
 
 INSTRUCTION = ("First think inside <think> </think>, one step a line, checking each step against the image. "
                "Then give only the final answer inside <answer> </answer>.")
@@ -243,9 +243,12 @@ def load_codec(path_or_id: str) -> Codec:
     """Read tokenizer and processor files of a checkpoint. ValueError names what is missing."""
     from transformers import AutoTokenizer
     folder = resolve(path_or_id)
-    config = read_json(folder / "config.json")
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    image_id = config["image_token_id"]
+    config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{folder}: no readable tokenizer: {str(e).splitlines()[0]}") from None
+    image_id = config.image_token_id
     if not tokenizer.chat_template:
         raise ValueError(f"{folder}: the tokenizer has no chat template")
     if tokenizer.convert_tokens_to_ids("<|image_pad|>") != image_id:
@@ -257,8 +260,7 @@ def load_codec(path_or_id: str) -> Codec:
     eos = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
     if None in eos:
         raise ValueError(f"{folder}: neither generation_config.json nor the tokenizer names an eos token")
-    vocab_size = (config.get("text_config") or config)["vocab_size"]
-    mask = torch.zeros(vocab_size)
+    mask = torch.zeros(config.vocab_size)
     mask[len(tokenizer):] = -torch.inf          # rows of the embedding that no token owns
     banned = (set(tokenizer.all_special_ids)
               | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special})

@@ -30,6 +30,7 @@ import grpo
 import model as m
 import rollout
 import train
+from reward import answers_match, extract_answer, format_ok, reward_parts
 from tiny import shapes
 
 ROOT = Path(__file__).resolve().parent
@@ -502,9 +503,355 @@ def test_pad():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# reward.py (cases follow)
+# reward.py
 
-# REWARD TESTS
+COLOURS = ["red", "green", "blue", "yellow"]
+NUMBERS = ["1", "12", "2", "21"]
+
+MATCH = r"""
+0.5            1/2             yes      numbers
+\frac12        0.5             yes
+\frac{3}4      0.75            yes
+\dfrac{6}{8}   3/4             yes
+1,234          1234            yes
+12,345,678     12345678        yes
+12,34          1234            no
+1{,}234        1234            yes
+(1,234)        1234            no
+3.0            3               yes
+-0             0               yes
+2e3            2000            yes
+2.5E-3         0.0025          yes
+4 \times 10^{-2}   0.04        yes
+6.02 x 10^23   6.02*10^{23}    yes
+3              30              no
+3              -3              no
+- 3            -3              yes
+1 3/4          1.75            yes
+2\frac{1}{3}   7/3             yes
+2½             5/2             yes
+-1 1/2         -1.5            yes
+2\frac{3}{2}   3               yes
+1000000 1/3    1000000         no
+0.3333333      0.33333333      no
+12345678901234/2   6172839450617    yes
+0.3333333      1/3             yes
+0.333          1/3             no
+1000000        1000001         no
+1234567.1      1234567         no
+22/7           \pi             no
+25%            25 \%           yes
+25%            0.25            yes
+25 percent     25%             yes
+25%            75%             no
+５７             57              yes
+\$3.20         3.2             yes
+$17$           17              yes
+16-8\pi        8               no       expressions
+16-8\pi        -8π+16          yes
+3π             9.42477796      yes
+3 pi           3*\pi           yes
+√50            5\sqrt{2}       yes
+\sqrt[3]{27}   3               yes
+\frac{2}{\sqrt{2}}   sqrt(2)   yes
+3**2           9               yes
+x²             x^2             yes
+x^2            x2              no
+x_1            x_{1}           yes
+x₁             x_1             yes
+blue+1         lueb+1          no
+2^3^2          512             yes
+2^3^2          64              no
+|x|            x               no
+\sqrt[3]{-8}   -2              yes
+2^{10}         1024            yes
+2^-2           0.25            yes
+-2^2           -4              yes
+(-2)^2         4               yes
+-2^2           4               no
+2(3+4)         14              yes
+|-7|           7               yes
+\sin 30°       0.5             yes
+\sin 2x        \sin(2x)        yes
+\sin 2x        2\sin x         no
+\sin 2x        x\sin 2         no
+\cos 2(x+1)    \cos(2x+2)      yes
+\sin x         \sin(x)         yes
+3\sin x \cos x   1.5\sin 2x      yes
+\sin^2 x       (\sin x)^2      yes
+\sin^{2}(x)    1-\cos² x       yes
+\sin^2 30°     1/4             yes
+\sin^2 x       \sin x^2        no
+\sin^{-1} x    1/\sin x        no
+\ln 2x         \ln 2 + \ln x   yes
+\log_2 8       3               yes
+\ln e          1               yes
+(x+1)(x-1)     x^2-1           yes
+(a+b)^2        a^2+b^2         no
+2xy            2yx             yes
+\frac{x}{y}    \frac{y}{x}     no
+1/0            1/0+1           no
+6/2/3          1               yes
+5-3-1          3               no
+70°            70              yes      units and labels
+70^\circ       70 degrees      yes
+8 cm           8               yes
+8\text{ cm}^2  8 square centimetres    yes
+8 cm           8 m             no
+8 cm           9 cm            no
+8 N            8               yes
+8 n            8               no
+25 °C          25              yes
+25°C           25 ℃            yes
+30 km/h        30              yes
+x = 8          8               yes
+8 = x          8               yes
+x = 8          y = 8           no
+Area = 8       8               yes
+x = 16/2 = 8   8               yes
+7 = 8          8               no
+3 + 5 = 8      8               yes
+x + 1 = 8      8               no
+2x = 8         8               no
+y = 3x - 1     y=-1+3x         yes      relations
+2x + 4y = 6    x + 2y = 3      yes
+x > 3          3 < x           yes
+x > 3          x < 3           no
+x > 3          x \ge 3         no
+-2x < 4        x > -2          yes
+-2x < 4        x < -2          no
+1 < x \leq 5   5 \geq x > 1    yes
+(1,2)          (1, 2)          yes      sequences
+(1,2)          (2,1)           no
+x \in [0, 2)   [0,2)           yes
+square 5       25              no
+[1,2)          (1,2)           no
+(1,2]          (1,2]           yes
+(1,\frac12)    (1.0, 0.5)      yes
+{3, 1, 2}      \{1,2,3\}       yes
+{1, 1, 2}      {1, 2, 2}       no
+1, 2, 3        3, 2, 1         no
+1 and 2        1, 2            yes
+1, 2           1               no
+[5]            5               no
+1 < 2          3 < 5           no
+2x = 4y        x = 3z          no
+x=1, y=2       y=2, x=1        yes
+\pm 4          4, -4           yes
+\pm 4          4               no
+(-\infty, 1) \cup (3, ∞)    (3,\infty)∪(-∞,1)   yes
+Blue.          blue            yes      words
+"Blue"         blue            yes
+\text{blue}    blue            yes
+**blue**       blue            yes
+redblue        red blue        no
+red            blue            no
+yes            no              no
+not            no              no
+on             no              no
+der            red             no
+A B C          C B A           no
+two            2               no
+red 7 0        red 70          no       embedded task
+red 4 blue     red 4 blue 5    no
+red 4 blue 5   blue 5 red 4    no
+red 0 blue 5   red 0 blue 6    no
+4 red 5 dog    4 dog 5 red     no
+a 1 b 2        b 2 a 1         no
+5 A            A               no       others
+\boxed{5}      5               yes
+The answer is \boxed{5}.    5  yes
+2\boxed{5}     5               no
+The answer is 5    5           yes
+5 or 6         5               no
+5; 6           6               no
+"""
+
+EXTRACT = [
+    ("<think>a</think><answer> 7 </answer>", "7"), ("<answer>6</answer> no: <answer>7</answer>", "7"),
+    ("<think>It is 6", None), ("<think>a</think><think><answer>7</answer>", None),
+    ("<answer></answer>", None), ("<answer>  </answer>", None), ("<answer>7", None), ("7</answer>", None),
+    ("<answer>6</answer> or <answer>7", None), ("<answer><answer>7</answer></answer>", None),
+    ("<answer><think>a</think>7</answer>", None), ("<answer><think>7</answer>", None),
+    ("<think><answer>7</answer></think>", None), ("", None),
+    ("<think>\\boxed{6}</think> it is \\boxed{7}", "7"), ("\\boxed{6}, rather \\boxed{7}", "7"),
+    ("\\boxed{7", None), ("\\boxed{\\frac{1}{2}} cm", "\\frac{1}{2}"), ("\\boxed{}", None),
+    ("\\boxed{\\{1\\}}", "\\{1\\}"), ("It is \\boxed{16-8\\pi}.", "16-8\\pi"), ("The answer is 7.", "7"),
+    ("Answer: blue", "blue"), ("1+1\n#### 2", "2"), ("The answer is 7, since 3 + 4 = 7, not 9.", "7"),
+    ("6 + 2 = 8 cm", "8"), ("Of 4 and 3 it has 3", "3"), ("It costs $2.50 today.", "2.50"),
+    ("Hence $x = 4$ and so on", "x = 4"), ("It is 1,250 altogether", "1,250"),
+    ("The final answer is:\n7", "7"), ("**Answer:** 7", "7"), ("<answer>5 and 7</answer>", "5 and 7"),
+    ("blue", "blue"), ("The area is 16-8\\pi here", "The area is 16-8\\pi here"), ("mm " * 100, None),
+    ("a</think>7", "7"), ("The answer is (1, 2).", "(1, 2)"), ("It is $5 and $6", "6"),
+    ("So \\(\\frac{3}{4}\\) is it", "\\(\\frac{3}{4}\\)"), ("The answer is y > 3.", "y > 3"),
+    ("<think>a</think>The answer is seven.", "seven"),
+]
+
+CHOOSE = [
+    ("B", "B"), ("(B)", "B"), ("B.", "B"), ("B) green", "B"), ("**B**", "B"), ("Option B", "B"),
+    ("The answer is (C).", "C"), ("<answer>b</answer>", "B"), ("<answer>green</answer>", "B"),
+    ("<answer>Green.</answer>", "B"), ("Ｂ", "B"), ("<answer>E</answer>", None),
+    ("<answer>A. red B. green</answer>", None), ("<answer>A, B</answer>", None),
+    ("<answer>A or B</answer>", None), ("red or green", None), ("It is the green one.", "B"),
+    ("It is not green.", None), ("<answer>B. red</answer>", None), ("I do not know.", None),
+    ("A red car", "A"), ("A car", None), ("greenish", None), ("Answer: C since A is too dark.", "C"),
+    ("<think>B</think>C", "C"), ("\\boxed{\\text{D}}", "D"), ("purple", None), ("$\\boxed{(D)}$", "D"),
+    ("5 A", None), ("B. It is that one", "B"), ("Neither A nor B", None), ("A is out, B is out\nSo D.", "D"),
+    ("The answer is A or B.", None), ("A is wrong. B is right.", "B"), ("(A) is not right, so (B).", "B"),
+    ("A and B are wrong. So C", "C"), ("B is right. A is wrong.", "B"), ("A is incorrect.", None),
+]
+
+REWARD = [
+    ("<think>a</think><answer>7</answer>", "7", None, 1.0, 1.0),
+    ("<think>a</think><answer>8</answer>", "7", None, 0.0, 1.0),
+    ("<answer>7</answer>", "7", None, 1.0, 0.0),
+    ("<think>a</think>\\boxed{7}", "7", None, 1.0, 0.0),
+    ("<think>a</think><answer>\\boxed{7}</answer>", "7", None, 1.0, 1.0),
+    ("<think>a</think><answer>6</answer><answer>7</answer>", "7", None, 0.0, 0.0),
+    ("<think><answer>6</answer></think><answer>7</answer>", "7", None, 0.0, 0.0),
+    ("<think><answer>7</answer></think>", "7", None, 0.0, 0.0),
+    ("<think>7</think>", "7", None, 0.0, 0.0),
+    ("<think>\\boxed{7}</think>", "7", None, 0.0, 0.0),
+    ("The answer is 7", "7", None, 0.0, 0.0),
+    ("<think>a</think>\\boxed{6}\\boxed{7}", "7", None, 0.0, 0.0),
+    ("<think>a</think><answer>\\boxed{6} \\boxed{7}</answer>", "7", None, 0.0, 1.0),
+    ("<think>a</think><answer>6, 7</answer>", "7", None, 0.0, 1.0),
+    ("<think>a</think><answer>6 or 7</answer>", "7", None, 0.0, 1.0),
+    ("<think>a</think><answer>How many? 6 7 8</answer>", "7", None, 0.0, 1.0),
+    ("<think>a</think><answer>6 = 7</answer>", "7", None, 0.0, 1.0),
+    ("", "7", None, 0.0, 0.0),
+    ("<think>a</think><answer>red 70</answer>", "red 7 0", None, 0.0, 1.0),
+    ("<think>a</think><answer>(B)</answer>", "B", COLOURS, 1.0, 1.0),
+    ("<think>a</think><answer>green</answer>", "B", COLOURS, 1.0, 1.0),
+    ("<think>a</think><answer>B. green</answer>", "green", COLOURS, 1.0, 1.0),
+    ("<think>a</think><answer>B. red</answer>", "B", COLOURS, 0.0, 1.0),
+    ("<think>a</think><answer>Which colour? A. red B. green C. blue D. yellow</answer>",
+     "B", COLOURS, 0.0, 1.0),
+    ("<think>a</think><answer>A. red B. green C. blue D. yellow</answer>", "A", COLOURS, 0.0, 1.0),
+    ("<think>a</think><answer>A B C D</answer>", "B", COLOURS, 0.0, 1.0),
+    ("<think>a</think><answer>ABCD</answer>", "A", COLOURS, 0.0, 1.0),
+    ("<think>a</think><answer>B or green or blue</answer>", "B", COLOURS, 0.0, 1.0),
+    ("<think>B</think>", "B", COLOURS, 0.0, 0.0),
+    ("<answer>B. It is that one</answer>", "B", COLOURS, 0.0, 0.0),
+    ("<think>a</think>\\boxed{B}", "B", COLOURS, 1.0, 0.0),
+    ("<answer>\\boxed{A} \\boxed{B}</answer>", "B", COLOURS, 0.0, 0.0),
+    ("<answer>A</answer><answer>B</answer>", "B", COLOURS, 0.0, 0.0),
+    ("a</think><answer>7</answer>", "7", None, 1.0, 0.0),
+    ("<think>a<answer>7</answer>", "7", None, 0.0, 0.0),
+    ("<answer>7</answer></answer>", "7", None, 0.0, 0.0),
+]
+
+FORMAT = [
+    ("<think>a</think><answer>b</answer>", True), ("<think>a\nb</think>\n\n<answer>c</answer>", True),
+    ("<think></think><answer>b</answer>", False), ("<think>a</think><answer> </answer>", False),
+    ("x<think>a</think><answer>b</answer>", False), ("<think>a</think><answer>b</answer>x", False),
+    ("<think>a</think>x<answer>b</answer>", False), ("<answer>b</answer><think>a</think>", False),
+    ("<think>a<answer>b</answer></think>", False),
+    ("<think>a</think><answer>b</answer><answer>b</answer>", False),
+    ("<think><think>a</think><answer>b</answer>", False), ("<think>a</think><answer>b", False), ("", False),
+    ("<think>a<answer></think>b</answer>", False), ("<think>a</answer></think><answer>b</answer>", False),
+]
+
+HOSTILE = ["9^9^9^9^9", "3^6400000", "(" * 90 + "7" + ")" * 90, "2^(10^9)", "10^{400}",
+           "(" * 900 + "7" + ")" * 900, "(" * 10 ** 6, "{" * 1999, "-" * 1999 + "7", "|" * 1500,
+           "\\frac" * 400, "\\sqrt{" * 300 + "7" + "}" * 300, "7" * 1900, "1" * 10 ** 6, "7\0", "\0",
+           "7\ud800", "9!!!!!", "nan", "inf", "__import__('os')", "0x7", "[7][0]", "7 if 1 else 0",
+           "x=" * 900, "1," * 999, "^" * 1999, "0/0", "log(0)", "log(-1)", "log_1 7", "\\sqrt[0]{7}", "1e999",
+           "0^-1", "tan(90°)", "(-8)^(1/3)", "±" * 1999, "\\text{" * 330, "\\boxed{" * 250, "<" * 1999,
+           "∪" * 1999, "7 " * 999, "٧٧", "²" * 1999, "½" * 1999, "$" * 1999, "1e400*1e400", "9^64^64",
+           "((((9^64)^64)^64)^64)^64", "\\", "%", "!", "°", ".", "=", ",", "7.7.7", "²", "e^(e^(e^e^e))",
+           "a" * 1999, "a," * 999, "ﷺ" * 1999, "'", "7_0", "7e", "\\text", "x_", "|7", "sin", "√",
+           "\\frac{7}", "A," * 999 + "C", "(A)," * 499, "sin 2x" * 99, "sin^2" * 99, "sin^9^9^9 x"]
+
+
+def match_rows():
+    return [line.replace("\t", " ") for line in MATCH.strip("\n").split("\n")]
+
+
+def fields(line):
+    """Prediction, gold and verdict: columns are two or more spaces apart."""
+    columns = [c.strip() for c in line.split("  ") if c.strip()]
+    return columns[0], columns[1], columns[2] == "yes"
+
+
+def test_reward_match():
+    cases = [fields(line) for line in match_rows()]
+    cases += [("red 4   blue\t5", "red 4 blue 5", True), ("", "", False), (None, "7", False),
+              (" ", " ", False), ("7", "", False)]
+    wrong = [c for c in cases if answers_match(c[0], c[1]) is not c[2]]
+    assert not wrong, wrong
+    swapped = [c for c in cases if c[0] and c[1] and answers_match(c[1], c[0]) is not c[2]]
+    assert not swapped, swapped
+    assert len(cases) > 120
+
+
+def test_reward_extract():
+    wrong = [(t, extract_answer(t), want) for t, want in EXTRACT if extract_answer(t) != want]
+    assert not wrong, wrong
+
+
+def test_reward_choose():
+    given = [(t, extract_answer(t, COLOURS), want) for t, want in CHOOSE]
+    wrong = [case for case in given if case[1] != case[2]]
+    assert not wrong, wrong
+    assert extract_answer("12.0", NUMBERS) == "B" and extract_answer("so 21 of them", NUMBERS) == "D"
+    assert extract_answer("<answer>$\\frac{24}{2}$</answer>", NUMBERS) == "B"
+    assert extract_answer("120", NUMBERS) is None
+    assert extract_answer("C. D", ["A", "B", "D", "E"]) == "C"
+    assert extract_answer("E", ["A", "B", "D", "E"]) == "D"
+    assert extract_answer("a dog", ["A", "B"]) is None
+    assert extract_answer("I think it is J", [str(i) for i in range(10)]) == "J"
+    assert extract_answer("a dark red one", ["red", "dark red"]) == "B"
+    assert extract_answer("5", ["5 cm", "5 m"]) is None
+    assert extract_answer("12", ["(A) 11", "(B) 12"]) == "B"
+
+
+def test_reward_match_choices():
+    cases = [("B", "B", True), ("(b)", "B", True), ("green", "B", True), ("B", "green", True),
+             ("B) green", "green", True), ("A", "B", False), ("red", "B", False), (None, "B", False),
+             ("", "B", False), ("5 A", "A", False), ("A or B", "B", False), ("E", "B", False),
+             ("AB", "B", False), ("green red", "B", False)]
+    for prediction, gold, want in cases:
+        assert answers_match(prediction, gold, COLOURS) is want, (prediction, gold)
+    assert answers_match("C", "A", ["same", "other", "same"])                 # two options with one text
+
+
+def test_reward_hostile_text():
+    start = time.perf_counter()
+    for text in HOSTILE:
+        for wrapped in (text, f"<answer>{text}</answer>", f"\\boxed{{{text}}}", "The answer is " + text):
+            extract_answer(wrapped), extract_answer(wrapped, COLOURS)
+            format_ok(wrapped), reward_parts(wrapped, "7")
+        assert answers_match(text, "7") is False and answers_match("7", text) is False, text[:50]
+        assert not answers_match(text, "B", COLOURS), text[:50]
+    large = ["<think>" * 10 ** 5, "<answer>" * 10 ** 5, "\\boxed{" * 10 ** 5, "answer is " * 10 ** 5,
+             " " * 10 ** 6, "1" * 10 ** 6, "1,111" * 10 ** 5,
+             "<think>" + "a " * 10 ** 5 + "</think><answer>7</answer>"]
+    for text in large:
+        extract_answer(text), extract_answer(text, COLOURS), format_ok(text), reward_parts(text, "7")
+        answers_match(text, "7")
+    assert not answers_match("y=1e99*1e99*1e99*1e99*x", "y=πx")
+    assert answers_match("1 " * 400, "1 " * 400)            # large: verbatim
+    assert not answers_match("a" * 2001, "a" * 2001)        # or never
+    assert time.perf_counter() - start < 60                 # a hang, on any machine
+
+
+def test_reward_parts_and_hacks():
+    for text, gold, choices, accuracy, form in REWARD:
+        parts = reward_parts(text, gold, choices)
+        assert (parts["accuracy"], parts["format"]) == (accuracy, form), (text, parts)
+        assert abs(parts["total"] - (0.9 * accuracy + 0.1 * form)) < 1e-12
+        assert set(parts) == {"accuracy", "format", "total"}
+    good = "<think>a</think><answer>7</answer>"
+    assert reward_parts(good, "7", finished=False) == {"accuracy": 0.0, "format": 0.0, "total": 0.0}
+    assert reward_parts(good, "7", format_weight=0.0)["total"] == 1.0
+    assert abs(reward_parts(good, "8", format_weight=0.3)["total"] - 0.3) < 1e-12
+
+
+def test_reward_format():
+    for text, want in FORMAT:
+        assert format_ok(text) is want, text
+
 
 # ------------------------------------------------------------------------------------------------------------
 # tiny/shapes.py
@@ -776,7 +1123,7 @@ def test_summary_figures():
     s = evaluation.summarise(rows)
     assert (s["n"] == 4 and s["greedy"]["mean"] == 0.5 and s["avg@2"]["mean"] == 0.375
             and s["pass@2"]["mean"] == 0.5)
-    assert s["sample no answer"]["mean"] == 0.625 and s["sample format"]["mean"] == 1
+    assert s["sample parse fail"]["mean"] == 0.625 and s["sample format"]["mean"] == 1
     table = evaluation.report(rows).splitlines()
     assert len(table) == 5 and "task a" in table[3] and "100.0 %" in table[3]
 
@@ -826,7 +1173,7 @@ def small_run(out, **kwargs):
                     print_every=0, device="cpu")
     config = train.TrainConfig(**{**defaults, **kwargs})
     with contextlib.redirect_stdout(io.StringIO()):
-        train.run(config)
+        train.run(train.Trainer(config))
     return config
 
 
@@ -852,7 +1199,7 @@ def flags_of(config):
 
 def test_two_ranks_equal_one():
     """torchrun with two gloo processes against one process, RL and supervised: losses, norms and weights."""
-    for kwargs in (dict(stage="rl", updates_per_batch=2, micro_rows=5, beta=0.1),
+    for kwargs in (dict(stage="rl", updates_per_batch=2, micro_rows=5, beta=0.1, lr=1e-4),
                    dict(stage="sft", max_new_tokens=60)):
         with scratch() as folder:
             config = small_run(folder / "one", **kwargs)
@@ -956,10 +1303,12 @@ def test_bf16_master_weights():
     optimizer = train.Optimizer(net, config)
     start = [x.clone() for x in optimizer.masters]
     for _ in range(3):
-        for p in net.parameters():
-            p.grad = torch.ones_like(p)
-        optimizer.collect()
+        for part in (1.0, 2 ** -9):                     # two micro-batches; their sum is no bfloat16 number
+            for p in net.parameters():
+                p.grad = torch.full_like(p, part)
+            optimizer.collect()
         assert all(p.grad is None for p in net.parameters())
+        assert all((x.grad == 1 + 2 ** -9).all() for x in optimizer.masters)
         optimizer.step(1e-6, train.Ranks())
     for a, b, p in zip(start, optimizer.masters, net.parameters()):
         close(b, a - 3e-6, 1e-6)

@@ -460,10 +460,9 @@ def headline(figures: dict) -> str:
     return ", ".join(parts) + f", {figures['n']} problems"
 
 
-def run(config: TrainConfig, checkpoint: Path | None = None) -> dict:
+def run(trainer: Trainer) -> dict:
     """The whole job. Returns the held-out figures {"before": ..., "after": ...}, or None for each."""
-    trainer = Trainer(config, checkpoint)
-    ranks = trainer.ranks
+    config, ranks, resumed = trainer.config, trainer.ranks, trainer.step > 0
     config.out = ranks.same(config.out or f"runs/{config.stage}-{time.strftime('%Y%m%d-%H%M%S')}")
     out, lead = Path(config.out), ranks.rank == 0
     say = tqdm.write if lead else (lambda text: None)
@@ -477,7 +476,7 @@ def run(config: TrainConfig, checkpoint: Path | None = None) -> dict:
     size = sum(p.numel() for p in trainer.model.parameters())
     say(f"{size:,} parameters on {ranks.world} x {trainer.device}, run folder {out}")
     figures = {"before": None, "after": None}
-    if checkpoint:
+    if resumed:
         figures["before"] = json.loads((out / "heldout.json").read_text())["before"]
     else:
         figures["before"] = trainer.evaluate()
@@ -537,9 +536,10 @@ def main(argv=None):
             saved = json.loads((checkpoint.parent / "config.json").read_text())
             config = parse_flags(TrainConfig, argv, defaults=saved)
             config.out = str(checkpoint.parent)
-        run(config, checkpoint)
+        trainer = Trainer(config, checkpoint)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
+    run(trainer)
 
 
 if __name__ == "__main__":
