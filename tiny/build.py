@@ -201,11 +201,11 @@ def cell_facts(facts, rows, cols) -> list[dict]:
 
 
 STAGES = {      # stages 2 to 4 as flags of train.py
-    "look up": "--data tiny:steps=8-12 --max_steps 650 --lr 1e-3 --lr_end 0.5 --warmup_steps 30",
-    "further": "--data tiny:steps=6-14 --max_steps 300 --lr 5e-4 --lr_end 0.2",
-    "forms": "--data tiny:steps=3-6,forms=free+choice+yesno --max_steps 150 --lr 4e-4 --lr_end 0.2",
-    "erosion": "--data tiny:steps=3-16 --max_steps 150 --lr 3e-4 --lr_end 0.2 "
-               "--erosion_first 0.05 --erosion_ninth 0.4",
+    "look up": "--data tiny:steps=8-12 --max_steps 500 --lr 1e-3 --lr_end 0.5 --warmup_steps 30",
+    "longer": "--data tiny:steps=6-20 --max_steps 230 --lr 5e-4 --lr_end 0.5",
+    "forms": "--data tiny:steps=3-8,forms=free+free+choice+yesno --max_steps 300 --lr 5e-4 --lr_end 0.2",
+    "erosion": "--data tiny:steps=3-20,forms=free+free+free+choice+free+free+free+yesno --max_steps 150 "
+               "--lr 3e-4 --lr_end 0.2 --erosion_first 0.05 --erosion_ninth 0.4",
 }
 COMMON = ("--stage sft --batch 48 --max_new_tokens 256 --freeze_vision --eval_problems 0 --save_every 1000 "
           "--device cpu")
@@ -215,7 +215,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(ROOT / "tiny"), help="folder for the model")
-    parser.add_argument("--eyes_steps", type=int, default=1100, help="optimiser steps of stage 1")
+    parser.add_argument("--eyes_steps", type=int, default=1000, help="optimiser steps of stage 1")
     args = parser.parse_args()
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ kind  | the image                                  | a step        | the answer
 tiles | coloured tiles with a digit                | `red 4 7`     | colour and shifted digit of each tile
 count | coloured circles, squares, triangles       | `red 3`       | attribute and how many of each
 path  | tiles with a digit and a dot: the next tile| `red 4 blue`  | colour and digit along the path
-bars  | a bar chart, a colour a bar                | `red 6 yes`   | the bars over the limit with their height
+bars  | a bar chart, a colour a bar                | `red 6 yes`   | each bar's height and whether it is over the limit
 
 Three forms: `free` (the answer itself), `choice` (a letter among four), `yesno`. The free answer carries
 every reading, so guessing does not pay: a reward by luck would teach guessing instead of looking. Train and
@@ -100,17 +100,17 @@ def true_steps(facts: dict) -> list[str]:
 
 
 def answer_from_steps(facts: dict, steps: list[str]) -> str:
-    """The free-form answer that a chain of steps implies, right or wrong."""
+    """The free-form answer that a chain of steps implies, right or wrong: every name with what it came to."""
     parts = []
     for step in steps:
         name, value, *more = step.split()
-        if facts["kind"] == "bars" and more != ["yes"]:
-            continue
-        parts.append(f"{name} {more[0] if facts['kind'] == 'tiles' else value}")
-    return " ".join(parts) or "none"
+        if facts["kind"] == "tiles":
+            value = more[0]
+        parts.append(step if facts["kind"] == "bars" else f"{name} {value}")
+    return " ".join(parts)
 
 
-QUESTIONS = {"tiles": "Shift each digit by {shift}: {ask}", "bars": "Which bars are over {limit}: {ask}",
+QUESTIONS = {"tiles": "Shift each digit by {shift}: {ask}", "bars": "Is each bar over {limit}: {ask}",
              "count": "Count each: {ask}", "path": "Follow the dots from {start}"}
 
 
@@ -209,9 +209,9 @@ def corrupt(facts: dict, wrong: set, rng: random.Random) -> list[str]:
 
 
 def erosion_rate(depth: int, first: float, ninth: float) -> float:
-    """Chance of a wrong reading at a step (depth 1, 2, ...): linear from `first` at 1 to `ninth` at 9, at
-    most 0.9."""
-    return min(first + (ninth - first) * (depth - 1) / 8, 0.9)
+    """Chance of a wrong reading at a step (depth 1, 2, ...): linear from `first` at 1 to `ninth` at 9, then
+    constant."""
+    return first + (ninth - first) * (min(depth, 9) - 1) / 8
 
 
 def demonstrate(problem: Problem, erosion: tuple[float, float], rng: random.Random) -> str:
