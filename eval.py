@@ -43,6 +43,7 @@ class EvalConfig:
     samples: int = 0                    # k: samples a problem at temperature 1, for avg@k and pass@k
     max_new_tokens: int = 0             # length limit of a completion (0 = 2048 for a file, 256 for tiny)
     max_prompt_tokens: int = 16384      # a longer prompt is an error
+    max_pixels: int = 0                 # larger images are scaled down to this area (0 = the checkpoint's)
     batch: int = 32                     # prompts sampled together
     seed: int = 0                       # random numbers of the samples
     device: str = "auto"                # cpu, cuda, cuda:1 ... (auto = cuda where there is one)
@@ -65,7 +66,10 @@ def parse_flags(config_class, argv=None, defaults: dict | None = None):
 
 def device_and_dtype(device: str, dtype: str):
     """Resolve "auto": cuda and bfloat16 where there is a GPU, else cpu and float32. ValueError for others."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "auto" and device.partition(":")[0] not in ("cpu", found):
+        raise ValueError(f"--device {device}: there is no such device here, only {found}")
+    device = torch.device(found if device == "auto" else device)
     names = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "float32": torch.float32,
              "bfloat16": torch.bfloat16}
     if dtype not in names:
@@ -185,22 +189,29 @@ def percent(figure: dict) -> str:
 def main(argv=None):
     config = parse_flags(EvalConfig, argv)
     try:
+        for name in ("problems", "samples", "max_new_tokens", "max_pixels"):
+            if getattr(config, name) < 0:
+                raise ValueError(f"--{name} {getattr(config, name)}: must not be negative")
+        if config.batch < 1:
+            raise ValueError(f"--batch {config.batch}: must be at least 1")
+        if config.out:                                  # before the work, not after it
+            Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+            open(config.out, "a").close()
         if not (config.greedy or config.samples):
             config.greedy, config.samples = True, 4
         device, dtype = device_and_dtype(config.device, config.dtype)
         problems = rollout.load_data(config.data, "heldout", config.problems, config.image_dir,
                                      config.instruction)
-        codec = rollout.load_codec(config.model)
+        codec = rollout.load_codec(config.model, config.max_pixels)
         for p in problems:
             rollout.encode_prompt(p, codec, config.max_prompt_tokens, pixels=False)
         model = load_model(config.model, device, dtype).eval()
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    limit = config.max_new_tokens or (256 if config.data.startswith("tiny") else 2048)
+    limit = config.max_new_tokens or (256 if config.data.partition(":")[0] == "tiny" else 2048)
     records = evaluate(model, codec, problems, config.greedy, config.samples, limit, config.seed,
                        config.batch)
     if config.out:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         with open(config.out, "w", encoding="utf-8") as f:
             f.writelines(json.dumps(r) + "\n" for r in records)
     print(report(records))

@@ -33,7 +33,7 @@ def token_logps(hidden, head_weight, targets, logit_mask, temperature: float = 1
 
     hidden (N, D), head_weight (V, D), targets (N,), logit_mask (V,) of 0 and -inf -> logps (N,),
     entropies (N,) (zeros unless asked for; no gradient). The logits of a chunk are made again in the backward
-    pass, so no more than (chunk, V) of them ever exists. fp32 throughout."""
+    pass, so no more than (chunk, V) of them ever exists. The softmax is in fp32."""
     def part(h, y):
         logits = (F.linear(h, head_weight).float() + logit_mask) / temperature          # (chunk, V)
         logp = logits.log_softmax(-1)

@@ -100,7 +100,7 @@ class Config:
             num_key_value_heads=text.get("num_key_value_heads") or need(text, "num_attention_heads"),
             rms_norm_eps=text.get("rms_norm_eps", 1e-6), rope_theta=float(rope.get("rope_theta") or 1e6),
             mrope_section=tuple(rope.get("mrope_section") or (16, 24, 24)),
-            tie_word_embeddings=bool(c.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+            tie_word_embeddings=bool(c.get("tie_word_embeddings", text.get("tie_word_embeddings"))),
             initializer_range=text.get("initializer_range", 0.02), image_token_id=need(c, "image_token_id"),
             v_depth=need(vision, "depth"), v_hidden_size=need(vision, "hidden_size"),
             v_intermediate_size=need(vision, "intermediate_size"), v_num_heads=need(vision, "num_heads"),
@@ -339,7 +339,7 @@ class Full:
     (prefill)."""
 
     def __init__(self, attention_mask=None, keep: bool = False):
-        self.kv = [] if keep else None
+        self.kv = {} if keep else None                          # layer -> (k, v)
         self.mask = None
         if attention_mask is not None and not bool(attention_mask.all()):
             t = attention_mask.shape[1]
@@ -350,22 +350,22 @@ class Full:
     def attend(self, layer: int, q, k, v):
         """q (B, H, T, d), k and v (B, K, T, d) -> (B, H, T, d)."""
         if self.kv is not None:
-            self.kv.append((k, v))
+            self.kv.setdefault(layer, (k, v))           # a layer recomputed in the backward pass comes twice
         return sdpa(q, k, v, self.mask, causal=self.mask is None)
 
 
 class Rows:
     """R rows continuing B shared prompts: each row sees its prompt's keys and its own tokens so far.
 
-    prefix_kv: per layer (k, v) of shape (B, K, P, d), stored once however many rows share it.
+    prefix_kv: {layer: (k, v)} of shape (B, K, P, d), stored once however many rows share it.
     prefix_mask (B, P) bool; prompt (R,): the prompt of each row.
-    Row tokens lie left-padded in the row part, so that all rows write the same column; `mask` (R, S) marks
-    the real ones. With `grow=False` (training) one forward sees all row tokens, nothing is cached, and
-    gradients flow."""
+    `mask` (R, S) marks the real tokens of the row part. The sampler pads on the left, so that all rows write
+    the same column. With `grow=False` (training, padded on the right) one forward sees all row tokens,
+    nothing is cached, and gradients flow."""
 
     def __init__(self, prefix_kv, prefix_mask, prompt, grow: bool = True):
         self.prefix_kv, self.prefix_mask, self.prompt, self.grow = prefix_kv, prefix_mask.bool(), prompt, grow
-        self.kv = [None] * len(prefix_kv)                       # per layer: buffers (2, R, K, capacity, d)
+        self.kv = {layer: None for layer in prefix_kv}          # per layer: a buffer (2, R, K, capacity, d)
         self.mask = torch.zeros(len(prompt), 0, dtype=torch.bool, device=prompt.device)
         self._place()
 
@@ -382,9 +382,9 @@ class Rows:
     def select(self, rows):
         """Keep only these rows (indices); prompts left without a row are dropped."""
         prompts, prompt = torch.unique(self.prompt[rows], return_inverse=True)
-        self.kv = [None if c is None else c[:, rows] for c in self.kv]
+        self.kv = {layer: None if c is None else c[:, rows] for layer, c in self.kv.items()}
         if len(prompts) < len(self.prefix_mask):
-            self.prefix_kv = [(k[prompts], v[prompts]) for k, v in self.prefix_kv]
+            self.prefix_kv = {layer: (k[prompts], v[prompts]) for layer, (k, v) in self.prefix_kv.items()}
             self.prefix_mask = self.prefix_mask[prompts]
         self.mask, self.prompt = self.mask[rows], prompt
         self._place()
@@ -451,8 +451,10 @@ class Rows:
 def sdpa(q, k, v, mask=None, causal: bool = False):
     """Grouped-query attention: q (R, H, T, d), k and v (R, K, S, d); mask broadcastable to (R, H, T, S),
     True = see."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
-                                          enable_gqa=q.shape[1] != k.shape[1])
+    groups = q.shape[1] // k.shape[1]
+    if mask is not None and groups > 1:         # no fused CUDA kernel takes both a mask and grouped heads
+        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -583,8 +585,7 @@ class Qwen25VL(nn.Module):
             features = self.visual(pixel_values, image_grid_thw, self._remat())         # (M, D)
             x = x.masked_scatter((input_ids == c.image_token_id)[..., None], features.to(x.dtype))
         context = Full(attention_mask, keep)
-        # with `keep` a recomputed layer would store its keys twice; the prompt part is cheap, so it is not
-        return self.model(x, positions, context, self._remat() and not keep), context, following
+        return self.model(x, positions, context, self._remat()), context, following
 
     def rows_hidden(self, input_ids, position_ids, context: Rows):
         """Text tokens (R, T) continuing their prompts -> hidden (R, T, D). position_ids (R, T)."""
@@ -638,7 +639,10 @@ def read_json(path: Path) -> dict:
 
 
 def load_image_config(folder: Path) -> ImageConfig:
-    return ImageConfig.from_dict(read_json(Path(folder) / "preprocessor_config.json"))
+    """From preprocessor_config.json, or from where transformers 5 puts it: processor_config.json."""
+    if not (folder / "preprocessor_config.json").is_file() and (folder / "processor_config.json").is_file():
+        return ImageConfig.from_dict(read_json(folder / "processor_config.json").get("image_processor") or {})
+    return ImageConfig.from_dict(read_json(folder / "preprocessor_config.json"))
 
 
 def init_model(config: Config, seed: int = 0) -> Qwen25VL:
@@ -671,8 +675,7 @@ def load_model(path_or_id: str, device="cpu", dtype=torch.float32) -> Qwen25VL:
                     found[key] = (folder / name, tuple(f.get_slice(key).get_shape()))
         except SafetensorError as e:
             raise ValueError(f"{folder / name}: not a readable safetensors file: {e}") from None
-    if model.config.tie_word_embeddings:        # some published tied checkpoints store the copy as well
-        found.pop("lm_head.weight", None)
+    copied = model.config.tie_word_embeddings and found.pop("lm_head.weight", None)
     bad += [f"missing tensor {n}" for n in expected if n not in found]
     bad += [f"unexpected tensor {n}" for n in found if n not in expected]
     bad += [f"tensor {n} has shape {found[n][1]}, the config says {s}" for n, s in expected.items()
@@ -684,6 +687,10 @@ def load_model(path_or_id: str, device="cpu", dtype=torch.float32) -> Qwen25VL:
     for path in sorted({path for path, _ in found.values()}):
         with safe_open(path, "pt", device=str(device)) as f:
             state.update({k: f.get_tensor(k).to(dtype) for k in f.keys() if k in expected})
+    if copied:                                  # some tied checkpoints store the head as well
+        with safe_open(copied[0], "pt", device=str(device)) as f:
+            if not torch.equal(f.get_tensor("lm_head.weight").to(dtype), state["model.embed_tokens.weight"]):
+                raise ValueError(f"{copied[0]}: lm_head.weight differs from the embedding it is tied to")
     model.load_state_dict(state, assign=True)
     return model.train()
 

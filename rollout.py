@@ -6,8 +6,9 @@ Place in the pipeline: first. `train.py` and `eval.py` load problems here, sampl
 What matters here (ours; the paper says nothing of its sampler):
   1. Vision and prompt run once a prompt, whatever G is; finished rows leave the batch.
   2. Temperature is the only knob, and the stored log-probs are the policy's own at that temperature, so on
-     the first update the ratio of new to old probability is 1. Tokens that may not be generated (image pads,
-     control tokens) get probability zero here and in the trainer alike, through the same `logit_mask`.
+     the first update the ratio of new to old probability is 1 (in bfloat16: up to rounding, which the logged
+     `kl_old` shows). Tokens that may not be generated (image pads, control tokens) get probability zero here
+     and in the trainer alike, through the same `logit_mask`.
   3. Token ids are never decoded and encoded again, and masks come from lengths, never from `ids == pad`.
 
 Worked example: inverse-CDF sampling with probabilities (0.2, 0.5, 0.3) and the uniform number 0.65 picks
@@ -20,7 +21,7 @@ import io
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ class Problem:
     choices: list | None = None         # option texts; `answer` is then a letter (or an option's text)
     key_steps: list | None = None       # phrases a right chain contains (StepGRPO's rewards)
     task: str = ""                      # what results are grouped by
+    where: str = ""                     # file:line it was read from
     demonstration: str | None = None    # a whole completion to imitate (`train.py --stage sft`)
     oracle: dict | None = None          # tiny only: what the image really shows
 
@@ -131,23 +133,29 @@ def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Pro
     for name in ("choices", "key_steps"):
         if row.get(name) is not None and not isinstance(row[name], (list, dict)):
             raise DataError(f"{where}: field '{name}' must be a list")
-    choices, key_steps = row.get("choices") or None, row.get("key_steps")
+    choices, key_steps = row.get("choices"), row.get("key_steps")
+    if isinstance(choices, dict):                                   # {"A": "red", "B": "blue"}
+        choices = [choices[letter] for letter in sorted(choices)]
+    choices = [str(c) for c in choices] if choices else None
     if isinstance(key_steps, dict):
         key_steps = key_steps.get("Steps")
-    if choices and not all(str(c) in question for c in choices):
-        question += "".join(f"\n{chr(65 + i)}. {c}" for i, c in enumerate(choices))
+    labels = [(chr(65 + i), c) for i, c in enumerate(choices or [])]
+    if not all(any(f"{a}{sign} {c}" in question for sign in ".):") for a, c in labels):     # "(B) red"
+        question += "".join(f"\n{a}. {c}" for a, c in labels)
     if instruction:
         question += "\n" + instruction
-    return Problem(id=str(row.get("id", where)), question=question, answer=gold, choices=choices,
-                   key_steps=key_steps, task=str(_first(row, "task", default="")),
+    question.encode("utf-8")                                        # ValueError for a lone surrogate
+    name = row.get("id") if row.get("id") not in (None, "") else where
+    return Problem(id=str(name), question=question, answer=gold, choices=choices, key_steps=key_steps,
+                   task=str(_first(row, "task", default="")), where=where,
                    demonstration=_first(row, "demonstration", default="") or None,
                    images=[_image_source(im, folder, where) for im in images])
 
 
 def _image_source(image, folder: Path, where: str):
-    """A path under `folder`, or an image decoded from base64 / bytes."""
+    """A path under `folder`, or the image inside a data: url."""
     if isinstance(image, dict):
-        image = image.get("path") or image.get("bytes")
+        image = image.get("path")
     if isinstance(image, str) and image.startswith("data:"):
         try:
             return Image.open(io.BytesIO(base64.b64decode(image.split(",", 1)[-1], validate=True)))
@@ -171,38 +179,42 @@ def load_problems(path, image_dir=None, instruction: str = "") -> list[Problem]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"--data {path}: no such file")
-    folder, problems, errors = Path(image_dir or path.parent), [], []
-    for n, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+    folder, problems, errors = Path(image_dir or path.parent), {}, []
+    for n, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}:{n}"
         try:
-            problems.append((where, parse_row(json.loads(line), where, folder, instruction)))
+            problem = parse_row(json.loads(line.decode("utf-8-sig")), where, folder, instruction)
+            if problem.id in problems:
+                raise DataError(f"{where}: field 'id': {problem.id} is taken by {problems[problem.id].where}")
+            problems[problem.id] = problem
         except json.JSONDecodeError as e:
             errors.append(f"{where}: not JSON: {e.msg} at column {e.colno}")
-        except (DataError, RecursionError) as e:
+        except DataError as e:
             errors.append(str(e))
+        except (ValueError, RecursionError) as e:       # not UTF-8, a number of 5000 digits, 10,000 brackets
+            errors.append(f"{where}: not readable: {e}")
 
-    def bad_image(item):
-        where, problem = item
+    def bad_image(problem):
         for image in problem.images:
             try:
                 open_image(image)
             except Exception as e:    # Pillow raises many kinds: OSError, SyntaxError, DecompressionBombError
                 reason = "no such file" if isinstance(e, FileNotFoundError) else f"not readable: {e}"
-                return f"{where}: field 'images': {getattr(image, 'filename', image)}: {reason}"
+                return f"{problem.where}: field 'images': {getattr(image, 'filename', image)}: {reason}"
         return None
 
     with ThreadPoolExecutor() as pool:
-        checks = tqdm(pool.map(bad_image, problems), total=len(problems), desc="checking images", leave=False,
-                      disable=len(problems) < 1000)
+        checks = tqdm(pool.map(bad_image, problems.values()), total=len(problems), desc="checking images",
+                      leave=False, disable=len(problems) < 1000)
         errors += [e for e in checks if e]
     if errors:
         more = f"\n... and {len(errors) - 20} more" if len(errors) > 20 else ""
         raise DataError("\n".join(errors[:20]) + more)
     if not problems:
         raise DataError(f"--data {path}: the file has no rows")
-    return [p for _, p in problems]
+    return list(problems.values())
 
 
 def load_data(data: str, split: str, count: int = 0, image_dir: str = "",
@@ -239,8 +251,9 @@ class Prompt:
     grids: list                         # (1, rows, cols) per image
 
 
-def load_codec(path_or_id: str) -> Codec:
-    """Read tokenizer and processor files of a checkpoint. ValueError names what is missing."""
+def load_codec(path_or_id: str, max_pixels: int = 0) -> Codec:
+    """Read tokenizer and processor files of a checkpoint; `max_pixels` > 0 bounds images more tightly than
+    the checkpoint does. ValueError names what is missing."""
     from transformers import AutoTokenizer
     folder = resolve(path_or_id)
     config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
@@ -249,8 +262,10 @@ def load_codec(path_or_id: str) -> Codec:
     except (OSError, ValueError) as e:
         raise ValueError(f"{folder}: no readable tokenizer: {str(e).splitlines()[0]}") from None
     image_id = config.image_token_id
+    if (folder / "chat_template.json").is_file():           # where Qwen2.5-VL keeps the one that knows images
+        tokenizer.chat_template = read_json(folder / "chat_template.json")["chat_template"]
     if not tokenizer.chat_template:
-        raise ValueError(f"{folder}: the tokenizer has no chat template")
+        raise ValueError(f"{folder}: neither chat_template.json nor the tokenizer has a chat template")
     if tokenizer.convert_tokens_to_ids("<|image_pad|>") != image_id:
         raise ValueError(f"{folder}: the tokenizer's <|image_pad|> is not "
                          f"image_token_id {image_id} of config.json")
@@ -266,7 +281,10 @@ def load_codec(path_or_id: str) -> Codec:
               | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special})
     mask[sorted(banned - set(eos))] = -torch.inf
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
-    return Codec(tokenizer, load_image_config(folder), image_id, eos, pad, mask)
+    image_config = load_image_config(folder)
+    if max_pixels:
+        image_config = replace(image_config, max_pixels=max_pixels)
+    return Codec(tokenizer, image_config, image_id, eos, pad, mask)
 
 
 def image_grid(image, config: ImageConfig) -> tuple[int, int, int]:
@@ -292,7 +310,11 @@ def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None,
         content += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": text}] * bool(text)
     text = tok.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
                                    add_generation_prompt=True)
-    grids = [image_grid(image, codec.image_config) for image in problem.images]
+    where = problem.where or f"problem {problem.id}"
+    try:
+        grids = [image_grid(image, codec.image_config) for image in problem.images]
+    except ValueError as e:
+        raise DataError(f"{where}: field 'images': {e}") from None
     ids, image = [], 0
     for token in tok(text, add_special_tokens=False)["input_ids"]:
         if token == codec.image_token_id and image < len(grids):
@@ -301,9 +323,9 @@ def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None,
             ids.append(token)
         image += token == codec.image_token_id
     if image != len(grids):
-        raise DataError(f"problem {problem.id}: the chat template placed {image} of {len(grids)} images")
+        raise DataError(f"{where}: the chat template placed {image} of {len(grids)} images")
     if max_tokens and len(ids) > max_tokens:
-        raise DataError(f"problem {problem.id}: the prompt has {len(ids)} tokens, "
+        raise DataError(f"{where}: field 'problem': the prompt has {len(ids)} tokens, "
                         f"--max_prompt_tokens is {max_tokens}")
     if not (pixels and grids):
         return Prompt(ids, None, grids)
@@ -343,16 +365,19 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
     """Sample `group_size` completions of each problem. Returns B lists of G trajectories.
 
     temperature 0 is greedy; otherwise uniforms (B x G, max_new_tokens) in [0, 1) are the random numbers, one
-    row a completion, one column a token. prefix_ids: for each of the B x G rows (problem-major) the
-    completion tokens it continues from; these are forced, count towards max_new_tokens and are marked
-    sampled = 0. prompts: the problems encoded already. ValueError where the prefixes do not fit."""
+    row a completion, one column a token (None: from torch's global generator).
+    prefix_ids: for each of the B x G rows (problem-major) the completion tokens it continues from; these are
+    forced, count towards max_new_tokens and are marked sampled = 0. prompts: the problems encoded already.
+    ValueError where the prefixes do not fit."""
     device = model.head_weight.device
     prompts = prompts or [encode_prompt(p, codec) for p in problems]
     rows = len(problems) * group_size
     prefixes = prefix_ids or [[]] * rows
     if len(prefixes) != rows or any(len(p) >= max_new_tokens for p in prefixes):
         raise ValueError(f"prefix_ids must hold {rows} lists shorter than max_new_tokens {max_new_tokens}")
-    uniforms = uniforms.to(device) if temperature > 0 else None
+    if temperature > 0:
+        uniforms = torch.rand(rows, max_new_tokens) if uniforms is None else uniforms
+        uniforms = uniforms.clamp(max=1 - 1e-6).to(device)
 
     # prompt and vision once a prompt; then the forced prefixes, left-padded so all rows write the same column
     batch = collate(prompts, codec.pad_id, device)
@@ -377,7 +402,7 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
     alive = torch.arange(rows, device=device)                                           # original row of each
     for step in range(max_new_tokens):
         token, logp = next_token(F.linear(last, model.head_weight), mask, temperature,
-                                 None if uniforms is None
+                                 None if temperature == 0
                                  else uniforms[alive, length.clamp(max=max_new_tokens - 1)])
         column = length.clamp(max=max_new_tokens - 1)
         open_rows = (total[alive] < 0) & (length < max_new_tokens)
@@ -418,16 +443,16 @@ def next_token(logits, logit_mask, temperature: float, uniform=None):
     if temperature == 0:
         token = logp.argmax(-1)
     else:
-        cumulative = logp.exp().cumsum(-1)
+        cumulative = logp.double().exp().cumsum(-1)     # fp32 sums over a large vocabulary drift
         token = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1)
     return token, logp.gather(1, token[:, None])[:, 0]
 
 
 def uniforms(key: str, rows: int, columns: int) -> torch.Tensor:
-    """Random numbers (rows, columns) in [0, 1 - 1e-6] that depend on `key` alone: whatever is sampled beside
+    """Random numbers (rows, columns) in [0, 1) that depend on `key` alone: whatever is sampled beside
     a problem, on however many ranks and after whatever interruption, its own numbers stay the same."""
     rng = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
-    return torch.rand(rows, columns, generator=rng).clamp(max=1 - 1e-6)
+    return torch.rand(rows, columns, generator=rng)
 
 
 def completion_hidden(model: Qwen25VL, prompts: list[Prompt], prompt_of_row: list[int],
@@ -445,8 +470,10 @@ def completion_hidden(model: Qwen25VL, prompts: list[Prompt], prompt_of_row: lis
     last = hidden[torch.arange(len(prompts), device=device),
                   batch["attention_mask"].sum(1) - 1][prompt]                           # (R, D)
     targets, mask = (a.to(device) for a in pad(completions, pad_id))
-    rows = Rows(context.kv, batch["attention_mask"], prompt, grow=False)
-    rows.extend(mask[:, :-1])
-    positions = following[prompt][:, None] + torch.arange(targets.shape[1] - 1, device=device)
-    hidden = torch.cat((last[:, None], model.rows_hidden(targets[:, :-1], positions, rows)), dim=1)
+    hidden = last[:, None]
+    if targets.shape[1] > 1:
+        rows = Rows(context.kv, batch["attention_mask"], prompt, grow=False)
+        rows.extend(mask[:, :-1])
+        positions = following[prompt][:, None] + torch.arange(targets.shape[1] - 1, device=device)
+        hidden = torch.cat((hidden, model.rows_hidden(targets[:, :-1], positions, rows)), dim=1)
     return hidden, targets, mask

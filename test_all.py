@@ -318,8 +318,6 @@ def test_row_in_batch_equals_row_alone():
 
 def eager_to_stop(net, codec, bias=6.0):
     """A model whose every row may end at any moment: the end token's embedding is made popular."""
-    class Biased(rollout.Codec):
-        pass
     mask = codec.logit_mask.clone()
     mask[codec.eos_ids[0]] += bias
     return replace(codec, logit_mask=mask)
@@ -373,6 +371,18 @@ def test_prompt_and_vision_once_whatever_the_group():
         counts = (sum(patches), prompt_tokens[0])
         first = counts if group_size == 1 else first
         assert counts == first
+
+
+def test_completions_of_one_token():
+    """The shortest there are: the update's forward has no row tokens to run."""
+    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    groups = rolled(net, codec, problems, 2, 1)
+    prompts = [rollout.encode_prompt(p, codec) for p in problems]
+    ids = [t.ids for g in groups for t in g]
+    hidden, targets, mask = rollout.completion_hidden(net, prompts, [0, 0, 1, 1, 2, 2, 3, 3], ids,
+                                                      codec.pad_id)
+    logps, _ = grpo.token_logps(hidden[mask], net.head_weight, targets[mask], codec.logit_mask)
+    close(logps, torch.tensor([t.logps[0] for g in groups for t in g]))
 
 
 def test_greedy_is_argmax():
@@ -431,6 +441,24 @@ def test_sampling_leaves_inputs_alone():
     assert all(torch.equal(a, b) for a, b in zip(weights, net.parameters()))
 
 
+def test_chat_template_beside_the_tokenizer():
+    """Qwen2.5-VL keeps the template that knows images in chat_template.json; the tokenizer's is for text."""
+    with scratch() as folder:
+        for f in Path(TINY).glob("*.json"):
+            (folder / f.name).write_text(f.read_text())
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        template = settings.pop("chat_template")
+        settings["chat_template"] = "{% for m in messages %}{{ 'text: ' + m.content }}{% endfor %}"
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+        p = shapes.make_problem("tiles", 4)
+        assert rollout.encode_prompt(p, rollout.load_codec(str(folder))).ids == \
+            rollout.encode_prompt(p, rollout.load_codec(TINY)).ids
+        small = rollout.encode_prompt(p, rollout.load_codec(TINY, max_pixels=28 * 28 * 4))
+        whole = rollout.encode_prompt(p, rollout.load_codec(TINY))
+        assert len(small.pixel_values) <= 16 < len(whole.pixel_values)
+
+
 def test_prompt_is_the_chat_template():
     codec = rollout.load_codec(TINY)
     p = shapes.make_problem("tiles", 4)
@@ -461,11 +489,14 @@ def test_jsonl_aliases_and_image_tags():
                  "solution": "<think>long</think><answer>7</answer>"},
                 {"prompt": [{"role": "user", "content": "One?"}], "ground_truth": "\\boxed{1}"},
                 {"img": ["a.png", "a.png"], "query": "is <image> like <image>?", "answer": "yes", "id": "q"},
-                {"problem": "stray <image> tag", "answer": "B", "choices": ["1", "2"]}]
+                {"problem": "stray <image> tag 12", "answer": "B", "choices": {"B": "2", "A": 1}, "id": None},
+                {"problem": "Which?\n(A) x (B) y", "answer": "B", "choices": ["x", "y"]}]
         got = rollout.load_problems(write_rows(folder, rows), instruction="Think.")
-        assert [p.answer for p in got] == ["48", "7", "1", "yes", "B"]
-        assert [len(p.images) for p in got] == [1, 1, 0, 2, 0]
-        assert [p.question.count("<image>") for p in got] == [1, 1, 0, 2, 0]
+        assert [p.answer for p in got] == ["48", "7", "1", "yes", "B", "B"]
+        assert [len(p.images) for p in got] == [1, 1, 0, 2, 0, 0]
+        assert [p.question.count("<image>") for p in got] == [1, 1, 0, 2, 0, 0]
+        assert got[4].choices == ["1", "2"] and len({p.id for p in got}) == 6
+        assert got[5].question == "Which?\n(A) x (B) y\nThink."
         assert got[1].question == "<image>Find y.\nThink." and got[1].demonstration.startswith("<think>")
         assert got[3].id == "q" and "\nA. 1\nB. 2" in got[4].question
         codec = rollout.load_codec(TINY)
@@ -480,17 +511,28 @@ def test_bad_rows_are_named_all_at_once():
         rows = [good, {**good, "images": ["none.png"]}, {**good, "images": ["cut.png"]}, '{"problem": "half',
                 {**good, "answer": " "}, {**good, "problem": "<image><image>x"},
                 {"images": ["a.png"], "answer": "1"}, {**good, "answer": None}, [1, 2],
-                {**good, "images": ["data:image/png;base64,%%%"]}, {**good, "images": 5}]
+                {**good, "images": ["data:image/png;base64,%%%"]}, {**good, "images": 5},
+                {**good, "id": "twice"}, {**good, "id": "twice"}, '{"problem": "\\ud800", "answer": "1"}',
+                '{"problem": "x", "answer": ' + "9" * 5000 + "}"]
         path = write_rows(folder, rows)
         message = raises(rollout.DataError, [], rollout.load_problems, path)
         for n, words in {2: ("none.png", "no such file"), 3: ("cut.png", "not readable"), 4: ("not JSON",),
                          5: ("'answer'", "empty"), 6: ("2 <image> tags", "1 images"), 7: ("'problem'",),
                          8: ("'answer'",), 9: ("JSON object",), 10: ("'images'", "data:"),
-                         11: ("'images'",)}.items():
+                         11: ("'images'",), 13: ("'id'", ":12"), 14: ("not readable",),
+                         15: ("not readable",)}.items():
             lines = [x for x in message.splitlines() if x.startswith(f"{path}:{n}:")]
             assert len(lines) == 1 and all(w in lines[0] for w in words), (n, message)
         assert f"{path}:1:" not in message
         (folder / "empty.jsonl").write_text("\n\n")
+        (folder / "latin.jsonl").write_bytes('{"problem": "30\xb0?", "answer": "1"}'.encode("latin-1"))
+        raises(rollout.DataError, "latin.jsonl:1", rollout.load_problems, folder / "latin.jsonl")
+        (folder / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"problem": "x", "answer": "1"}\r\n')
+        assert rollout.load_problems(folder / "bom.jsonl")[0].question == "x"
+        Image.new("RGB", (1, 300)).save(folder / "a.png")
+        codec, thin = rollout.load_codec(TINY), rollout.load_problems(write_rows(folder, [good]))[0]
+        Image.new("RGB", (1, 300)).save(folder / "a.png")
+        raises(rollout.DataError, ["data.jsonl:1", "images", "aspect"], rollout.encode_prompt, thin, codec)
         raises(rollout.DataError, "no rows", rollout.load_problems, folder / "empty.jsonl")
         raises(rollout.DataError, "no such file", rollout.load_problems, folder / "nothing.jsonl")
 
@@ -893,6 +935,18 @@ def test_true_chain_is_true_and_gives_the_answer():
             assert len(set(p.choices)) == 4
 
 
+def test_options_do_not_give_the_answer_away():
+    """The option most like the others is right no more often than chance, with one step or several."""
+    for kind, steps in itertools.product(shapes.KINDS, (1, 4)):
+        right = 0
+        for i in range(300):
+            p = shapes.make_problem(kind, steps, "choice", "train", 9, i)
+            words = [c.split() for c in p.choices]
+            unlike = [sum(x != y for other in words for x, y in zip(w, other)) for w in words]
+            right += "ABCD"[unlike.index(min(unlike))] == p.answer
+        assert 0.15 < right / 300 < 0.35, (kind, steps, right)
+
+
 def test_oracle_names_what_is_wrong():
     p = shapes.make_problem("tiles", 4, index=1)
     s, shift = p.key_steps, p.oracle["shift"]
@@ -905,6 +959,8 @@ def test_oracle_names_what_is_wrong():
     assert shapes.check_steps(
         p, ["hello", "red", "", s[3], s[3] + " 1", "gold 3 4", "red ² 3"]).count("unparsed") == 6
     assert shapes.is_true(p, s[3]) and shapes.is_true(p, slip) and not shapes.is_true(p, misread)
+    absent = next(n for n in shapes.NAMES if n not in p.oracle["show"])
+    assert shapes.check_steps(p, [f"{absent} 3 4"]) == ["misread"]
     p = shapes.make_problem("path", 5, index=2)
     s = p.key_steps
     astray = [n for n in p.oracle["show"] if n not in s[1].split()][0]
@@ -1362,7 +1418,8 @@ def test_bad_input_ends_with_one_line():
                  (["--resume", str(folder)], ["--resume", "no checkpoint"]),
                  (["--out", str(folder / "used")], ["--out", "holds a run"]),
                  (["--model", "./nowhere"], ["./nowhere"]),
-                 (["--max_prompt_tokens", "4"], ["--max_prompt_tokens"])]
+                 (["--max_prompt_tokens", "4"], ["--max_prompt_tokens"]), (["--device", "gpu"], ["--device"]),
+                 (["--save_every", "-1"], ["--save_every"])]
         for flags, words in cases:
             out = [] if "--out" in flags or "--resume" in flags else ["--out", str(folder / "new")]
             with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):

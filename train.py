@@ -54,6 +54,7 @@ class TrainConfig:
     group_size: int = 8                 # G: completions a problem (rl)
     max_new_tokens: int = 64            # L_max: length limit of a completion
     max_prompt_tokens: int = 16384      # a longer prompt is an error
+    max_pixels: int = 0                 # larger images are scaled down to this area (0 = the checkpoint's)
     updates_per_batch: int = 1          # optimiser steps on each rollout batch (rl)
     micro_rows: int = 256               # sequences a forward-backward pass
     # the objective
@@ -80,7 +81,7 @@ class TrainConfig:
     eval_samples: int = 4               # k of avg@k
     eval_every: int = 0                 # evaluate every so many steps as well as before and after (0 = no)
     print_every: int = 20               # show a decoded sample every so many steps (0 = never)
-    save_every: int = 50                # checkpoint every so many steps, and at the end
+    save_every: int = 50                # checkpoint every so many steps, and at the end (0 = only then)
     keep: int = 2                       # checkpoints to keep
     seed: int = 0                       # data order and random numbers
     device: str = "auto"                # cpu, cuda (auto = cuda where there is one)
@@ -94,6 +95,10 @@ class TrainConfig:
                      "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("eval_problems", "eval_samples", "eval_every", "print_every", "save_every",
+                     "max_pixels"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
         if self.batch % (ranks * self.updates_per_batch):
             raise ValueError(f"--batch {self.batch}: must be a multiple of ranks x updates_per_batch = "
                              f"{ranks} x {self.updates_per_batch}")
@@ -137,7 +142,7 @@ def start_ranks(device: torch.device) -> tuple[Ranks, torch.device]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Ranks(dist.get_rank(), dist.get_world_size()), device
 
 
@@ -216,8 +221,11 @@ class Trainer:
         self.ranks, self.device = start_ranks(device)
         config.check(self.ranks.world)
         self.config, self.step = config, 0
-        self.codec = rollout.load_codec(config.model)
+        self.codec = rollout.load_codec(config.model, config.max_pixels)
         self.data, self.held_out = self.load_data()
+        if config.stage == "sft" and isinstance(self.data, list):
+            for p in self.data:
+                self.demonstration_ids(p)
         self.model = load_model(checkpoint or config.model, self.device, dtype)
         self.model.remat = config.remat
         if config.freeze_vision:
@@ -238,9 +246,6 @@ class Trainer:
             data = Stream(c.data, "train", c.seed, run=c.batch)
         else:
             data = rollout.load_problems(c.data, c.image_dir, c.instruction)
-            for p in data:
-                if c.stage == "sft" and not isinstance(p.demonstration, str):
-                    raise rollout.DataError(f"problem {p.id}: --stage sft needs field 'demonstration'")
         name = c.eval_data or (c.data if c.data.partition(":")[0] == "tiny" else "")
         held_out = []
         if name and c.eval_problems:
@@ -274,8 +279,9 @@ class Trainer:
 
     def roll_out(self, problems, prompts) -> list:
         """Phase 2, rollout: G completions a problem, at temperature 1: stored log-probs are the policy."""
-        c, key = self.config, f"train/{self.config.seed}/{self.step}"
-        numbers = [rollout.uniforms(f"{key}/{p.id}", c.group_size, c.max_new_tokens) for p in problems]
+        c, r = self.config, self.ranks
+        keys = [f"train/{c.seed}/{self.step}/{i * r.world + r.rank}" for i in range(len(problems))]
+        numbers = [rollout.uniforms(key, c.group_size, c.max_new_tokens) for key in keys]
         self.model.eval()
         return rollout.sample(self.model, problems, self.codec, c.group_size, c.max_new_tokens, 1.0,
                               torch.cat(numbers), prompts=prompts)
@@ -358,19 +364,27 @@ class Trainer:
 
     # ---- supervised
 
+    def demonstration_ids(self, problem) -> list:
+        """A problem's demonstration as completion tokens, EOS included; on tiny it is made here, eroded or
+        not. DataError where it is missing, or too long (cut, it would teach to stop midway)."""
+        c, text = self.config, problem.demonstration
+        if not isinstance(self.data, list):
+            from tiny import shapes
+            rng = random.Random(f"erosion/{c.seed}/{problem.id}")
+            text = shapes.demonstrate(problem, (c.erosion_first, c.erosion_ninth), rng)
+        where = f"{problem.where or problem.id}: field 'demonstration'"
+        if not isinstance(text, str):
+            raise rollout.DataError(f"{where} is missing or not text, --stage sft needs it")
+        ids = self.codec.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.codec.eos_ids[0]]
+        if len(ids) > c.max_new_tokens:
+            raise rollout.DataError(f"{where} has {len(ids)} tokens, --max_new_tokens is {c.max_new_tokens}")
+        return ids
+
     def sft_step(self) -> dict:
         """Imitate demonstrations: cross-entropy of their tokens, the mean over the global batch."""
-        c, tok = self.config, self.codec.tokenizer
+        c = self.config
         problems = self.draw(self.step)
-        if isinstance(self.data, list):
-            texts = [p.demonstration for p in problems]
-        else:
-            from tiny import shapes
-            erosion = (c.erosion_first, c.erosion_ninth)
-            texts = [shapes.demonstrate(p, erosion, random.Random(f"erosion/{c.seed}/{p.id}"))
-                     for p in problems]
-        completions = [ids[:c.max_new_tokens - 1] + [self.codec.eos_ids[0]]
-                       for ids in tok(texts, add_special_tokens=False)["input_ids"]]
+        completions = [self.demonstration_ids(p) for p in problems]
         prompts = [rollout.encode_prompt(p, self.codec, c.max_prompt_tokens) for p in problems]
         total = self.ranks.sum(torch.tensor(float(sum(map(len, completions))))).item()
         self.model.train()
@@ -392,7 +406,6 @@ class Trainer:
         self.tokens += int(total)
         return {"loss": figures[0], "likely_tokens": figures[1], "grad_norm": norm,
                 "lr": learning_rate(c, self.step)}
-
 
     # ---- looking at it, keeping it
 
@@ -469,15 +482,16 @@ def run(trainer: Trainer) -> dict:
     if lead:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
-        rows = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").is_file() else []
-        rows = [r for r in rows if json.loads(r)["step"] <= trainer.step]    # a resumed run goes on from here
-        (out / "metrics.jsonl").write_text("".join(r + "\n" for r in rows))
+        log = out / "metrics.jsonl"         # a resumed run goes on from its checkpoint; later rows go
+        rows = log.read_text().splitlines()[:trainer.step] if log.is_file() else []
+        log.write_text("".join(r + "\n" for r in rows))
     say(json.dumps(dataclasses.asdict(config)))
     size = sum(p.numel() for p in trainer.model.parameters())
     say(f"{size:,} parameters on {ranks.world} x {trainer.device}, run folder {out}")
     figures = {"before": None, "after": None}
     if resumed:
-        figures["before"] = json.loads((out / "heldout.json").read_text())["before"]
+        saved = json.loads((out / "heldout.json").read_text()) if lead else {}
+        figures["before"] = ranks.same(saved.get("before"))
     else:
         figures["before"] = trainer.evaluate()
     if figures["before"]:
@@ -504,15 +518,16 @@ def run(trainer: Trainer) -> dict:
             if groups and config.print_every and trainer.step % config.print_every == 0:
                 say(show(groups))
         bar.update()
-        if trainer.step % config.save_every == 0 or trainer.step == config.max_steps:
+        if trainer.step == config.max_steps or (config.save_every and trainer.step % config.save_every == 0):
             trainer.save()
     bar.close()
     figures["after"] = trainer.evaluate()
     if figures["after"]:
         if lead:
             (out / "heldout.json").write_text(json.dumps(figures, indent=1))
-        say(f"\n{figures['after']['table']}\n\nheld-out before: {headline(figures['before'])}\n"
-            f"held-out after:  {headline(figures['after'])}")
+        say(f"\n{figures['after']['table']}\n")
+        for when, found in figures.items():
+            say(f"held-out {when + ':':7} {headline(found)}" if found else f"held-out {when}: not measured")
     say(f"checkpoint {out / f'checkpoint-{trainer.step:06d}'}")
     if ranks.world > 1:
         dist.destroy_process_group()

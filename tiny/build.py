@@ -3,11 +3,12 @@ cores).
 
     python tiny/build.py --out tiny
 
-Four stages, all on problems drawn afresh (a fixed pool of pictures is memorised, not learned):
+Five stages, all on problems drawn afresh (a fixed pool of pictures is memorised, not learned):
   1. eyes     - the vision tower learns to name what each cell shows, in the decoder's own words;
   2. look up  - `train.py --stage sft` on right demonstrations: the decoder learns to look up, in order;
-  3. forms    - the same with multiple choice and yes/no;
-  4. erosion  - the same on demonstrations with planted erosion, whose chance grows with depth: afterwards the
+  3. longer   - the same with up to 20 look-ups;
+  4. forms    - the same with multiple choice and yes/no;
+  5. erosion  - the same on demonstrations with planted erosion, whose chance grows with depth: afterwards the
                 policy can read, and in long chains mostly does not. From here reinforcement learning starts.
 """
 import argparse
@@ -200,7 +201,7 @@ def cell_facts(facts, rows, cols) -> list[dict]:
     return [out.get((y, x), {}) for y in range(rows) for x in range(cols)]
 
 
-STAGES = {      # stages 2 to 4 as flags of train.py
+STAGES = {      # stages 2 to 5 as flags of train.py
     "look up": "--data tiny:steps=8-12 --max_steps 500 --lr 1e-3 --lr_end 0.5 --warmup_steps 30",
     "longer": "--data tiny:steps=6-20 --max_steps 230 --lr 5e-4 --lr_end 0.5",
     "forms": "--data tiny:steps=3-8,forms=free+free+choice+yesno --max_steps 300 --lr 5e-4 --lr_end 0.2",

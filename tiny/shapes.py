@@ -11,7 +11,7 @@ kind  | the image                                  | a step        | the answer
 tiles | coloured tiles with a digit                | `red 4 7`     | colour and shifted digit of each tile
 count | coloured circles, squares, triangles       | `red 3`       | attribute and how many of each
 path  | tiles with a digit and a dot: the next tile| `red 4 blue`  | colour and digit along the path
-bars  | a bar chart, a colour a bar                | `red 6 yes`   | each bar's height and whether it is over the limit
+bars  | a bar chart, a colour a bar                | `red 6 yes`   | height and verdict of each bar
 
 Three forms: `free` (the answer itself), `choice` (a letter among four), `yesno`. The free answer carries
 every reading, so guessing does not pay: a reward by luck would teach guessing instead of looking. Train and
@@ -86,6 +86,11 @@ def make_facts(kind: str, steps: int, rng: random.Random) -> dict:
     return {"kind": kind, "ask": ask, "next": following, "show": {n: rng.randint(0, 9) for n in order}}
 
 
+def value_range(facts: dict) -> range:
+    """The values a reading can have."""
+    return {"bars": range(1, 10), "count": range(5)}.get(facts["kind"], range(10))
+
+
 def step_text(facts: dict, name: str, value: int, follow: str | None = None) -> str:
     """One step: `name` was looked up and `value` read; `follow` is the next tile read (path only)."""
     if facts["kind"] == "tiles":
@@ -132,10 +137,7 @@ def make_problem(kind: str, steps: int, form: str = "free", split: str = "train"
                                                      "start": facts["ask"][0]})
     answer, choices = gold, None
     if form == "choice":
-        options = {gold}
-        while len(options) < 4:
-            options.add(answer_from_steps(facts, corrupt(facts, {rng.randrange(steps)}, rng)))
-        choices = rng.sample(sorted(options), 4)
+        choices = make_options(facts, rng)
         answer = "ABCD"[choices.index(gold)]
         question += "".join(f"\n{letter}. {text}" for letter, text in zip("ABCD", choices))
     elif form == "yesno":
@@ -149,6 +151,22 @@ def make_problem(kind: str, steps: int, form: str = "free", split: str = "train"
     return Problem(id=f"{kind}-{steps}-{form}-{split}-{seed}-{index}", question=question, answer=answer,
                    images=[draw(facts, rng)], choices=choices, task=f"{kind}/{form}",
                    key_steps=true_steps(facts), oracle=facts)
+
+
+def make_options(facts: dict, rng: random.Random) -> list[str]:
+    """Four answers in random order: the true one, one with a wrong reading, one with another, and one with
+    both (a single step: four values). Each is as like the others as any: the true one does not stand out."""
+    places = rng.sample(range(len(facts["ask"])), min(2, len(facts["ask"])))
+    true = {k: facts["show"][facts["ask"][k]] for k in places}
+    wrong = {k: rng.sample([v for v in value_range(facts) if v != true[k]], 3) for k in places}
+    if len(places) == 1:
+        changes = [{0: v} for v in (true[0], *wrong[0])]
+    else:
+        changes = [{k: (true[k], wrong[k][0])[bit] for k, bit in zip(places, bits)}
+                   for bits in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    chains = [[step_text(facts, n, change.get(k, facts["show"][n]), facts.get("next", {}).get(n))
+               for k, n in enumerate(facts["ask"])] for change in changes]
+    return rng.sample([answer_from_steps(facts, chain) for chain in chains], 4)
 
 
 class Stream:
@@ -190,8 +208,6 @@ class Stream:
 def corrupt(facts: dict, wrong: set, rng: random.Random) -> list[str]:
     """A chain with wrong readings at the given depths (0-based), consistent with them ever after."""
     steps, name = [], facts["ask"][0]
-    low = 1 if facts["kind"] == "bars" else 0
-    high = 4 if facts["kind"] == "count" else 9
     while len(steps) < MAX_STEPS and name != "end":
         value, follow = facts["show"][name], facts.get("next", {}).get(name)
         if len(steps) in wrong:
@@ -199,7 +215,7 @@ def corrupt(facts: dict, wrong: set, rng: random.Random) -> list[str]:
                 order = list(facts["show"])
                 follow = rng.choice([n for n in order[order.index(name) + 1:] if n != follow] or [follow])
             else:
-                value = rng.choice([v for v in range(low, high + 1) if v != value])
+                value = rng.choice([v for v in value_range(facts) if v != value])
         steps.append(step_text(facts, name, value, follow))
         if facts["kind"] == "path":
             name = follow
@@ -239,7 +255,7 @@ def check_steps(problem: Problem, steps: list[str]) -> list[str]:
     facts, verdicts, previous = problem.oracle, [], None
     for k, step in enumerate(steps):
         words = step.split()
-        known = (len(words) >= 2 and words[0] in facts["show"]
+        known = (len(words) >= 2 and words[0] in (*NAMES, *SHAPES)
                  and len(words[1]) == 1 and words[1] in "0123456789")
         if not known or len(words) != (2 if facts["kind"] == "count" else 3):
             verdicts.append("unparsed")
@@ -247,7 +263,10 @@ def check_steps(problem: Problem, steps: list[str]) -> list[str]:
             continue
         name, value = words[0], int(words[1])
         follow = facts.get("next", {}).get(name)
-        if value != facts["show"][name] or (facts["kind"] == "path" and words[2] != follow):
+        shown = facts["show"].get(name)
+        if facts["kind"] == "count":                    # of what is not in the image there is none
+            shown = sum(name in thing for thing in facts["objects"])
+        if value != shown or (facts["kind"] == "path" and words[2] != follow):
             verdicts.append("misread")
         else:
             if facts["kind"] == "path":
