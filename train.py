@@ -49,8 +49,8 @@ class TrainConfig:
     out: str = ""                       # run folder ("" = runs/<stage>-<time>)
     resume: str = ""                    # run folder or checkpoint to go on from, with its saved flags
     # how long
-    max_steps: int = 100                # rollout batches (rl) or optimiser steps (sft)
-    batch: int = 32                     # B: problems a step, over all ranks
+    max_steps: int = 80                 # rollout batches (rl) or optimiser steps (sft)
+    batch: int = 64                     # B: problems a step, over all ranks
     group_size: int = 8                 # G: completions a problem (rl)
     max_new_tokens: int = 64            # L_max: length limit of a completion
     max_prompt_tokens: int = 16384      # a longer prompt is an error

@@ -371,15 +371,21 @@ def _draw_bar(pen, x, y, rgb, value, rng):
 # Looking at it
 
 
-def guess_rate(kind: str, steps: int, trials: int = 2000) -> float:
-    """Chance that a blind chain (right names, readings drawn as the task draws them) gives the right free
-    answer."""
+def guess_rate(kind: str, steps: int, form: str = "free", trials: int = 1000) -> float:
+    """How often a guesser who never sees the image is right. Free: the right names, readings drawn as the task
+    draws them. Choice: the option most like the others. Yes/no: always no."""
     rng, hits = random.Random(0), 0
-    for _ in range(trials):
-        a, b = make_facts(kind, steps, rng), make_facts(kind, steps, rng)
-        blind = dict(zip(a["ask"], (b["show"][n] for n in b["ask"])))
-        steps_blind = [step_text(a, n, blind[n], a.get("next", {}).get(n)) for n in a["ask"]]
-        hits += answer_from_steps(a, steps_blind) == answer_from_steps(a, true_steps(a))
+    for i in range(trials):
+        if form == "free":
+            a, b = make_facts(kind, steps, rng), make_facts(kind, steps, rng)
+            blind = dict(zip(a["ask"], (b["show"][n] for n in b["ask"])))
+            guess = [step_text(a, n, blind[n], a.get("next", {}).get(n)) for n in a["ask"]]
+            hits += answer_from_steps(a, guess) == answer_from_steps(a, true_steps(a))
+            continue
+        problem = make_problem(kind, steps, form, "train", 1, i)
+        words = [choice.split() for choice in problem.choices or []]
+        unlike = [sum(x != y for other in words for x, y in zip(w, other)) for w in words]
+        hits += problem.answer == ("no" if form == "yesno" else "ABCD"[unlike.index(min(unlike))])
     return hits / trials
 
 
@@ -393,10 +399,11 @@ def main():
     parser.add_argument("--guess", action="store_true", help="print the guess rate of every task")
     args = parser.parse_args()
     if args.guess:
-        print("| kind | 1 step | 3 steps | 5 steps | choice | yes/no |\n|---|---|---|---|---|---|")
+        print("| kind | 1 step | 3 steps | 5 steps | choice, 3 | yes/no, 3 |\n|---|---|---|---|---|---|")
         for kind in KINDS:
-            rates = " | ".join(f"{100 * guess_rate(kind, n):.2f} %" for n in (1, 3, 5))
-            print(f"| {kind} | {rates} | 25 % | 50 % |")
+            rates = [guess_rate(kind, n) for n in (1, 3, 5)]
+            rates += [guess_rate(kind, 3, form) for form in ("choice", "yesno")]
+            print(f"| {kind} | " + " | ".join(f"{100 * r:.1f} %" for r in rates) + " |")
     if args.out:
         folder = Path(args.out)
         folder.mkdir(parents=True, exist_ok=True)
