@@ -34,6 +34,7 @@ import reward
 import rollout
 from eval import device_and_dtype, evaluate, parse_flags, percent, report, summarise
 from model import Qwen25VL, load_model, save_model
+from tiny import shapes
 
 
 @dataclass
@@ -242,8 +243,7 @@ class Trainer:
         """Training data (a Stream or a list) and held-out problems, checked before anything is computed."""
         c = self.config
         if c.data.partition(":")[0] == "tiny":
-            from tiny.shapes import Stream
-            data = Stream(c.data, "train", c.seed, run=c.batch)
+            data = shapes.Stream(c.data, "train", c.seed, run=c.batch)
         else:
             data = rollout.load_problems(c.data, c.image_dir, c.instruction)
         name = c.eval_data or (c.data if c.data.partition(":")[0] == "tiny" else "")
@@ -369,7 +369,6 @@ class Trainer:
         not. DataError where it is missing, or too long (cut, it would teach to stop midway)."""
         c, text = self.config, problem.demonstration
         if not isinstance(self.data, list):
-            from tiny import shapes
             rng = random.Random(f"erosion/{c.seed}/{problem.id}")
             text = shapes.demonstrate(problem, (c.erosion_first, c.erosion_ninth), rng)
         where = f"{problem.where or problem.id}: field 'demonstration'"
@@ -445,9 +444,8 @@ def show(groups) -> str:
     lines = [f"  question  {t.problem.question!r}", f"  gold      {t.problem.answer!r}",
              f"  sampled   {t.text!r}"]
     if t.problem.oracle:
-        from tiny.shapes import check_steps
         think = t.text.partition("<think>")[2].partition("</think>")[0]
-        lines.append(f"  steps     {' '.join(check_steps(t.problem, think.splitlines()))}")
+        lines.append(f"  steps     {' '.join(shapes.check_steps(t.problem, think.splitlines()))}")
     right = sum(x.rewards["accuracy"] for x in group)
     lines.append(f"  reward    {t.rewards}, right in the group: {right:.0f} of {len(group)}")
     return "\n".join(lines)
