@@ -1,4 +1,4 @@
-"""Build the embedded default from nothing: tokenizer, config, and warm-started weights (about @@ minutes on 2
+"""Build the embedded default from nothing: tokenizer, config, and warm-started weights (about 18 minutes on 2
 cores).
 
     python tiny/build.py --out tiny
