@@ -528,6 +528,7 @@ def run(trainer: Trainer) -> dict:
             say(f"held-out {when + ':':7} {headline(found)}" if found else f"held-out {when}: not measured")
     say(f"checkpoint {out / f'checkpoint-{trainer.step:06d}'}")
     if ranks.world > 1:
+        dist.barrier()                      # no rank leaves while another still talks
         dist.destroy_process_group()
     return figures
 
