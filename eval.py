@@ -3,6 +3,7 @@ steps.
 
     python eval.py --model tiny --data tiny:steps=5 --greedy --samples 4 --out results.jsonl
     python eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --data my_benchmark.jsonl --greedy
+    python eval.py --localise --data tiny:steps=9          # how well attribute.py finds the first wrong step
 
 Place in the pipeline: before and after training (`train.py` calls `evaluate` and `summarise`). Reads from
 model.py, rollout.py, reward.py. The paper names no evaluation protocol; the definitions are the field's usual
@@ -18,6 +19,7 @@ import argparse
 import inspect
 import json
 import math
+import random
 import re
 import sys
 from dataclasses import dataclass, fields
@@ -26,9 +28,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import attribute
 import rollout
 from model import load_model
-from reward import answers_match, extract_answer, format_ok
+from reward import answers_match, extract_answer, format_ok, reward_parts
+from tiny import shapes
 
 
 @dataclass
@@ -40,6 +44,8 @@ class EvalConfig:
     instruction: str = rollout.INSTRUCTION  # text appended to each question of a JSONL file (may be empty)
     problems: int = 0                   # evaluate the first so many problems (0 = all of a file, 256 of tiny)
     greedy: bool = False                # greedy accuracy, one completion a problem
+    localise: bool = False              # score every localiser of attribute.py against the step oracle (tiny)
+    flawed: int = 2000                  # flawed rollouts to score them on
     samples: int = 0                    # k: samples a problem at temperature 1, for avg@k and pass@k
     max_new_tokens: int = 0             # length limit of a completion (0 = 2048 for a file, 256 for tiny)
     max_prompt_tokens: int = 16384      # a longer prompt is an error
@@ -182,6 +188,84 @@ def report(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Localisers against the step oracle of tiny
+
+
+def flawed_rollouts(model, codec, stream, count: int, max_new_tokens: int, seed: int, group_size: int = 8):
+    """Flawed rollouts of a tiny stream until there are `count` -> [(trajectory, its first wrong step, 0-based)].
+    Those whose steps are all right (the answer alone is wrong) have no such step: their number is the second
+    result."""
+    found, slips, at = [], 0, 0
+    bar = tqdm(total=count, desc="flawed rollouts", leave=False)
+    while len(found) < count:
+        problems = [stream[i] for i in range(at, at + 32)]
+        at += 32
+        numbers = [rollout.uniforms(f"localise/{seed}/{p.id}", group_size, max_new_tokens) for p in problems]
+        for group in rollout.sample(model, problems, codec, group_size, max_new_tokens, 1.0, torch.cat(numbers)):
+            for t in group:
+                t.rewards = reward_parts(t.text, t.problem.answer, t.problem.choices, t.finished)
+                t.steps = attribute.split_steps(t.ids, codec)
+            for t in attribute.flawed(group):
+                verdicts = shapes.check_steps(t.problem, [s.text for s in t.steps])
+                wrong = next((k for k, v in enumerate(verdicts) if v != "true"), None)
+                slips += wrong is None
+                if wrong is not None and len(found) < count:
+                    found.append((t, wrong))
+                    bar.update()
+    bar.close()
+    return found, slips
+
+
+def score_localisers(model, codec, found: list, max_new_tokens: int, batch: int = 128) -> list[dict]:
+    """One record a localiser and rollout: signal, task, steps, off (steps between found and true), tokens."""
+    records = []
+
+    def note(signal, part, faults, tokens):
+        records.extend({"signal": signal, "task": t.problem.task, "steps": len(t.problem.key_steps),
+                        "off": abs(k - true), "tokens": tokens / len(part)}
+                       for (t, true), k in zip(part, faults))
+
+    for at in tqdm(range(0, len(found), batch), desc="localising", leave=False):
+        part = found[at:at + batch]
+        chains = [t for t, _ in part]
+        locate = attribute.Locator(model, codec)
+        locate(chains)
+        margins = attribute.answer_margins(model, codec, chains)
+        depends = attribute.visual_dependence(model, codec, chains)
+        faults = [attribute.localise(t.checks, m, d, t.steps) for t, m, d in zip(chains, margins, depends)]
+        for t, fault in zip(chains, faults):
+            t.fault = fault
+        note("A1 + A2 (default)", part, [f.step for f in faults], locate.tokens)
+        note("A1 check", part, [attribute.localise(t.checks).step for t in chains], locate.tokens)
+        note("A2 drop", part, [attribute.margin_drop(m) for m in margins], 0)
+        note("A2 no return", part, [attribute.no_return(m) for m in margins], 0)
+        note("A3 erosion", part, [attribute.most_eroded(d, t.steps) for t, d in zip(chains, depends)], 0)
+        deaths, tokens = attribute.monte_carlo(model, codec, chains, max_new_tokens)
+        note("A4 Monte Carlo", part, deaths, tokens)
+        note("random", part, [random.Random(f"{at}/{n}").randrange(len(t.steps)) for n, t in enumerate(chains)], 0)
+        note("last step", part, [len(t.steps) - 1 for t in chains], 0)
+    return records
+
+
+def localisation_report(records: list[dict]) -> str:
+    """Exact hits, hits within one step, and tokens a rollout of each signal; exact hits by steps and by task."""
+    columns = [("steps", n) for n in sorted({r["steps"] for r in records})]
+    columns += [("task", n) for n in sorted({r["task"] for r in records})]
+    columns = [c for c in columns if len({r[c[0]] for r in records}) > 1]
+    lines = ["| localiser | exact | within 1 | tokens | " + " | ".join(f"{v} {k}" if k == "steps" else str(v)
+                                                                         for k, v in columns) + " |",
+             "|---" * (len(columns) + 4) + "|"]
+    for signal in dict.fromkeys(r["signal"] for r in records):
+        rows = [r for r in records if r["signal"] == signal]
+        share = lambda rows, far: 100 * sum(r["off"] <= far for r in rows) / len(rows)
+        low, high = interval([float(r["off"] == 0) for r in rows])
+        cells = [f"{share([r for r in rows if r[k] == v], 0):.1f}" for k, v in columns]
+        lines.append(f"| {signal} | {share(rows, 0):.1f} % [{100 * low:.1f}, {100 * high:.1f}] | {share(rows, 1):.1f} % | "
+                     f"{sum(r['tokens'] for r in rows) / len(rows):.1f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def percent(figure: dict) -> str:
     return f"{100 * figure['mean']:.1f} % [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
 
@@ -192,6 +276,8 @@ def main(argv=None):
         for name in ("problems", "samples", "max_new_tokens", "max_pixels"):
             if getattr(config, name) < 0:
                 raise ValueError(f"--{name} {getattr(config, name)}: must not be negative")
+        if config.localise and config.data.partition(":")[0] != "tiny":
+            raise ValueError("--localise: only tiny has a step oracle")
         if config.batch < 1:
             raise ValueError(f"--batch {config.batch}: must be at least 1")
         if config.out:                                  # before the work, not after it
@@ -208,6 +294,14 @@ def main(argv=None):
         model = load_model(config.model, device, dtype).eval()
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
+    if config.localise:
+        stream = shapes.Stream(config.data, "heldout", config.seed)
+        found, slips = flawed_rollouts(model, codec, stream, config.flawed, config.max_new_tokens or 256, config.seed)
+        length = sum(len(t.ids) for t, _ in found) / len(found)
+        print(f"{len(found)} flawed rollouts with a wrong step, {slips} more with only a wrong answer; "
+              f"{length:.1f} tokens a rollout\n")
+        print(localisation_report(score_localisers(model, codec, found, config.max_new_tokens or 256)))
+        return
     limit = config.max_new_tokens or (256 if config.data.partition(":")[0] == "tiny" else 2048)
     records = evaluate(model, codec, problems, config.greedy, config.samples, limit, config.seed,
                        config.batch)

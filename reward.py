@@ -7,6 +7,8 @@ tools in use (math_verify, mathruler, VLMEvalKit). Completions are hostile input
 Two readers, on purpose. `extract_answer`, for benchmarks, is kind: the last tag, else the last box, else what
 follows the last "answer is", else the last formula or number. `reward_parts`, for training, is strict: one
 <answer> block, or no tag and one box. So several answers, one only thought of or a copied question earn none.
+`step_reward_parts` is another method's reward, to compare with: that of StepGRPO (R1-VL), which also pays for
+steps: key steps found, and steps and answer complete and in order.
 
 Worked example: "<think>6 / 12 is half.</think><answer>x = \frac12</answer>", gold "0.5". The label x = goes,
 \frac12 is the fraction 1/2 and so is 0.5: accuracy 1, format 1, total 0.9 * 1 + 0.1 * 1 = 1.
@@ -398,3 +400,62 @@ def reward_parts(text: str, gold: str, choices=None, finished=True, format_weigh
     right = finished and single and answers_match(declared, gold, choices)
     parts = {"accuracy": float(right), "format": float(finished and format_ok(text))}
     return {**parts, "total": (1 - format_weight) * parts["accuracy"] + format_weight * parts["format"]}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# StepGRPO: the step rewards of R1-VL (arXiv 2503.12937). Paper and released code differ; noted where they do.
+# The rest of its objective is in the trainer's options: there A = (R - mean) / (std + 1e-4), KL weight 0.04.
+MAX_STEP_TEXT, MAX_GROUPS, MAX_ALTERNATES, MAX_PHRASE = 20000, 200, 10, 200
+SECTION = re.compile(r"(?m)^### (Image Description|Rationales|Step \d+|The final answer is):")
+NUMBERED = re.compile(r"(?im)^[ \t]*(?:###[ \t]*)?step[ \t]+(\d+)[ \t]*:")
+WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+|[^\w\s]")      # 3.5 is one word, so 5 is not found in it
+
+
+def _chain(text: str) -> tuple[str, str, bool]:
+    """The steps; the text whose answer counts; whether both are complete and in order. Without <think> the
+    form is R1-VL's: ### Image Description:, ### Rationales:, ### Step 1: and on, ### The final answer is:"""
+    sections = [] if "<think>" in text else SECTION.split(text)[1:]
+    if not sections:
+        steps, closed, _ = text.partition("<think>")[2].partition("</think>")
+        numbers = NUMBERED.findall(steps)
+        valid = format_ok(text.strip()) and numbers == [str(k + 1) for k in range(len(numbers))]
+        return steps if closed else "", text, valid
+    names, bodies = sections[::2], [body.strip() for body in sections[1::2]]
+    steps = [body for name, body in zip(names, bodies) if name.startswith("Step")]
+    final = "\n".join(body for name, body in zip(names, bodies) if name == "The final answer is")
+    tagged = text if "<answer>" in text else f"<answer>{final}</answer>"        # for reward_parts
+    order = ["Image Description", "Rationales"] + [f"Step {k + 1}" for k in range(len(steps))]
+    return "\n".join(steps), tagged, bool(steps) and names == [*order, "The final answer is"] and all(bodies)
+
+
+def _words(text: str) -> str:
+    """Lower-cased words and signs, a space before and behind each: whole words are then plain substrings."""
+    return f" {' '.join(WORD.findall(text[:MAX_STEP_TEXT].lower()))} "
+
+
+def step_rar(text: str, key_steps: list | None) -> float:
+    """StepRAR: the share of key steps (a string, or a list of equivalent ones) that the steps contain, each
+    counted once; 0.0 without any. Whole words are our choice: the code finds "5" in "15". Order is free."""
+    groups = key_steps[:MAX_GROUPS] if isinstance(key_steps, list) else []
+    groups = [g[:MAX_ALTERNATES] if isinstance(g, list) else [g] for g in groups]
+    groups = {tuple(_words(a) for a in g if a.strip() and len(a) <= MAX_PHRASE)
+              for g in groups if all(isinstance(a, str) for a in g)} - {()}
+    steps = _words(_chain(text)[0])
+    return sum(any(a in steps for a in g) for g in groups) / len(groups) if groups else 0.0
+
+
+def step_rvr(text: str) -> float:
+    """StepRVR: 1.0 if steps and answer are complete and in order, numbered ones 1..n, else 0.0. Background
+    before steps is in the paper, not in the code; that no part is empty is our choice."""
+    return float(_chain(text)[2])
+
+
+def step_reward_parts(text: str, gold: str, choices=None, finished=True, key_steps=None,
+                      alpha: float = 0.1) -> dict:
+    """R1-VL's reward, total = accuracy + alpha rar + rvr; without an answer no alpha rar (the paper: the code
+    pays it always). Accuracy and format (only logged) as `reward_parts`, so cut off earns nothing."""
+    tagged = _chain(text)[1]
+    parts = reward_parts(tagged, gold, choices, finished)
+    rar, rvr = (step_rar(text, key_steps), step_rvr(text)) if finished else (0.0, 0.0)
+    total = parts["accuracy"] + (alpha * rar if _declared(tagged)[1] else 0.0) + rvr
+    return {**parts, "rar": rar, "rvr": rvr, "total": total}

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+import grpo
 from model import (Config, ImageConfig, Qwen25VL, Rows, load_image_config, preprocess_image, read_json,
                    resolve, smart_resize)
 
@@ -41,7 +42,8 @@ INSTRUCTION = ("First think inside <think> </think>, one step a line, checking e
 class Problem:
     """One question about zero or more images."""
     id: str
-    question: str                       # text with one <image> tag for each image, where the image goes
+    question: str | list                # text with an <image> tag where each image goes; or turns of such
+                                        # texts: user, assistant, user, ...
     answer: str                         # gold answer, unwrapped
     images: list                        # PIL images, or paths opened when the prompt is built
     choices: list | None = None         # option texts; `answer` is then a letter (or an option's text)
@@ -65,6 +67,10 @@ class Trajectory:
     rewards: dict = field(default_factory=dict)         # reward parts by name, "total" among them
     advantage: float = 0.0
     weights: list | None = None         # per-token loss weights; None = 1 everywhere
+    steps: list | None = None           # attribute.Step: its steps as token ranges
+    checks: list | None = None          # attribute.Check of each step, where it was asked
+    fault: object = None                # attribute.Fault: where it lost the image
+    kept: int = 0                       # rectified: its first so many tokens are its parent's
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -241,6 +247,8 @@ class Codec:
     eos_ids: tuple
     pad_id: int
     logit_mask: torch.Tensor            # (V,) float, 0 where a token may be generated, -inf where not
+    specials: tuple                     # control tokens as text
+    newline_ids: tuple                  # tokens that hold a line break
 
 
 @dataclass
@@ -284,7 +292,9 @@ def load_codec(path_or_id: str, max_pixels: int = 0) -> Codec:
     image_config = load_image_config(folder)
     if max_pixels:
         image_config = replace(image_config, max_pixels=max_pixels)
-    return Codec(tokenizer, image_config, image_id, eos, pad, mask)
+    specials = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    newlines = tuple(i for t, i in tokenizer.get_vocab().items() if "\n" in t or "\u010a" in t)  # byte level
+    return Codec(tokenizer, image_config, image_id, eos, pad, mask, specials, newlines)
 
 
 def image_grid(image, config: ImageConfig) -> tuple[int, int, int]:
@@ -296,20 +306,33 @@ def image_grid(image, config: ImageConfig) -> tuple[int, int, int]:
     return 1, height // p, width // p
 
 
-def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None,
-                  pixels: bool = True) -> Prompt:
-    """Chat template around the question, each <image> replaced by its image tokens. DataError where the
-    prompt is longer than `max_tokens` (it is never cut: a cut image would not match its features). pixels
-    False: the ids and grids alone, without reading the images' content."""
-    tok, pieces = codec.tokenizer, problem.question.split("<image>")
-    specials = [t.content for t in tok.added_tokens_decoder.values() if t.special]
-    content = []
-    for i, text in enumerate(pieces):
-        for special in specials:                # text of a user must not turn into control tokens
-            text = text.replace(special, special[0] + " " + special[1:])
-        content += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": text}] * bool(text)
-    text = tok.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                   add_generation_prompt=True)
+def plain(text: str, codec: Codec) -> str:
+    """`text` with control tokens spelled out: what a user or a model writes must not turn into them."""
+    for special in codec.specials:
+        text = text.replace(special, special[0] + " " + special[1:])
+    return text
+
+
+def render(problem: Problem, codec: Codec) -> str:
+    """Chat template around the turns of the question, up to where the assistant begins to write. Each <image>
+    is one image token yet."""
+    messages, turns = [], [problem.question] if isinstance(problem.question, str) else problem.question
+    for turn, text in enumerate(turns):
+        content = []
+        for i, piece in enumerate(text.split("<image>")):
+            content += [{"type": "image"}] * (i > 0)
+            content += [{"type": "text", "text": plain(piece, codec)}] * bool(piece)
+        messages.append({"role": ("user", "assistant")[turn % 2], "content": content})
+    return codec.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None, pixels: bool = True,
+                  text: str | None = None) -> Prompt:
+    """Token ids of the rendered problem (or of `text`, a part of it that holds all its images), each <image>
+    replaced by its image tokens. DataError where the prompt is longer than `max_tokens` (it is never cut: a
+    cut image would not match its features). pixels False: the ids and grids alone, without reading the
+    images' content."""
+    tok, text = codec.tokenizer, render(problem, codec) if text is None else text
     where = problem.where or f"problem {problem.id}"
     try:
         grids = [image_grid(image, codec.image_config) for image in problem.images]
@@ -361,13 +384,15 @@ def pad(rows: list[list], value, left: bool = False):
 @torch.no_grad()
 def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: int = 1,
            max_new_tokens: int = 128, temperature: float = 1.0, uniforms: torch.Tensor | None = None,
-           prefix_ids: list | None = None, prompts: list[Prompt] | None = None) -> list[list[Trajectory]]:
+           prefix_ids: list | None = None, prompts: list[Prompt] | None = None,
+           stop_ids: tuple = ()) -> list[list[Trajectory]]:
     """Sample `group_size` completions of each problem. Returns B lists of G trajectories.
 
     temperature 0 is greedy; otherwise uniforms (B x G, max_new_tokens) in [0, 1) are the random numbers, one
     row a completion, one column a token (None: from torch's global generator).
     prefix_ids: for each of the B x G rows (problem-major) the completion tokens it continues from; these are
     forced, count towards max_new_tokens and are marked sampled = 0. prompts: the problems encoded already.
+    stop_ids: tokens that end a completion besides EOS (it does not count as finished then).
     ValueError where the prefixes do not fit."""
     device = model.head_weight.device
     prompts = prompts or [encode_prompt(p, codec) for p in problems]
@@ -398,7 +423,7 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
     tokens = torch.full((rows, max_new_tokens), codec.pad_id, device=device)
     logps = torch.zeros(rows, max_new_tokens, device=device)
     total = torch.full((rows,), -1, device=device)                                      # length; -1 = running
-    eos, mask = torch.tensor(codec.eos_ids, device=device), codec.logit_mask.to(device)
+    eos, mask = torch.tensor((*codec.eos_ids, *stop_ids), device=device), codec.logit_mask.to(device)
     alive = torch.arange(rows, device=device)                                           # original row of each
     for step in range(max_new_tokens):
         token, logp = next_token(F.linear(last, model.head_weight), mask, temperature,
@@ -477,3 +502,14 @@ def completion_hidden(model: Qwen25VL, prompts: list[Prompt], prompt_of_row: lis
         positions = following[prompt][:, None] + torch.arange(targets.shape[1] - 1, device=device)
         hidden = torch.cat((hidden, model.rows_hidden(targets[:, :-1], positions, rows)), dim=1)
     return hidden, targets, mask
+
+
+def completion_logps(model: Qwen25VL, prompts: list[Prompt], prompt_of_row: list[int], completions: list[list],
+                     codec: Codec, entropy: bool = False):
+    """Log-probs of completions as the sampler would have given them, arguments as for `completion_hidden`
+    -> logps, entropies (zeros unless asked for) and completion_mask, all (R, T)."""
+    hidden, targets, mask = completion_hidden(model, prompts, prompt_of_row, completions, codec.pad_id)
+    found, spread = grpo.token_logps(hidden[mask], model.head_weight, targets[mask],
+                                     codec.logit_mask.to(hidden.device), entropy=entropy)
+    fill = lambda values: torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, values)
+    return fill(found), fill(spread), mask

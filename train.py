@@ -4,8 +4,9 @@
     torchrun --nproc_per_node 8 train.py --model Qwen/Qwen2.5-VL-3B-Instruct --data train.jsonl --lr 1e-6 ...
 
 Place in the pipeline: all of it; nothing imports this file. One step reads
-    problems -> rollout -> reward -> advantages -> policy update
-The paper says: reinforcement learning with GRPO. We chose: one update a rollout batch by default, AdamW at a
+    problems -> rollout -> reward -> localise -> re-reason -> advantages -> policy update
+The paper says: failed rollouts are screened by reward, the step that lost the image is found, a Re-Reasoning
+Loop repairs the trajectory, and GRPO learns from it. We chose: one update a rollout batch by default, AdamW at a
 constant rate after a short warm-up, fp32 master weights where the model is bfloat16.
 
 Data parallelism is one line of arithmetic: each rank takes every W-th problem of the global batch, divides
@@ -29,7 +30,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+import attribute
 import grpo
+import rereason
 import reward
 import rollout
 from eval import device_and_dtype, evaluate, parse_flags, percent, report, summarise
@@ -41,7 +44,8 @@ from tiny import shapes
 class TrainConfig:
     """Flags of `python train.py`."""
     # what
-    stage: str = "rl"                   # rl: GRPO from rewards; sft: imitate demonstrations
+    stage: str = "rl"                   # rl: learn from rewards; sft: imitate demonstrations
+    algo: str = "ivr"                   # ivr | grpo | stepgrpo (R1-VL's; implies --use_std --beta 0.04)
     model: str = "tiny"                 # folder or hub id of the checkpoint to start from
     data: str = "tiny"            # JSONL file, or "tiny" (drawn afresh), e.g. "tiny:steps=5,kinds=tiles+path"
     eval_data: str = ""      # JSONL file or tiny spec ("" = held-out split of the same spec; none for a file)
@@ -51,6 +55,7 @@ class TrainConfig:
     resume: str = ""                    # run folder or checkpoint to go on from, with its saved flags
     # how long
     max_steps: int = 80                 # rollout batches (rl) or optimiser steps (sft)
+    max_tokens: int = 0                 # rl: end when so many tokens are generated, all kinds (0 = by steps)
     batch: int = 64                     # B: problems a step, over all ranks
     group_size: int = 8                 # G: completions a problem (rl)
     max_new_tokens: int = 64            # L_max: length limit of a completion
@@ -65,6 +70,18 @@ class TrainConfig:
     dual_clip: float = 3.0              # bound on the loss of tokens with a negative advantage
     beta: float = 0.0              # weight of the KL to the starting model (a frozen copy exists only if > 0)
     format_weight: float = 0.1          # share of the reward that is for form
+    # IVR-R1
+    localiser: str = "check"            # check | margin | dependence | monte_carlo | random | oracle (tiny)
+    step_credit: bool = True            # in wrong rollouts only the steps at fault get the advantage
+    rectify_below: float = 0.125        # groups up to this accuracy are rectified (< 0: none)
+    parents: int = 1                    # failed rollouts repaired in an all-wrong group (1 in a mixed one)
+    relook: str = "image"               # image | text (second look without the image) | none (restarts only)
+    failures: int = 3                   # failed looks until a chain is made anew and then given up
+    min_log_w: float = -1.5             # a rectified trajectory less likely than this a token is refused
+    lambda_r: float = 1.0               # weight of rectified trajectories
+    anneal: float = 0.4                 # share of the training at whose end lambda_r falls to 0
+    gamma: float = 0.1                  # shape of their importance weight (0 = plain w)
+    mask_prefix: bool = False           # no credit for the part of a rectified trajectory that was kept
     # the optimiser
     lr: float = 3e-5                    # AdamW's learning rate after warm-up
     lr_end: float = 1.0                 # share of lr left at the last step (linear decay; 1 = constant)
@@ -80,7 +97,7 @@ class TrainConfig:
     # looking at it
     eval_problems: int = 200            # held-out problems (0 = no evaluation)
     eval_samples: int = 4               # k of avg@k
-    eval_every: int = 0                 # evaluate every so many steps as well as before and after (0 = no)
+    eval_every: int = 0                 # a short evaluation every so many steps too (0 = no)
     print_every: int = 20               # show a decoded sample every so many steps (0 = never)
     save_every: int = 50                # checkpoint every so many steps, and at the end (0 = only then)
     keep: int = 2                       # checkpoints to keep
@@ -103,6 +120,12 @@ class TrainConfig:
         if self.batch % (ranks * self.updates_per_batch):
             raise ValueError(f"--batch {self.batch}: must be a multiple of ranks x updates_per_batch = "
                              f"{ranks} x {self.updates_per_batch}")
+        for name, known in (("algo", ("ivr", "grpo", "stepgrpo")), ("relook", ("image", "text", "none")),
+                            ("localiser", ("check", "margin", "dependence", "monte_carlo", "random", "oracle"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}")
+        if self.localiser == "oracle" and self.data.partition(":")[0] != "tiny":
+            raise ValueError("--localiser oracle: only tiny has one")
         if self.stage == "rl" and self.group_size < 2:
             raise ValueError("--group_size 1: a group needs at least 2 completions to compare")
 
@@ -273,9 +296,15 @@ class Trainer:
         prompts = [rollout.encode_prompt(p, self.codec, c.max_prompt_tokens) for p in problems]
         groups = self.roll_out(problems, prompts)
         self.score(groups)
+        figures = self.describe(groups)
+        if c.algo == "ivr":
+            locate = self.localise(groups)
+            groups, repairs = self.rectify(groups, locate)
+            figures.update(self.describe_repairs(repairs, locate))
         self.assign_advantages(groups)
+        self.assign_credit(groups)
         stats = self.update(groups, prompts)
-        return {**self.describe(groups), **stats, "groups": groups}
+        return {**figures, "generated_tokens": self.tokens, **stats, "groups": groups}
 
     def roll_out(self, problems, prompts) -> list:
         """Phase 2, rollout: G completions a problem, at temperature 1: stored log-probs are the policy."""
@@ -290,25 +319,97 @@ class Trainer:
         """Phase 3, reward: rules only, no model."""
         for t in (t for group in groups for t in group):
             p = t.problem
-            t.rewards = reward.reward_parts(t.text, p.answer, p.choices, t.finished,
-                                            self.config.format_weight)
+            t.rewards = (reward.step_reward_parts(t.text, p.answer, p.choices, t.finished, p.key_steps)
+                         if self.config.algo == "stepgrpo" else
+                         reward.reward_parts(t.text, p.answer, p.choices, t.finished,
+                                             self.config.format_weight))
+
+    def localise(self, groups):
+        """Phase 4, localise: the steps of every rollout; in flawed ones, those at fault."""
+        c = self.config
+        locate = attribute.Locator(self.model, self.codec, c.localiser, shapes.is_right, c.max_new_tokens,
+                                   f"locate/{c.seed}/{self.step}")
+        for t in (t for group in groups for t in group):
+            t.steps = attribute.split_steps(t.ids, self.codec)
+        locate([t for group in groups for t in attribute.flawed(group)
+                if c.step_credit and any(x.rewards["accuracy"] for x in group) or self.rectifies(group)])
+        return locate
+
+    def progress(self) -> float:
+        """Share of the training that is done, in [0, 1)."""
+        c = self.config
+        return self.tokens / c.max_tokens if c.max_tokens else self.step / c.max_steps
+
+    def lambda_r(self) -> float:
+        """The weight of rectified trajectories: constant, then linearly to 0 over the last `anneal`."""
+        left = max(0.0, 1 - self.progress())
+        return self.config.lambda_r * min(1.0, left / self.config.anneal if self.config.anneal else 1.0)
+
+    def rectifies(self, group) -> bool:
+        """Whether a group is worth repairing: at least two wrong, accuracy up to `rectify_below`."""
+        right = sum(t.rewards["accuracy"] for t in group)
+        return (self.lambda_r() > 0 and right <= self.config.rectify_below * len(group)
+                and len(group) - right >= 2)
+
+    def rectify(self, groups, locate):
+        """Phase 5, re-reason: repair failed rollouts; each success takes the place of another wrong rollout of
+        its group, beside its parent. Returns the new groups and all repairs."""
+        c, parents, medians = self.config, [], []
+        for group in filter(self.rectifies, groups):
+            mixed = any(t.rewards["accuracy"] for t in group)
+            doubts = lambda t: (sum(1 for x in t.checks if x and x.same < attribute.DOUBT), -(rereason.doubted(t) or 0))
+            chosen = sorted(attribute.flawed(group), key=doubts)[:1 if mixed else c.parents]
+            parents += chosen
+            medians += [sorted(len(t.ids) for t in group)[len(group) // 2]] * len(chosen)
+        rules = rereason.Rules(failures=c.failures, min_log_w=c.min_log_w, relook=c.relook)
+        repairs = rereason.rectify(self.model, self.codec, parents, medians, locate, c.max_new_tokens,
+                                   f"rectify/{c.seed}/{self.step}", rules)
+        of_group = {id(t): n for n, group in enumerate(groups) for t in group}
+        groups = [list(group) for group in groups]
+        for r in (r for r in repairs if r.outcome == "repaired"):
+            group = groups[of_group[id(r.parent)]]
+            spare = [n for n, t in enumerate(group) if t.rewards["accuracy"] == 0
+                     and not any(t is p for p in parents)]
+            if spare:
+                r.chain.rewards = reward.reward_parts(r.chain.text, r.chain.problem.answer, r.chain.problem.choices,
+                                                      True, c.format_weight)
+                r.chain.kept = r.changed
+                group[spare[-1]] = r.chain
+        return groups, repairs
 
     def assign_advantages(self, groups):
-        """Phase 4, advantages inside each group."""
+        """Phase 6, advantages inside each group."""
         rewards = torch.tensor([[t.rewards["total"] for t in group] for group in groups])      # (B, G)
         for group, row in zip(groups, grpo.group_advantages(rewards, self.config.use_std).tolist()):
             for t, a in zip(group, row):
                 t.advantage = a
 
+    def assign_credit(self, groups):
+        """The weights omega of each rollout's tokens."""
+        c = self.config
+        for t in (t for group in groups for t in group):
+            if c.algo == "stepgrpo":                        # R1-VL averages over each sequence first
+                t.weights = [c.max_new_tokens / len(t.ids)] * len(t.ids)
+            if c.algo != "ivr":
+                continue
+            if t.provenance != "policy":
+                t.weights = [float(n >= t.kept or not c.mask_prefix) for n in range(len(t.ids))]
+            elif t.rewards["accuracy"] == 0 and not t.finished:
+                t.weights = [0.0] * len(t.ids)              # cut off: neither right nor wrong
+            elif c.step_credit and t.rewards["accuracy"] == 0 and t.checks and rereason.doubted(t) is not None:
+                t.weights = grpo.step_credit(len(t.ids), t.steps, [x is None or x.same < attribute.DOUBT
+                                                                   for x in t.checks])
+
     def update(self, groups, prompts) -> dict:
-        """Phase 5, policy update: `updates_per_batch` optimiser steps, each over its share of the groups."""
+        """Phase 7, policy update: `updates_per_batch` optimiser steps, each over its share of the groups."""
         c, sums, norms = self.config, {}, []
         self.model.train()
         share = len(groups) // c.updates_per_batch
         for u in range(c.updates_per_batch):
             part = range(u * share, (u + 1) * share)
             # rows with advantage 0 have no gradient
-            rows = [(i, t) for i in part for t in groups[i] if t.advantage != 0 or c.beta > 0]
+            rows = [(i, t) for i in part for t in groups[i] if any(t.weights or t.sampled)
+                    and (t.advantage != 0 or c.beta > 0)]
             normaliser = share * self.ranks.world * c.group_size * c.max_new_tokens
             for at in range(0, len(rows), c.micro_rows):
                 for name, value in self.backward(rows[at:at + c.micro_rows], prompts, normaliser).items():
@@ -327,29 +428,23 @@ class Trainer:
         c = self.config
         used = sorted({i for i, _ in rows})
         inputs = ([prompts[i] for i in used], [used.index(i) for i, _ in rows], [t.ids for _, t in rows])
-        logps, entropy, mask = self.completion_logps(self.model, inputs)                       # (R, T)
+        logps, entropy, mask = rollout.completion_logps(self.model, *inputs, self.codec, entropy=True)  # (R, T)
         ref_logps = None
         if c.beta > 0:
             with torch.no_grad():
-                ref_logps = self.completion_logps(self.reference, inputs)[0]
+                ref_logps = rollout.completion_logps(self.reference, *inputs, self.codec)[0]
         ragged = lambda values: rollout.pad(values, 0.0)[0].to(self.device, torch.float32)
         old_logps = ragged([t.logps for _, t in rows])
         weights = ragged([[w * s for w, s in zip(t.weights or t.sampled, t.sampled)] for _, t in rows])
         advantages = torch.tensor([t.advantage for _, t in rows], device=self.device)[:, None]
+        rectified = torch.tensor([t.provenance != "policy" for _, t in rows], device=self.device)[:, None]
         loss, stats = grpo.policy_loss(logps, old_logps, advantages, weights, normaliser, c.clip_low,
-                                       c.clip_high, c.dual_clip, c.beta, ref_logps)
+                                       c.clip_high, c.dual_clip, c.beta, ref_logps, rectified,
+                                       self.lambda_r(), c.gamma)
         loss.backward()
         self.optimizer.collect()
         return {"loss": loss.item(), "entropy": (entropy * (weights > 0)).sum().item(),
                 **{name: value.item() for name, value in stats.items()}}
-
-    def completion_logps(self, model, inputs):
-        """inputs as `rollout.completion_hidden` takes them -> logps, entropies, completion_mask (R, T)."""
-        hidden, targets, mask = rollout.completion_hidden(model, *inputs, self.codec.pad_id)
-        found, spread = grpo.token_logps(hidden[mask], model.head_weight, targets[mask],
-                                         self.codec.logit_mask.to(self.device), entropy=True)
-        fill = lambda values: torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, values)
-        return fill(found), fill(spread), mask
 
     def describe(self, groups) -> dict:
         """What a step's rollouts were like, over all ranks."""
@@ -360,7 +455,16 @@ class Trainer:
         self.tokens += int(figures[..., 5].sum())
         names = ("reward", "accuracy", "format", "length", "finished")
         return {**dict(zip(names, figures.mean((0, 1)).tolist())), **grpo.group_shares(figures[..., 1]),
-                "generated_tokens": self.tokens}
+                "rollout_tokens": int(figures[..., 5].sum())}
+
+    def describe_repairs(self, repairs, locate) -> dict:
+        """What the Re-Reasoning Loop did, over all ranks; its tokens are counted here."""
+        rows = self.ranks.gather([(r.outcome == "repaired", r.tokens, r.looks, r.chain.provenance) for r in repairs])
+        spent = sum(r[1] for r in rows) + sum(self.ranks.gather([locate.tokens]))
+        self.tokens += spent
+        done = [r for r in rows if r[0]]
+        return {"parents": len(rows), "repaired": len(done), "repair_tokens": spent, "lambda_r": self.lambda_r(),
+                "looks": sum(r[2] for r in done) / max(1, len(done))}
 
     # ---- supervised
 
@@ -391,15 +495,13 @@ class Trainer:
         for at in range(0, len(problems), c.micro_rows):
             part = slice(at, at + c.micro_rows)
             count = len(prompts[part])
-            hidden, targets, mask = rollout.completion_hidden(self.model, prompts[part], list(range(count)),
-                                                              completions[part], self.codec.pad_id)
-            logps, _ = grpo.token_logps(hidden[mask], self.model.head_weight, targets[mask],
-                                        self.codec.logit_mask.to(self.device))
+            logps, _, mask = rollout.completion_logps(self.model, prompts[part], list(range(count)),
+                                                      completions[part], self.codec)
             loss = -logps.sum() / total
             loss.backward()
             self.optimizer.collect()
             loss_sum += loss.item()
-            right += (logps.exp() > 0.5).sum().item()
+            right += ((logps.exp() > 0.5) & mask).sum().item()
         norm = self.optimizer.step(learning_rate(c, self.step), self.ranks)
         figures = self.ranks.sum(torch.tensor([loss_sum, right / total], dtype=torch.float64)).tolist()
         self.tokens += int(total)
@@ -408,16 +510,22 @@ class Trainer:
 
     # ---- looking at it, keeping it
 
-    def evaluate(self) -> dict | None:
-        """Held-out figures of the policy as it is; None where there is nothing to evaluate on."""
-        c, mine = self.config, self.held_out[self.ranks.rank::self.ranks.world]
+    def evaluate(self, short: bool = False) -> dict | None:
+        """Held-out figures of the policy as it is; None where there is nothing to evaluate on. short: a third
+        of the problems, two samples each, nothing greedy."""
+        c, problems = self.config, self.held_out[::3 if short else 1]
         if not self.held_out:
             return None
         self.model.eval()
-        records = evaluate(self.model, self.codec, mine, True, c.eval_samples, c.max_new_tokens, c.seed,
-                           progress=self.ranks.rank == 0)
+        records = evaluate(self.model, self.codec, problems[self.ranks.rank::self.ranks.world], not short,
+                           2 if short else c.eval_samples, c.max_new_tokens, c.seed,
+                           progress=self.ranks.rank == 0 and not short)
         records = self.ranks.gather(records)
-        return {**summarise(records), "table": report(records)}
+        sampled = {}
+        for r in records:
+            sampled.setdefault(r["id"], []).extend([r["correct"]] * (r["mode"] == "sample"))
+        return {**summarise(records), "table": report(records),
+                "problems": [sum(v) / max(1, len(v)) for _, v in sorted(sampled.items())]}
 
     def save(self):
         """out/checkpoint-<step>: the model in the hub's form, optimizer.safetensors, trainer.json. Written
@@ -460,6 +568,8 @@ def line(step: int, config: TrainConfig, m: dict) -> str:
                 f"right/mixed/wrong {m['all_right']:.2f}/{m['mixed']:.2f}/{m['all_wrong']:.2f}  "
                 f"length {m['length']:.0f}  entropy {m['entropy']:.3f}  kl {m['kl_old']:.5f}  "
                 f"clipped {m['clip_fraction']:.3f}")
+        if "parents" in m:
+            text += f"  repaired {m['repaired']}/{m['parents']} for {m['repair_tokens']} tokens"
     return (f"step {step}/{config.max_steps}  {text}  |grad| {m['grad_norm']:.2f}  lr {m['lr']:.1e}  "
             f"{m['seconds']:.1f} s")
 
@@ -500,14 +610,14 @@ def run(trainer: Trainer) -> dict:
         trainer.save()
     bar = tqdm(total=config.max_steps, initial=trainer.step, desc=config.stage,
                disable=None if lead else True)
-    while trainer.step < config.max_steps:
+    while trainer.progress() < 1:
         started = time.time()
         m = trainer.sft_step() if config.stage == "sft" else trainer.rl_step()
         groups = m.pop("groups", None)
         trainer.step += 1
         m = {"step": trainer.step, **m, "seconds": time.time() - started}
-        if config.eval_every and trainer.step % config.eval_every == 0 and (found := trainer.evaluate()):
-            m["heldout"] = {k: v for k, v in found.items() if k != "table"}
+        if config.eval_every and trainer.step % config.eval_every == 0 and (found := trainer.evaluate(short=True)):
+            m["heldout"] = {k: v for k, v in found.items() if k not in ("table", "problems")}
             say(f"held-out at {trainer.step}: {headline(found)}")
         if lead:
             with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
@@ -516,7 +626,7 @@ def run(trainer: Trainer) -> dict:
             if groups and config.print_every and trainer.step % config.print_every == 0:
                 say(show(groups))
         bar.update()
-        if trainer.step == config.max_steps or (config.save_every and trainer.step % config.save_every == 0):
+        if trainer.progress() >= 1 or (config.save_every and trainer.step % config.save_every == 0):
             trainer.save()
     bar.close()
     figures["after"] = trainer.evaluate()
@@ -533,10 +643,14 @@ def run(trainer: Trainer) -> dict:
     return figures
 
 
+PRESETS = {"stepgrpo": {"use_std": True, "beta": 0.04}}    # what an algorithm is published with; flags go first
+
+
 def main(argv=None):
     """Flags in, run out; bad input ends with one line."""
     try:
         given = parse_flags(TrainConfig, argv)
+        given = parse_flags(TrainConfig, argv, PRESETS.get(given.algo))
         if not given.resume:
             config, checkpoint = given, None
             if config.out and (Path(config.out) / "metrics.jsonl").exists():

@@ -25,6 +25,7 @@ import json
 import random
 import sys
 import zlib
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import attribute
+import rereason
 from rollout import Problem
 
 COLOURS = {"red": (230, 25, 45), "green": (40, 160, 60), "yellow": (250, 220, 30), "blue": (20, 80, 220),
@@ -45,6 +48,7 @@ NAMES = tuple(COLOURS)
 SHAPES = ("circle", "square", "triangle")
 KINDS = ("tiles", "count", "path", "bars")
 FORMS = ("free", "choice", "yesno")
+SECOND_LOOKS = ("check", "relook")          # what attribute.py and rereason.py ask; stage 5 of build.py teaches it
 MAX_STEPS = 20
 DEFAULT_STEPS = "5"                         # where the warm start mostly fails and yet often enough is right
 CELL = 28                                   # pixels; one merged image token of the tiny model
@@ -119,11 +123,41 @@ QUESTIONS = {"tiles": "Shift each digit by {shift}: {ask}", "bars": "Is each bar
              "count": "Count each: {ask}", "path": "Follow the dots from {start}"}
 
 
+def ask(facts: dict) -> str:
+    return "<image>" + QUESTIONS[facts["kind"]].format(**{**facts, "ask": " ".join(facts["ask"]),
+                                                          "start": facts["ask"][0]})
+
+
+def second_look(kind: str, facts: dict, form: str, rng: random.Random, name: str) -> Problem:
+    """A demonstration of what the tiny model must be able to do besides solving: repeat a step that is right
+    and correct one that is not, alone (`attribute.CHECK`) or at the end of a chain
+    (`rereason.relook_problem`). Half the steps have a wrong reading, one in ten a wrong conclusion."""
+    steps, k = true_steps(facts), rng.randrange(len(facts["ask"]))
+    suspect = corrupt(facts, {k} if rng.random() < 0.5 else set(), rng)[k]
+    if rng.random() < 0.1:
+        suspect = slip(facts, suspect, rng)
+    problem = Problem(id=name, question=ask(facts), answer=steps[k], images=[draw(facts, rng)],
+                      task=f"{kind}/{form}", demonstration=steps[k], oracle=facts)
+    if form == "relook":
+        return rereason.relook_problem(problem, "<think>" + "".join(s + "\n" for s in steps[:k]), suspect)
+    return replace(problem, question=problem.question + attribute.CHECK + suspect)
+
+
+def slip(facts: dict, step: str, rng: random.Random) -> str:
+    """The step with another conclusion from the same reading (tiles and bars; others conclude nothing)."""
+    words = step.split()
+    if facts["kind"] == "tiles":
+        words[2] = str((int(words[2]) + rng.randint(1, 9)) % 10)
+    elif facts["kind"] == "bars":
+        words[2] = "no" if words[2] == "yes" else "yes"
+    return " ".join(words)
+
+
 def make_problem(kind: str, steps: int, form: str = "free", split: str = "train", seed: int = 0,
                  index: int = 0) -> Problem:
     """The `index`-th problem of a stream; the same arguments give the same problem. split: "train" or
     "heldout"."""
-    if (kind not in KINDS or form not in FORMS or not 1 <= steps <= MAX_STEPS
+    if (kind not in KINDS or form not in (*FORMS, *SECOND_LOOKS) or not 1 <= steps <= MAX_STEPS
             or split not in ("train", "heldout")):
         raise ValueError(f"no such task: kind {kind!r}, steps {steps}, form {form!r}, split {split!r}")
     rng = random.Random(f"{kind}/{steps}/{form}/{split}/{seed}/{index}")
@@ -132,9 +166,10 @@ def make_problem(kind: str, steps: int, form: str = "free", split: str = "train"
         shown = json.dumps([kind, sorted(facts["show"].items()), sorted(facts.get("next", {}).items())])
         if (zlib.crc32(shown.encode()) % 8 == 0) == (split == "heldout"):
             break
+    if form in SECOND_LOOKS:
+        return second_look(kind, facts, form, rng, f"{kind}-{steps}-{form}-{split}-{seed}-{index}")
     gold = answer_from_steps(facts, true_steps(facts))
-    question = "<image>" + QUESTIONS[kind].format(**{**facts, "ask": " ".join(facts["ask"]),
-                                                     "start": facts["ask"][0]})
+    question = ask(facts)
     answer, choices = gold, None
     if form == "choice":
         choices = make_options(facts, rng)
@@ -188,16 +223,16 @@ class Stream:
                 and 1 <= int(low) <= int(high or low) <= MAX_STEPS):
             raise ValueError(f"{spec!r}: steps must be a number or a range like 4-6, "
                              f"between 1 and {MAX_STEPS}")
-        for given, known in ((self.kinds, KINDS), (self.forms, FORMS), ([name], ("tiny",))):
+        for given, known in ((self.kinds, KINDS), (self.forms, FORMS + SECOND_LOOKS), ([name], ("tiny",))):
             if not set(given) <= set(known):
                 raise ValueError(f"{spec!r}: {'+'.join(given)} is not among {', '.join(known)}")
         self.steps, self.split, self.seed, self.run = range(int(low), int(high or low) + 1), split, seed, run
 
     def __getitem__(self, index: int) -> Problem:
-        """Every kind and form in turn, so any stretch of the stream is balanced."""
+        """Every kind and form in turn, so any stretch of the stream is balanced; a run has one form."""
         steps = random.Random(f"{self.split}/{self.seed}/{index // self.run}").choice(self.steps)
         kind, form = (self.kinds[index % len(self.kinds)],
-                      self.forms[index // len(self.kinds) % len(self.forms)])
+                      self.forms[index // max(self.run, len(self.kinds)) % len(self.forms)])
         return make_problem(kind, steps, form, self.split, self.seed, index)
 
 
@@ -233,6 +268,8 @@ def erosion_rate(depth: int, first: float, ninth: float) -> float:
 def demonstrate(problem: Problem, erosion: tuple[float, float], rng: random.Random) -> str:
     """A completion for supervised training: the chain, each reading wrong with the erosion rate of its depth,
     and the answer that follows from the chain as written."""
+    if problem.demonstration:
+        return problem.demonstration
     facts = problem.oracle
     wrong = {k for k in range(MAX_STEPS) if rng.random() < erosion_rate(k + 1, *erosion)}
     steps = corrupt(facts, wrong, rng)
@@ -279,9 +316,11 @@ def check_steps(problem: Problem, steps: list[str]) -> list[str]:
     return verdicts
 
 
-def is_true(problem: Problem, step: str) -> bool:
-    """Whether what a step claims to see is true of the image, wherever in the chain it stands."""
-    return check_steps(problem, [step])[0] in ("true", "logic")
+def is_right(problem: Problem, step: str) -> bool:
+    """Whether a step is true of the image and draws the right conclusion, wherever in the chain it stands."""
+    name = step.split(" ")[0]
+    return name in problem.oracle["show"] and step == step_text(
+        problem.oracle, name, problem.oracle["show"][name], problem.oracle.get("next", {}).get(name))
 
 
 # ------------------------------------------------------------------------------------------------------------

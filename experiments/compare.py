@@ -1,0 +1,261 @@
+"""The study: GRPO, GRPO with larger groups, StepGRPO and IVR-R1 from the same warm start, at equal generated
+tokens.
+
+    python experiments/compare.py                    # all runs that are not in results/compare.json yet, then the report
+    python experiments/compare.py --arms ivr grpo --horizons 20 --seeds 1
+    python experiments/compare.py --ablations         # the ablations, into results/ablations.json
+    python experiments/compare.py --report            # tables and plot only, from the results
+
+A run is one `train.py` on tiny problems of one length ("horizon") until the horizon's budget of generated
+tokens is spent: rollouts, checks, looks, restarts, whatever became of them. Held-out accuracy is sampled at
+temperature 1, along the run (`curve`) and, on all held-out problems, at its end. One thread a run, so that
+runs side by side do not disturb one another; a stopped study goes on where it stopped.
+
+The warm start is tiny's after 100 more supervised steps with deeper erosion (a wrong reading at 20 % of first and
+70 % of ninth steps), made here first: it solves about a quarter of the problems of 3 steps and none of 12.
+"""
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results"
+BUDGET = {3: 150_000, 6: 300_000, 9: 450_000, 12: 400_000, 20: 550_000}     # generated tokens a run, by horizon
+KINDS = "tiles+path+bars"                   # what the warm start can read; it can not count
+WARM = ("--stage sft --data tiny:steps=3-20,forms=free+check+free+relook+free --batch 48 --max_new_tokens 256 "
+        "--max_steps 100 --lr 3e-4 --lr_end 0.2 --erosion_first 0.2 --erosion_ninth 0.7 --freeze_vision "
+        "--eval_problems 0 --save_every 0 --device cpu")
+COMMON = ("--batch 16 --group_size 8 --lr 1e-4 --freeze_vision --save_every 0 --keep 1 --print_every 0 "
+          "--eval_problems 150 --eval_samples 4 --device cpu")
+ARMS = {"grpo": "--algo grpo", "grpo_large": "--algo grpo --group_size 12", "stepgrpo": "--algo stepgrpo",
+        "ivr": "--algo ivr"}
+ABLATED = 9                                # the horizon of the ablations
+ABLATIONS = {
+    "ivr": "", "random cut": "--localiser random", "oracle cut": "--localiser oracle",
+    "A2 margin": "--localiser margin", "A3 dependence": "--localiser dependence",
+    "A4 Monte Carlo": "--localiser monte_carlo",
+    "restarts only": "--relook none", "look without the image": "--relook text",
+    "masked prefix": "--mask_prefix", "with std": "--use_std", "plain w": "--gamma 0", "no annealing": "--anneal 0",
+    "all-wrong groups only": "--rectify_below 0", "credit only": "--rectify_below -1",
+    "repair only": "--no-step_credit", "grpo": "--algo grpo",
+}
+
+
+def train(out: Path, flags: list):
+    """`train.py` on one thread, with its log beside the run folder."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    with open(f"{out}.log", "w") as log:
+        subprocess.run([sys.executable, str(ROOT / "train.py"), "--out", str(out), *flags], check=True, env=env,
+                       stdout=log, stderr=log)
+
+
+def warm_start() -> Path:
+    """The checkpoint all runs start from."""
+    out = ROOT / "runs" / "compare-warm"
+    if not list(out.glob("checkpoint-000100")):
+        train(out, ["--model", str(ROOT / "tiny"), *WARM.split()])
+    return out / "checkpoint-000100"
+
+
+def run(out: Path, warm: Path, horizon: int, seed: int, flags: str) -> dict:
+    """One training run -> its object for the results."""
+    rollouts = 16 * 8 * (6.4 * horizon + 4)                             # tokens a step, about
+    every = max(1, round(BUDGET[horizon] / rollouts / 50))              # an evaluation every 2 % of the budget
+    train(out, ["--model", str(warm), "--data", f"tiny:steps={horizon},kinds={KINDS}", "--max_tokens",
+                str(BUDGET[horizon]), "--max_new_tokens", str(10 * horizon + 20), "--eval_every", str(every), "--seed",
+                str(seed), *COMMON.split(), *flags.split()])
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    held = json.loads((out / "heldout.json").read_text())
+    accuracy = lambda figures: next(v["mean"] for k, v in figures.items() if k.startswith("avg@"))
+    tail = rows[-max(1, len(rows) // 10):]
+    mean = lambda key: sum(r[key] for r in tail) / len(tail)
+    return {"horizon": horizon, "seed": seed, "warm_accuracy": accuracy(held["before"]),
+            "accuracy": accuracy(held["after"]), "greedy": held["after"]["greedy"]["mean"],
+            "generated_tokens": rows[-1]["generated_tokens"], "steps": len(rows),
+            "wall_s": round(sum(r["seconds"] for r in rows), 1),
+            "curve": [[0, accuracy(held["before"])]] + [[r["generated_tokens"], accuracy(r["heldout"])] for r in rows
+                                                        if "heldout" in r],
+            "rollout_share": sum(r["rollout_tokens"] for r in rows) / rows[-1]["generated_tokens"],
+            "entropy": mean("entropy"), "length": mean("length"), "format": mean("format"),
+            "problems": held["after"]["problems"]}
+
+
+def study(file: Path, arms: dict, horizons: list, seeds: int, jobs: int):
+    """Run what is not in `file` yet, `jobs` runs at a time; `file` is written after each."""
+    results = json.loads(file.read_text()) if file.is_file() else []
+    done = {(r["algo"], r["horizon"], r["seed"]) for r in results}
+    todo = [(name, h, s) for s in range(seeds) for h in horizons for name in arms if (name, h, s) not in done]
+
+    def one(task):
+        name, horizon, seed = task
+        out = ROOT / "runs" / file.stem / f"{name.replace(' ', '-')}-{horizon}-{seed}"
+        return {"algo": name, **run(out, warm, horizon, seed, arms[name])}
+
+    warm = warm_start() if todo else None
+    with ThreadPoolExecutor(jobs) as pool:
+        for n, result in enumerate(pool.map(one, todo), start=1):
+            results.append(result)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("[\n" + ",\n".join(json.dumps(r) for r in results) + "\n]\n")
+            print(f"{n}/{len(todo)}  {result['algo']}  {result['horizon']} steps  seed {result['seed']}  accuracy "
+                  f"{100 * result['warm_accuracy']:.1f} -> {100 * result['accuracy']:.1f} %  "
+                  f"{result['generated_tokens']:,} tokens  {result['wall_s']:.0f} s", flush=True)
+    return results
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def at(curve: list, tokens: float) -> float:
+    """Accuracy of a curve [[tokens, accuracy], ...] at a budget, between its points linearly."""
+    for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
+        if tokens <= x1:
+            return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
+    return curve[-1][1]
+
+
+def smooth(curve: list, width: int = 5) -> list:
+    """Running mean of the accuracies over `width` points: each is measured on few problems."""
+    half = width // 2
+    mean = lambda part: sum(y for _, y in part) / len(part)
+    return [[x, mean(curve[max(0, n - min(half, n, len(curve) - 1 - n)):n + min(half, n, len(curve) - 1 - n) + 1])]
+            for n, (x, _) in enumerate(curve)]
+
+
+def mean_at(runs: list, tokens: float) -> float:
+    return sum(at(smooth(r["curve"]), tokens) for r in runs) / len(runs)
+
+
+def reached(runs: list, accuracy: float, budget: int) -> float:
+    """The tokens after which the mean curve of some runs stays at an accuracy for the first time; inf if never."""
+    grid = [budget * n / 200 for n in range(201)]
+    return next((x for x in grid if mean_at(runs, x) >= accuracy), float("inf"))
+
+
+def bootstrap(groups: list, statistic, times: int = 1000) -> tuple[float, float]:
+    """95 % interval of `statistic` (of a list like `groups`, drawn with replacement), percentile bootstrap."""
+    rng = random.Random(0)
+    values = sorted(statistic([rng.choice(groups) for _ in groups]) for _ in range(times))
+    return values[int(0.025 * times)], values[int(0.975 * times) - 1]
+
+
+def paired(a: list, b: list) -> list:
+    """Differences of held-out accuracy, problem by problem and seed by seed, of two arms' runs."""
+    b = {r["seed"]: r for r in b}
+    return [[x - y for x, y in zip(r["problems"], b[r["seed"]]["problems"])] for r in a if r["seed"] in b]
+
+
+def difference(a: list, b: list) -> str:
+    """Mean paired difference in points with its interval: seeds are drawn, then problems within each."""
+    pairs = paired(a, b)
+    if not pairs:
+        return ""
+    rng = random.Random(1)
+    draw = lambda part: (lambda p: sum(p[rng.randrange(len(p))] for _ in p) / len(p))(part)
+    low, high = bootstrap(pairs, lambda ps: 100 * sum(map(draw, ps)) / len(ps))
+    mean = 100 * sum(sum(p) / len(p) for p in pairs) / len(pairs)
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def table(results: list, baseline: str = "grpo") -> str:
+    """Final accuracy by arm, its difference from the baseline, and how many tokens it took to get where the
+    baseline ends."""
+    lines = ["| steps | arm | seeds | before | after | points over GRPO at the end | tokens to GRPO's end | points over "
+             "GRPO at its half-way | tokens | wall |", "|---" * 10 + "|"]
+    for h in sorted({r["horizon"] for r in results}):
+        base = [r for r in results if r["horizon"] == h and r["algo"] == baseline]
+        for arm in dict.fromkeys(r["algo"] for r in results):
+            runs = [r for r in results if r["horizon"] == h and r["algo"] == arm]
+            if not runs:
+                continue
+            mean = lambda key: sum(r[key] for r in runs) / len(runs)
+            low, high = bootstrap(runs, lambda rs: 100 * sum(r["accuracy"] for r in rs) / len(rs))
+            budget = max(r["generated_tokens"] for r in runs + base)
+            share, half = "", ""
+            if base and arm != baseline:
+                goal = sum(smooth(r["curve"])[-1][1] for r in base) / len(base)
+                start = sum(r["warm_accuracy"] for r in base) / len(base)
+                share = f"{reached(runs, goal, budget) / max(1, reached(base, goal, budget)):.2f} x"
+                middle = reached(base, (start + goal) / 2, budget)
+                gaps = [(r, b) for r in runs for b in base if r["seed"] == b["seed"]]
+                gap = lambda ps: 100 * sum(at(smooth(r["curve"]), middle) - at(smooth(b["curve"]), middle)
+                                           for r, b in ps) / len(ps)
+                half = f"{gap(gaps):+.1f} [{', '.join(f'{x:+.1f}' for x in bootstrap(gaps, gap))}]" if gaps else ""
+            lines.append(f"| {h} | {arm} | {len(runs)} | {100 * mean('warm_accuracy'):.1f} % | {100 * mean('accuracy'):.1f} % "
+                         f"[{low:.1f}, {high:.1f}] | {difference(runs, base) if arm != baseline else ''} | {share} | {half} | "
+                         f"{mean('generated_tokens') / 1e6:.2f} M | {mean('wall_s'):.0f} s |")
+    return "\n".join(lines)
+
+
+COLOURS = {"ivr": (200, 40, 40), "grpo": (40, 90, 200), "grpo_large": (90, 170, 230), "stepgrpo": (120, 120, 120)}
+
+
+def plot(results: list, file: Path, width: int = 330, height: int = 250):
+    """Accuracy over generated tokens (top) and over wall time (bottom), one panel a horizon: thin lines are
+    seeds, thick ones means over seeds."""
+    horizons = sorted({r["horizon"] for r in results})
+    image = Image.new("RGB", (width * len(horizons), 2 * height + 24), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=11)
+    for column, h in enumerate(horizons):
+        for row, axis in enumerate(("generated tokens", "seconds")):
+            runs = [r for r in results if r["horizon"] == h]
+            stretch = lambda r, x: x if row == 0 else x * r["wall_s"] / r["generated_tokens"]
+            top = max(stretch(r, r["curve"][-1][0]) for r in runs)
+            x0, y0, w, t = column * width + 38, 24 + row * height + 18, width - 50, height - 52
+            place = lambda x, y: (x0 + w * x / top, y0 + t * (1 - y))
+            pen.rectangle((x0, y0, x0 + w, y0 + t), outline=(180, 180, 180))
+            for y in (0, 0.25, 0.5, 0.75, 1):
+                pen.text((x0 - 4, y0 + t * (1 - y)), f"{100 * y:.0f}", fill="black", font=font, anchor="rm")
+                pen.line((*place(0, y), *place(top, y)), fill=(235, 235, 235))
+            label = f"{top / 1e6:.2f} M" if row == 0 else f"{top:.0f} s"
+            pen.text((x0 + w, y0 + t + 4), label, fill="black", font=font, anchor="rt")
+            pen.text((x0 + w / 2, y0 + t + 4), axis, fill="black", font=font, anchor="mt")
+            pen.text((x0 + 4, y0 - 15), f"{h} steps: accuracy, %", fill="black", font=font)
+            for arm, colour in COLOURS.items():
+                mine = [r for r in runs if r["algo"] == arm]
+                for r in mine:
+                    points = [place(stretch(r, x), y) for x, y in smooth(r["curve"])]
+                    pen.line(points, fill=tuple((c + 2 * 255) // 3 for c in colour), width=1)
+                if mine:
+                    end = min(stretch(r, r["curve"][-1][0]) for r in mine)
+                    curves = [[[stretch(r, x), y] for x, y in smooth(r["curve"])] for r in mine]
+                    grid = [end * n / 60 for n in range(61)]
+                    pen.line([place(x, sum(at(c, x) for c in curves) / len(curves)) for x in grid], fill=colour, width=3)
+    for n, (arm, colour) in enumerate(COLOURS.items()):
+        pen.line((12 + 110 * n, 12, 36 + 110 * n, 12), fill=colour, width=3)
+        pen.text((42 + 110 * n, 12), arm, fill="black", font=font, anchor="lm")
+    image.save(file)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="*", help="which arms (all)")
+    parser.add_argument("--horizons", nargs="*", type=int, help="which horizons (all)")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds a setting")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--ablations", action="store_true", help=f"the ablations, at {ABLATED} steps")
+    parser.add_argument("--report", action="store_true", help="no runs")
+    args = parser.parse_args()
+    arms, file = (ABLATIONS, "ablations.json") if args.ablations else (ARMS, "compare.json")
+    if not args.report:
+        study(RESULTS / file, {n: f for n, f in arms.items() if n in (args.arms or arms)},
+              args.horizons or ([ABLATED] if args.ablations else list(BUDGET)), args.seeds, args.jobs)
+    results = json.loads((RESULTS / file).read_text())
+    print(table(results))
+    if not args.ablations:
+        plot(results, RESULTS / "compare.png")
+
+
+if __name__ == "__main__":
+    main()
