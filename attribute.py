@@ -184,7 +184,7 @@ def drop_patches(prompt, merge: int, share: float, rng: torch.Generator):
 
 @torch.no_grad()
 def visual_dependence(model, codec, trajectories: list, share: float = 0.6,
-                      masks: int = 2) -> list[list[float]]:
+                      masks: int = 4) -> list[list[float]]:
     """A3. For each trajectory d_t of every token: how much what comes there depends on the image, KL(pi(. |
     image) || pi(. | masked image)), averaged over `masks` random masks. Zeros without images."""
     rng = torch.Generator().manual_seed(0)
@@ -353,7 +353,7 @@ def localise(checks: list[Check], margins: list[float] | None = None, d: list[fl
     confidence, kind = trust * (1 - checks[k].same), "misread"
     if d is not None:
         token = min(steps[k].start + checks[k].token, steps[k].stop - 1)
-        if d[token] < 0.1 * max(d):
+        if d[token] < 0.05 * max(d):
             kind = "reasoning"
         elif erosion(step_dependence(d, steps), k) > 1:
             kind = "eroded"

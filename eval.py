@@ -234,9 +234,7 @@ def score_localisers(model, codec, found: list, max_new_tokens: int, batch: int 
         margins = attribute.answer_margins(model, codec, chains)
         depends = attribute.visual_dependence(model, codec, chains)
         faults = [attribute.localise(t.checks, m, d, t.steps) for t, m, d in zip(chains, margins, depends)]
-        for t, fault in zip(chains, faults):
-            t.fault = fault
-        note("A1 + A2 (default)", part, [f.step for f in faults], locate.tokens)
+        note("A1, else A2 (default)", part, [f.step for f in faults], locate.tokens)
         note("A1 check", part, [attribute.localise(t.checks).step for t in chains], locate.tokens)
         note("A2 drop", part, [attribute.margin_drop(m) for m in margins], 0)
         note("A2 no return", part, [attribute.no_return(m) for m in margins], 0)
@@ -246,6 +244,36 @@ def score_localisers(model, codec, found: list, max_new_tokens: int, batch: int 
         note("random", part, [random.Random(f"{at}/{n}").randrange(len(t.steps)) for n, t in enumerate(chains)], 0)
         note("last step", part, [len(t.steps) - 1 for t in chains], 0)
     return records
+
+
+def planted_kinds(model, codec, stream, count: int) -> list[tuple[str, str]]:
+    """(planted, found) kinds of error in chains with one planted error each: a wrong reading at the first two steps,
+    where the policy still looks (misread), or at the last third, where erosion has set in (eroded); a wrong
+    conclusion from a right reading (reasoning)."""
+    chains, planted, rng = [], [], random.Random(0)
+    for i in range(count):
+        p, kind = stream[i], ("misread", "eroded", "reasoning")[i // 4 % 3]
+        steps = shapes.true_steps(p.oracle)
+        k = rng.randrange(2) if kind == "misread" else rng.randrange(len(steps) * 2 // 3, len(steps))
+        if kind != "reasoning":
+            steps = shapes.corrupt(p.oracle, {k}, rng)
+        elif (slipped := shapes.slip(p.oracle, steps[k], rng)) != steps[k]:
+            steps[k] = slipped
+        else:
+            continue                                    # counting and following dots conclude nothing
+        text = f"<think>{chr(10).join(steps)}</think><answer>{shapes.answer_from_steps(p.oracle, steps)}</answer>"
+        ids = codec.tokenizer(text, add_special_tokens=False)["input_ids"] + [codec.eos_ids[0]]
+        t = rollout.Trajectory(p, ids, [1] * len(ids), [0.0] * len(ids), True, text)
+        t.steps = attribute.split_steps(ids, codec)
+        chains.append(t)
+        planted.append(kind)
+    found = []
+    for at in range(0, len(chains), 64):
+        part = chains[at:at + 64]
+        attribute.Locator(model, codec)(part)
+        depends = attribute.visual_dependence(model, codec, part)
+        found += [attribute.localise(t.checks, None, d, t.steps).kind for t, d in zip(part, depends)]
+    return list(zip(planted, found))
 
 
 def localisation_report(records: list[dict]) -> str:
@@ -266,6 +294,11 @@ def localisation_report(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def accuracies(figures: dict) -> list[str]:
+    """The names of a summary's accuracies: greedy, avg@k, pass@k."""
+    return [n for n in figures if n == "greedy" or n.startswith(("avg@", "pass@"))]
+
+
 def percent(figure: dict) -> str:
     return f"{100 * figure['mean']:.1f} % [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
 
@@ -276,7 +309,7 @@ def main(argv=None):
         for name in ("problems", "samples", "max_new_tokens", "max_pixels"):
             if getattr(config, name) < 0:
                 raise ValueError(f"--{name} {getattr(config, name)}: must not be negative")
-        if config.localise and config.data.partition(":")[0] != "tiny":
+        if config.localise and not rollout.is_tiny(config.data):
             raise ValueError("--localise: only tiny has a step oracle")
         if config.batch < 1:
             raise ValueError(f"--batch {config.batch}: must be at least 1")
@@ -301,8 +334,13 @@ def main(argv=None):
         print(f"{len(found)} flawed rollouts with a wrong step, {slips} more with only a wrong answer; "
               f"{length:.1f} tokens a rollout\n")
         print(localisation_report(score_localisers(model, codec, found, config.max_new_tokens or 256)))
+        kinds = ("eroded", "misread", "reasoning")
+        pairs = planted_kinds(model, codec, stream, 600)
+        print("\n| planted | found " + " | ".join(kinds) + " |\n|---|---|---|---|")
+        for kind in kinds:
+            print(f"| {kind} | " + " | ".join(str(pairs.count((kind, other))) for other in kinds) + " |")
         return
-    limit = config.max_new_tokens or (256 if config.data.partition(":")[0] == "tiny" else 2048)
+    limit = config.max_new_tokens or (256 if rollout.is_tiny(config.data) else 2048)
     records = evaluate(model, codec, problems, config.greedy, config.samples, limit, config.seed,
                        config.batch)
     if config.out:

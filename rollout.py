@@ -69,7 +69,6 @@ class Trajectory:
     weights: list | None = None         # per-token loss weights; None = 1 everywhere
     steps: list | None = None           # attribute.Step: its steps as token ranges
     checks: list | None = None          # attribute.Check of each step, where it was asked
-    fault: object = None                # attribute.Fault: where it lost the image
     kept: int = 0                       # rectified: its first so many tokens are its parent's
 
 
@@ -223,11 +222,16 @@ def load_problems(path, image_dir=None, instruction: str = "") -> list[Problem]:
     return list(problems.values())
 
 
+def is_tiny(data: str) -> bool:
+    """Whether a data argument names the embedded tasks rather than a file."""
+    return data.partition(":")[0] == "tiny"
+
+
 def load_data(data: str, split: str, count: int = 0, image_dir: str = "",
               instruction: str = "") -> list[Problem]:
     """The first `count` problems of a JSONL file (0 = all), or of a tiny spec such as "tiny:steps=5"
     (0 = 256)."""
-    if data.partition(":")[0] == "tiny":
+    if is_tiny(data):
         from tiny.shapes import Stream          # here, since shapes.py needs Problem
         stream = Stream(data, split)
         return [stream[i] for i in range(count or 256)]
@@ -405,13 +409,9 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
         uniforms = uniforms.clamp(max=1 - 1e-6).to(device)
 
     # prompt and vision once a prompt; then the forced prefixes, left-padded so all rows write the same column
-    batch = collate(prompts, codec.pad_id, device)
-    hidden, context, following = model.prompt_hidden(**batch, keep=True)
     prompt = torch.arange(len(problems), device=device).repeat_interleave(group_size)   # (R,)
-    last = hidden[torch.arange(len(prompts)), batch["attention_mask"].sum(1) - 1][prompt]
-    cache = Rows(context.kv, batch["attention_mask"], prompt)
+    last, cache, start = prompt_rows(model, prompts, prompt, codec.pad_id)
     length = torch.tensor([len(p) for p in prefixes], device=device)                    # completion so far
-    start = following[prompt]                                                           # first free position
     if int(length.max()):
         ids, mask = (a.to(device) for a in pad(prefixes, codec.pad_id, left=True))
         positions = start[:, None] + (torch.arange(ids.shape[1], device=device)
@@ -459,6 +459,16 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
     return [out[i:i + group_size] for i in range(0, rows, group_size)]
 
 
+def prompt_rows(model: Qwen25VL, prompts: list[Prompt], prompt, pad_id: int, grow: bool = True):
+    """Vision and prompts, each computed once, for rows that continue them. prompt (R,): which one each row
+    continues. Returns the last hidden state (R, D), the rows' context and the first free positions (R,)."""
+    batch = collate(prompts, pad_id, prompt.device)
+    hidden, context, following = model.prompt_hidden(**batch, keep=True)
+    ends = batch["attention_mask"].sum(1) - 1
+    last = hidden[torch.arange(len(prompts), device=prompt.device), ends][prompt]
+    return last, Rows(context.kv, batch["attention_mask"], prompt, grow), following[prompt]
+
+
 def next_token(logits, logit_mask, temperature: float, uniform=None):
     """logits (R, V) -> token (R,) and its log-prob (R,) under softmax(logits / temperature) without banned
     tokens. Greedy (temperature 0) reports the log-prob at temperature 1. Inverse CDF: the first token whose
@@ -489,17 +499,12 @@ def completion_hidden(model: Qwen25VL, prompts: list[Prompt], prompt_of_row: lis
     Returns hidden (R, T, D), targets (R, T) and the completion_mask (R, T) from lengths. Gradients flow
     through both the prompt and the rows."""
     device = model.head_weight.device
-    batch = collate(prompts, pad_id, device)
-    prompt = torch.tensor(prompt_of_row, device=device)
-    hidden, context, following = model.prompt_hidden(**batch, keep=True)
-    last = hidden[torch.arange(len(prompts), device=device),
-                  batch["attention_mask"].sum(1) - 1][prompt]                           # (R, D)
+    last, rows, start = prompt_rows(model, prompts, torch.tensor(prompt_of_row, device=device), pad_id, False)
     targets, mask = (a.to(device) for a in pad(completions, pad_id))
     hidden = last[:, None]
     if targets.shape[1] > 1:
-        rows = Rows(context.kv, batch["attention_mask"], prompt, grow=False)
         rows.extend(mask[:, :-1])
-        positions = following[prompt][:, None] + torch.arange(targets.shape[1] - 1, device=device)
+        positions = start[:, None] + torch.arange(targets.shape[1] - 1, device=device)
         hidden = torch.cat((hidden, model.rows_hidden(targets[:, :-1], positions, rows)), dim=1)
     return hidden, targets, mask
 

@@ -946,7 +946,7 @@ def test_oracle_names_what_is_wrong():
     assert shapes.check_steps(p, [s[1], s[0]]) == ["logic", "logic"]            # true, but not what was asked
     assert shapes.check_steps(
         p, ["hello", "red", "", s[3], s[3] + " 1", "gold 3 4", "red ² 3"]).count("unparsed") == 6
-    assert shapes.is_true(p, s[3]) and shapes.is_true(p, slip) and not shapes.is_true(p, misread)
+    assert shapes.is_right(p, s[3]) and not shapes.is_right(p, slip) and not shapes.is_right(p, misread)
     absent = next(n for n in shapes.NAMES if n not in p.oracle["show"])
     assert shapes.check_steps(p, [f"{absent} 3 4"]) == ["misread"]
     p = shapes.make_problem("path", 5, index=2)

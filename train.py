@@ -35,7 +35,7 @@ import grpo
 import rereason
 import reward
 import rollout
-from eval import device_and_dtype, evaluate, parse_flags, percent, report, summarise
+from eval import accuracies, device_and_dtype, evaluate, parse_flags, percent, report, summarise
 from model import Qwen25VL, load_model, save_model
 from tiny import shapes
 
@@ -93,7 +93,7 @@ class TrainConfig:
     remat: bool = False                 # recompute activations in the backward pass: less memory, more time
     # supervised stage on tiny
     erosion_first: float = 0.0          # chance of a planted wrong reading at step 1 of a demonstration ...
-    erosion_ninth: float = 0.0          # ... and at step 9 (linear in between and beyond)
+    erosion_ninth: float = 0.0          # ... and from step 9 on (linear in between)
     # looking at it
     eval_problems: int = 200            # held-out problems (0 = no evaluation)
     eval_samples: int = 4               # k of avg@k
@@ -124,7 +124,7 @@ class TrainConfig:
                             ("localiser", ("check", "margin", "dependence", "monte_carlo", "random", "oracle"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}")
-        if self.localiser == "oracle" and self.data.partition(":")[0] != "tiny":
+        if self.localiser == "oracle" and not rollout.is_tiny(self.data):
             raise ValueError("--localiser oracle: only tiny has one")
         if self.stage == "rl" and self.group_size < 2:
             raise ValueError("--group_size 1: a group needs at least 2 completions to compare")
@@ -265,11 +265,11 @@ class Trainer:
     def load_data(self):
         """Training data (a Stream or a list) and held-out problems, checked before anything is computed."""
         c = self.config
-        if c.data.partition(":")[0] == "tiny":
+        if rollout.is_tiny(c.data):
             data = shapes.Stream(c.data, "train", c.seed, run=c.batch)
         else:
             data = rollout.load_problems(c.data, c.image_dir, c.instruction)
-        name = c.eval_data or (c.data if c.data.partition(":")[0] == "tiny" else "")
+        name = c.eval_data or (c.data if rollout.is_tiny(c.data) else "")
         held_out = []
         if name and c.eval_problems:
             held_out = rollout.load_data(name, "heldout", c.eval_problems, c.image_dir, c.instruction)
@@ -279,14 +279,15 @@ class Trainer:
 
     def draw(self, step: int) -> list:
         """Phase 1, problems: this rank's share of the global batch. A file is shuffled anew each epoch."""
-        c, out = self.config, []
-        for i in range(step * c.batch + self.ranks.rank, (step + 1) * c.batch, self.ranks.world):
-            if isinstance(self.data, list):
-                epoch, i = divmod(i, len(self.data))
-                rng = torch.Generator().manual_seed(c.seed + 7919 * epoch)
-                i = int(torch.randperm(len(self.data), generator=rng)[i])
-            out.append(self.data[i])
-        return out
+        c = self.config
+        places = range(step * c.batch + self.ranks.rank, (step + 1) * c.batch, self.ranks.world)
+        if not isinstance(self.data, list):
+            return [self.data[i] for i in places]
+        orders = {}                                     # epoch -> its permutation
+        for epoch in {i // len(self.data) for i in places}:
+            rng = torch.Generator().manual_seed(c.seed + 7919 * epoch)
+            orders[epoch] = torch.randperm(len(self.data), generator=rng).tolist()
+        return [self.data[orders[i // len(self.data)][i % len(self.data)]] for i in places]
 
     # ---- reinforcement learning
 
@@ -576,8 +577,7 @@ def line(step: int, config: TrainConfig, m: dict) -> str:
 
 def headline(figures: dict) -> str:
     """'greedy 50.0 % [..], avg@4 30.0 % [..], n 200' of a summary."""
-    parts = [f"{name} {percent(value)}" for name, value in figures.items()
-             if name == "greedy" or name.startswith(("avg@", "pass@"))]
+    parts = [f"{name} {percent(figures[name])}" for name in accuracies(figures)]
     return ", ".join(parts) + f", {figures['n']} problems"
 
 

@@ -2,8 +2,7 @@
 
     python experiments/seeds.py --seeds 3 [any flag of train.py]
 
-Each seed is one `python train.py --seed s`; runs already in the folder are not repeated. About 8 minutes a
-seed on 2 CPU cores.
+Each seed is one `python train.py --seed s`; runs already in the folder are not repeated.
 """
 import argparse
 import json
@@ -12,6 +11,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from eval import accuracies, percent  # noqa: E402
 
 
 def main():
@@ -28,12 +29,11 @@ def main():
             subprocess.run([sys.executable, str(ROOT / "train.py"), "--seed", str(seed), "--out", str(out),
                             *flags], check=True)
         rows.append(json.loads((out / "heldout.json").read_text()))
-    names = [n for n in rows[0]["before"] if n == "greedy" or n.startswith(("avg@", "pass@"))]
-    cell = lambda f: f"{100 * f['mean']:.1f} % [{100 * f['low']:.1f}, {100 * f['high']:.1f}]"
+    names = accuracies(rows[0]["before"])
     print("| seed | " + " | ".join(f"{n} before | {n} after" for n in names)
           + " |\n|---" + "|---" * (2 * len(names)) + "|")
     for seed, row in enumerate(rows):
-        print(f"| {seed} | " + " | ".join(f"{cell(row['before'][n])} | {cell(row['after'][n])}"
+        print(f"| {seed} | " + " | ".join(f"{percent(row['before'][n])} | {percent(row['after'][n])}"
                                           for n in names) + " |")
     for n in names:
         gains = [100 * (row["after"][n]["mean"] - row["before"][n]["mean"]) for row in rows]

@@ -1,15 +1,16 @@
-"""Build the embedded default from nothing: tokenizer, config, and warm-started weights (about 18 minutes on 2
+"""Build the embedded default from nothing: tokenizer, config, and warm-started weights (about 25 minutes on 2
 cores).
 
     python tiny/build.py --out tiny
 
-Five stages, all on problems drawn afresh (a fixed pool of pictures is memorised, not learned):
+Six stages, all on problems drawn afresh (a fixed pool of pictures is memorised, not learned):
   1. eyes     - the vision tower learns to name what each cell shows, in the decoder's own words;
   2. look up  - `train.py --stage sft` on right demonstrations: the decoder learns to look up, in order;
   3. longer   - the same with up to 20 look-ups;
   4. forms    - the same with multiple choice and yes/no;
-  5. erosion  - the same on demonstrations with planted erosion, whose chance grows with depth: afterwards the
-                policy can read, and in long chains mostly does not. From here reinforcement learning starts.
+  5. second look - to repeat or correct a single step: what attribute.py and rereason.py ask;
+  6. erosion  - chains with planted erosion, whose chance grows with depth, among clean second looks: afterwards
+                the policy can read, and in long chains mostly does not. From here reinforcement learning starts.
 """
 import argparse
 import json
@@ -201,12 +202,13 @@ def cell_facts(facts, rows, cols) -> list[dict]:
     return [out.get((y, x), {}) for y in range(rows) for x in range(cols)]
 
 
-STAGES = {      # stages 2 to 5 as flags of train.py
+STAGES = {      # stages 2 to 6 as flags of train.py
     "look up": "--data tiny:steps=8-12 --max_steps 500 --lr 1e-3 --lr_end 0.5 --warmup_steps 30",
     "longer": "--data tiny:steps=6-20 --max_steps 230 --lr 5e-4 --lr_end 0.5",
     "forms": "--data tiny:steps=3-8,forms=free+free+choice+yesno --max_steps 300 --lr 5e-4 --lr_end 0.2",
-    "erosion": "--data tiny:steps=3-20,forms=free+free+free+choice+free+free+free+yesno --max_steps 150 "
-               "--lr 3e-4 --lr_end 0.2 --erosion_first 0.05 --erosion_ninth 0.4",
+    "second look": "--data tiny:steps=2-20,forms=check+relook+relook+free --max_steps 280 --lr 5e-4 --lr_end 0.3",
+    "erosion": "--data tiny:steps=3-20,forms=free+check+free+relook+choice+free+relook+free+check+yesno+relook "
+               "--max_steps 250 --lr 3e-4 --lr_end 0.2 --erosion_first 0.05 --erosion_ninth 0.4",
 }
 COMMON = ("--stage sft --batch 48 --max_new_tokens 256 --freeze_vision --eval_problems 0 --save_every 1000 "
           "--device cpu")

@@ -8,7 +8,7 @@ Four kinds, each with 1 to 20 steps (one step a line: what is looked up, what it
 
 kind  | the image                                  | a step        | the answer
 ------|--------------------------------------------|---------------|------------------------------------------
-tiles | coloured tiles with a digit                | `red 4 7`     | colour and shifted digit of each tile
+tiles | coloured tiles with a digit                | `red 4 6`     | colour and shifted digit of each tile
 count | coloured circles, squares, triangles       | `red 3`       | attribute and how many of each
 path  | tiles with a digit and a dot: the next tile| `red 4 blue`  | colour and digit along the path
 bars  | a bar chart, a colour a bar                | `red 6 yes`   | height and verdict of each bar
