@@ -17,8 +17,10 @@ distinct statement of a problem once, for all its rollouts. Sources: A2 is ours;
 Worked example: a chain of four steps whose checks are 0.98, 0.95, 0.02, 0.90. The first below 0.5 is the
 third, so the fault is there, with confidence 0.98 * 0.95 * (1 - 0.02) = 0.91.
 """
+import bisect
 import math
 import re
+import zlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,6 +47,7 @@ class Step:
 
 
 HEADER = re.compile(r"^[ \t]*(?:#{1,4} |\*\*)?Step \d{1,3}\b", re.M | re.I)
+DISPLAY = re.compile(r"\$\$|(?<!\\)\\[\[\]]")       # $$, \[ and \], but not the \\[4pt] of a table
 
 
 def split_steps(ids: list, codec) -> list[Step]:
@@ -52,31 +55,32 @@ def split_steps(ids: list, codec) -> list[Step]:
     the answer). Where lines begin with "Step 1", "### Step 1", each such header opens a step; otherwise
     each non-empty line is one, and the lines of a display formula stay together. A token belongs to the step
     of its first character. Our choice, as in R1-VL's headers and in one-step-a-line chains."""
-    pieces = [codec.tokenizer.decode([i]) for i in ids]
-    text, offsets, at = "".join(pieces), [], 0
-    for piece in pieces:
-        offsets.append(at)
-        at += len(piece)
+    ids = ids[:-1] if ids and ids[-1] in codec.eos_ids else ids
+    text, offsets, run = "", [], []
+    for i in ids:                                           # a character takes up to four tokens
+        offsets.append(len(text))
+        run.append(i)
+        piece = codec.tokenizer.decode(run)
+        if len(run) == 4 or not piece.endswith("\ufffd"):
+            text, run = text + piece, []
+    text += codec.tokenizer.decode(run)
     begin = text.find("<think>") + 7 if "<think>" in text else 0
     ends = [e for e in (text.find(tag, begin) for tag in ("</think>", "<answer>", "### The final answer"))
             if e >= 0]
-    end = min(ends, default=len(text))
-    cuts = [m.start() for m in HEADER.finditer(text, begin, end)]
+    region = text[begin:min(ends, default=len(text))]
+    cuts = [m.start() for m in HEADER.finditer(region)]
     if not cuts:
-        cuts, open_formula = [], False
-        for m in re.finditer(r"[^\n]*\n?", text[begin:end]):
-            if not open_formula and m[0].strip():
-                cuts.append(begin + m.start())
-            open_formula ^= (m[0].count("$$") + m[0].count("\\[") + m[0].count("\\]")) % 2 == 1
+        in_formula = False
+        for m in re.finditer(r"[^\n]*\n?", region):
+            if not in_formula and m[0].strip():
+                cuts.append(m.start())
+            in_formula ^= len(DISPLAY.findall(m[0])) % 2 == 1
     steps, token = [], 0
-    for a, b in zip(cuts, cuts[1:] + [end]):
-        while token < len(ids) and offsets[token] < a:
-            token += 1
-        start = token
-        while token < len(ids) and offsets[token] < b:
-            token += 1
-        if token > start and text[a:b].strip():
-            steps.append(Step(start, token, text[a:b].strip()))
+    for a, b in zip(cuts, cuts[1:] + [len(region)]):
+        start = token = bisect.bisect_left(offsets, begin + a, token, len(ids))
+        token = bisect.bisect_left(offsets, begin + b, token, len(ids))
+        if token > start:
+            steps.append(Step(start, token, region[a:b].strip()))
     return steps
 
 
@@ -111,12 +115,12 @@ def pristine_check(model, codec, claims: list[tuple], rows: int = 512) -> list[C
         part = order[at:at + rows]
         problems = {claims[i][0].id: claims[i][0] for i in part}
         place = {name: n for n, name in enumerate(problems)}
-        halves = [rollout.render(replace(p, question=p.question + CHECK + SLOT), codec).split(SLOT)
+        halves = [rollout.render(replace(p, question=p.question + CHECK + SLOT), codec).rpartition(SLOT)
                   for p in problems.values()]
-        prompts = [rollout.encode_prompt(p, codec, text=head) for p, (head, _) in zip(problems.values(), halves)]
+        prompts = [rollout.encode_prompt(p, codec, text=half[0]) for p, half in zip(problems.values(), halves)]
         prompt_of_row = [place[claims[i][0].id] for i in part]
         texts = [rollout.plain(claims[i][1], codec) for i in part]
-        asked = [tokens(text + halves[n][1]) for text, n in zip(texts, prompt_of_row)]
+        asked = [tokens(text + halves[n][2]) for text, n in zip(texts, prompt_of_row)]
         replies = [tokens(text) for text in texts]
         logps, _, _ = rollout.completion_logps(model, prompts, prompt_of_row,
                                                [a + r for a, r in zip(asked, replies)], codec)
@@ -164,10 +168,10 @@ def margin_drop(margins: list[float]) -> int:
 
 def no_return(margins: list[float]) -> int:
     """k_V: the step (0-based) from which on the margin stays negative; the last where it never does."""
-    k = len(margins) - 1
+    k = len(margins)
     while k > 0 and margins[k - 1] < 0:
         k -= 1
-    return max(0, min(k - 1, len(margins) - 2))
+    return len(margins) - 2 if k == len(margins) else max(0, k - 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -187,18 +191,18 @@ def visual_dependence(model, codec, trajectories: list, share: float = 0.6,
                       masks: int = 4) -> list[list[float]]:
     """A3. For each trajectory d_t of every token: how much what comes there depends on the image, KL(pi(. |
     image) || pi(. | masked image)), averaged over `masks` random masks. Zeros without images."""
-    rng = torch.Generator().manual_seed(0)
-    place, prompts = {}, []
+    place, prompts, rngs = {}, [], []
     for t in trajectories:
         if t.problem.id not in place:
             place[t.problem.id] = len(prompts)
             prompts.append(rollout.encode_prompt(t.problem, codec))
+            rngs.append(torch.Generator().manual_seed(zlib.crc32(t.problem.id.encode())))   # masks of its own
     rows, ids = [place[t.problem.id] for t in trajectories], [t.ids for t in trajectories]
     clean, _, mask = rollout.completion_hidden(model, prompts, rows, ids, codec.pad_id)
     clean, total = clean[mask], 0.0
     for _ in range(masks):
         hidden = [p if p.pixel_values is None else drop_patches(p, codec.image_config.merge_size, share, rng)
-                  for p in prompts]
+                  for p, rng in zip(prompts, rngs)]
         masked = rollout.completion_hidden(model, hidden, rows, ids, codec.pad_id)[0][mask]
         for_all = []
         for a, b in zip(clean.split(1024), masked.split(1024)):
@@ -253,7 +257,7 @@ def monte_carlo(model, codec, trajectories: list, max_new_tokens: int, restarts:
     to find out. All searches go on side by side, `restarts` completions a question."""
     searches = [search(len(t.steps), g) for t, g in zip(trajectories, guesses or [None] * len(trajectories))]
     found, tokens, answers = [None] * len(searches), 0, [None] * len(searches)
-    for turn in range(1000):
+    while True:
         asked = []
         for n in (n for n, f in enumerate(found) if f is None):
             try:
@@ -264,7 +268,8 @@ def monte_carlo(model, codec, trajectories: list, max_new_tokens: int, restarts:
             break
         problems = [trajectories[n].problem for n, _ in asked]
         prefixes = [trajectories[n].ids[:trajectories[n].steps[k].start] for n, k in asked]
-        numbers = torch.cat([rollout.uniforms(f"{key}/{n}/{turn}", restarts, max_new_tokens) for n, _ in asked])
+        numbers = torch.cat([rollout.uniforms(f"{key}/{trajectories[n].problem.id}/{prefix}", restarts, max_new_tokens)
+                             for (n, _), prefix in zip(asked, prefixes)])
         groups = rollout.sample(model, problems, codec, restarts, max_new_tokens, 1.0, numbers,
                                 [p for p in prefixes for _ in range(restarts)])
         for (n, _), group in zip(asked, groups):
@@ -316,8 +321,7 @@ class Locator:
             depends = visual_dependence(self.model, self.codec, chains)
             faults = [most_eroded(d, c.steps) for d, c in zip(depends, chains)]
         elif self.name == "monte_carlo":
-            key = f"{self.key}/{self.tokens}"
-            faults, tokens = monte_carlo(self.model, self.codec, chains, self.max_new_tokens, key=key)
+            faults, tokens = monte_carlo(self.model, self.codec, chains, self.max_new_tokens, key=self.key)
             self.tokens += tokens
         else:
             faults = [int(len(c.steps) * rollout.uniforms(f"{self.key}/{c.problem.id}/{c.ids}", 1, 1).item())
@@ -353,7 +357,7 @@ def localise(checks: list[Check], margins: list[float] | None = None, d: list[fl
     confidence, kind = trust * (1 - checks[k].same), "misread"
     if d is not None:
         token = min(steps[k].start + checks[k].token, steps[k].stop - 1)
-        if d[token] < 0.05 * max(d):
+        if d[token] <= 0.05 * max(d):
             kind = "reasoning"
         elif erosion(step_dependence(d, steps), k) > 1:
             kind = "eroded"

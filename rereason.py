@@ -55,7 +55,7 @@ class Repair:
     median: float                       # median length of its group, tokens
     fresh: bool = False                 # the chain's answer follows from its steps (False: they were mended)
     changed: int = 10 ** 9              # the first token that is not the parent's
-    looks: int = 0
+    looks: int = 0                      # steps corrected in a second look
     failed: int = 0
     tokens: int = 0                     # generated for it (what locating costs is counted there)
     cuts: list = field(default_factory=list)        # steps (0-based) looked at or restarted from, in order
@@ -162,7 +162,7 @@ def rewrite(model, codec, plans: list, turn: int, rules: Rules) -> list:
         numbers = torch.cat([rollout.uniforms(f"{r.key}/{what}/{turn}", 1, cap) for r, _ in part])
         replies = rollout.sample(model, problems, codec, 1, cap, 1.0, numbers, forced, stop_ids=codec.newline_ids)
         for (r, k), s, before, (reply,) in zip(part, spans, forced, replies):
-            r.tokens, r.looks = r.tokens + sum(reply.sampled), r.looks + (what == "look")
+            r.tokens += sum(reply.sampled)
             ids = reply.ids[len(before):]
             pieces = [codec.tokenizer.decode([i]) for i in ids]
             end = next((n for n, (i, p) in enumerate(zip(ids, pieces)) if i in codec.eos_ids or "\n" in p
@@ -173,6 +173,7 @@ def rewrite(model, codec, plans: list, turn: int, rules: Rules) -> list:
                 r.failed += 1                               # nothing new: restart one step to the left
                 anew.append((r, r.chain.steps[max(0, k - 1)].start))
             else:
+                r.looks += what == "look"
                 put_step(r, k, ids[:end], reply.logps[len(before):][:end], text, codec)
                 mended.append((r, k))
     return anew + still_holds(model, codec, mended, rules)

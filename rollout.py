@@ -436,7 +436,7 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
         length = length + 1
         done = open_rows & (torch.isin(token, eos) | (length >= max_new_tokens))
         total[alive[done]] = length[done]
-        if step % 4 == 3 or step == max_new_tokens - 1:    # looking costs a device sync, so not at every step
+        if device.type == "cpu" or step % 4 == 3 or step == max_new_tokens - 1:     # on a GPU looking costs a sync
             keep = (total[alive] < 0).nonzero()[:, 0]
             if len(keep) == 0:
                 break

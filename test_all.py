@@ -5,6 +5,7 @@ one rank, an uninterrupted run. No network, no GPU.
 """
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -18,6 +19,7 @@ import time
 import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,12 +27,15 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import attribute
 import eval as evaluation
 import grpo
 import model as m
+import rereason
 import rollout
 import train
-from reward import answers_match, extract_answer, format_ok, reward_parts
+from reward import (answers_match, extract_answer, format_ok, reward_parts, step_rar, step_reward_parts,
+                    step_rvr)
 from tiny import shapes
 
 ROOT = Path(__file__).resolve().parent
@@ -895,6 +900,1045 @@ def test_reward_format():
         assert format_ok(text) is want, text
 
 
+def ours(steps, answer="7", between="\n", behind=""):
+    return f"<think>{steps}</think>{between}<answer>{answer}</answer>{behind}"
+
+
+def theirs(*headers, **bodies):
+    """R1-VL's form from its headers in short: "i", "r", "1", "2", "a". Bodies: "x", the answer 7."""
+    names = {"i": "Image Description", "r": "Rationales", "a": "The final answer is"}
+    body = {"a": "7", **bodies}
+    return "\n\n".join(f"### {names.get(h, 'Step ' + h)}:\n{body.get('s' + h, body.get(h, 'x'))}"
+                       for h in headers)
+
+
+def test_step_rar_counts_groups():
+    text = ours("Red 4\n  7, then\tblue  2 3.\nIt is 15, or 3.5; x=9", answer="green 1")
+    for key_steps, want in [
+            (["red 4 7", "blue 2 3"], 1.0), (["red 4 7", "blue 3"], 0.5),              # any white space
+            (["RED 4"], 1.0), (["BLUE 2 3", "red 5"], 0.5),
+            (["green 1"], 0.0),                                         # only said in the answer
+            ([["four", "red 4"], "two"], 0.5), ([["four", "fore"], "x = 9"], 0.5),              # alternates
+            ([["red 4", "blue 2"]], 1.0), ([["red 4", "blue 2"], "no"], 0.5),   # a group counts once ..
+            (["red 4", "red  4", "no"], 0.5),                           # .. and so does one given twice
+            (["5"], 0.0), (["1"], 0.0), (["3.5"], 1.0), (["15"], 1.0), (["ed 4"], 0.0), (["re"], 0.0),
+            (["3"], 1.0),                                               # of "2 3."
+            (["it is 15", "7 , then", "nought"], 2 / 3)]:
+        assert step_rar(text, key_steps) == want, (key_steps, step_rar(text, key_steps))
+
+
+def test_step_rar_key_steps_of_any_shape():
+    text = ours("red 4")
+    for nothing in (None, [], {}, "red 4", 7, [None], [7, {}, ["red 4", 7]], [""], [" "], [[]], [["", "\n"]]):
+        assert step_rar(text, nothing) == 0.0, nothing
+    assert step_rar(text, ["red 4", 7, None, {"red": 4}, [], "", ["red 4", None]]) == 1.0       # ignored
+    assert step_rar(text, ["red 4", "x" * 201]) == 1.0 and step_rar(text, ["red 4", "x" * 200]) == 0.5
+    assert step_rar(text, ["no"] + [f"no {k}" for k in range(199)] + ["red 4"]) == 0.0          # the 201st
+    assert step_rar(text, [f"no {k}" for k in range(199)] + ["red 4"]) == 1 / 200
+    assert step_rar(text, [["no"] * 10 + ["red 4"]]) == 0.0             # the 11th
+    assert step_rar(text, [["no"] * 9 + ["red 4"]]) == 1.0
+    assert step_rar(ours("a " * 9998 + "red 4"), ["red 4"]) == 0.0      # ends behind character 20,000
+    assert step_rar(ours("a " * 9997 + "red 4"), ["red 4"]) == 1.0
+
+
+def test_step_rar_reads_steps_only():
+    steps = ["red 4"]
+    assert step_rar("red 4 <think>a</think> red 4 <answer>red 4</answer>", steps) == 0.0
+    assert step_rar("<think>red 4", steps) == 0.0                       # never closed
+    assert step_rar("red 4</think><answer>red 4</answer>", steps) == 0.0
+    assert step_rar("red 4", steps) == 0.0 and step_rar("", steps) == 0.0
+    assert step_rar("<think>a</think><think>red 4</think>", steps) == 0.0
+    form = "ir12a"
+    assert step_rar(theirs(*form, s2="so red 4"), steps) == 1.0 == step_rar(theirs(*form, s1="red 4."), steps)
+    assert step_rar(theirs(*form, i="red 4", r="red 4", a="red 4"), steps) == 0.0
+    assert step_rar(theirs(*form, s1="so red", s2="4"), steps) == 1.0   # one text, as R1-VL has it
+    assert step_rar("<think>a</think>" + theirs(*form, s1="red 4"), steps) == 0.0   # one form or the other
+
+
+def test_step_rvr_of_our_form():
+    for text, want in [
+            (ours("red 4 7"), 1.0), (ours("\nred 4 7\nblue 2 3\n", behind="\n"), 1.0),
+            (ours(" \n "), 0.0), (ours(""), 0.0), (ours("a", answer=" "), 0.0),         # complete?
+            ("<think>a</think>", 0.0), ("<answer>7</answer>", 0.0), ("<think>a<answer>7</answer>", 0.0),
+            ("", 0.0), ("<think>a</think>\\boxed{7}", 0.0),
+            ("<answer>7</answer><think>a</think>", 0.0), (ours("a", between=" so "), 0.0),      # in order?
+            (ours("a", behind=" done"), 0.0), ("So: " + ours("a"), 0.0), (ours("a") + ours("a"), 0.0),
+            (ours("a", between="</think>"), 0.0),
+            (ours("Step 1: a\nStep 2: b"), 1.0), (ours("### Step 1: a\n### Step 2: b\n"), 1.0),   # numbered?
+            (ours("Step 1: a\nStep 3: b"), 0.0), (ours("### Step 1: a\n### Step 3: b"), 0.0),
+            (ours("Step 2: a"), 0.0), (ours("Step 0: a\nStep 1: b"), 0.0),
+            (ours("Step 2: a\nStep 1: b"), 0.0), (ours("Step 1: a\nStep 1: b"), 0.0),
+            (ours("### Step 1: a\n  step 3 : b"), 0.0), (ours("Step 1: a\nStep 02: b"), 0.0),
+            (ours("as in step 3: a"), 1.0), (ours("Step 3 is red"), 1.0),       # not a number of a step
+            (ours("Step 1: a\nStep " + "9" * 5000 + ": b"), 0.0)]:              # too long for int()
+        assert step_rvr(text) == want, text[:80]
+        assert isinstance(step_rvr(text), float)
+
+
+def test_step_rvr_of_their_form():
+    for form, want in [("ir1a", 1.0), ("ir123a", 1.0), ("ira", 0.0), ("r1a", 0.0), ("i1a", 0.0), ("ir1", 0.0),
+                       ("ir1a2", 0.0), ("air1", 0.0), ("ir13a", 0.0), ("ir2a", 0.0), ("ir21a", 0.0),
+                       ("ir11a", 0.0), ("ir1aa", 0.0), ("1ira", 0.0), ("ri1a", 0.0), ("i1ra", 0.0),
+                       ("ir1r", 0.0), ("ir1ar", 0.0)]:
+        assert step_rvr(theirs(*form)) == want, form
+    assert step_rvr(theirs(*"ir1a", r="y\n\n### Let's think step by step.")) == 1.0
+    for empty in ({"i": " "}, {"r": ""}, {"s1": "\n"}, {"s2": ""}, {"a": " "}):
+        assert step_rvr(theirs(*"ir12a", **empty)) == 0.0, empty
+    assert step_rvr("see " + theirs(*"ir1a")) == 0.0                    # a header opens a line
+
+
+def test_step_reward_total():
+    def check(text, accuracy, form, rar, rvr, total, **more):
+        parts = step_reward_parts(text, "7", key_steps=["red 4", ["blue 2", "blue two"]], **more)
+        want = {"accuracy": accuracy, "format": form, "rar": rar, "rvr": rvr, "total": total}
+        assert parts.keys() == want.keys(), parts
+        assert all(abs(parts[k] - want[k]) < 1e-12 for k in want), (text, parts)
+
+    zero = dict(accuracy=0, form=0, rar=0, rvr=0, total=0)
+    both, one = "red 4\nblue two", "red 4"
+    check(ours(both), 1, 1, 1, 1, 2.1)
+    check(ours(one), 1, 1, 0.5, 1, 2.05)
+    check(ours("a"), 1, 1, 0, 1, 2.0)
+    check(ours(one, answer="8"), 0, 1, 0.5, 1, 1.05)
+    check(ours(both, between=" so "), 1, 0, 1, 0, 1.1)
+    check(ours(both, answer="8", between=" so "), 0, 0, 1, 0, 0.1)
+    check(ours(both, behind="\n"), 1, 0, 1, 1, 2.1)                     # format is logged, not paid
+    check(f"<think>{both}</think>\\boxed{{7}}", 1, 0, 1, 0, 1.1)        # a box is an answer
+    for unanswered in (f"<think>{both}</think>", f"<think>{both}</think> It is 7.",
+                       f"<think>{both}</think><answer> </answer>", f"<think>{both} \\boxed{{7}}</think>"):
+        check(unanswered, 0, 0, 1, 0, 0.0)
+    check(ours(both), finished=False, **zero)
+    check(theirs(*"ir1a", s1=both), finished=False, **zero)
+    check("", **zero)
+    check(ours(one), 1, 1, 0.5, 1, 2.25, alpha=0.5)
+    check(ours(one), 1, 1, 0.5, 1, 2.0, alpha=0)
+
+
+def test_step_reward_of_their_form():
+    for text, rar, rvr, total in [
+            (theirs(*"ir12a", s2="red 4"), 1.0, 1.0, 2.1), (theirs(*"ir12a", a="8"), 0.0, 1.0, 1.0),
+            (theirs(*"ir12a", s1="red 4", a="\\boxed{7}"), 1.0, 1.0, 2.1),
+            (theirs(*"air1", s1="red 4"), 1.0, 0.0, 1.1), (theirs(*"ir1", s1="red 4"), 1.0, 0.0, 0.0),
+            (theirs(*"ir1a", s1="red 4", a=""), 1.0, 0.0, 0.0),         # no answer
+            (theirs(*"ir1aa", s1="red 4"), 1.0, 0.0, 0.1),              # two answers: wrong
+            (theirs(*"ir1", s1="red 4 \\boxed{7}"), 1.0, 0.0, 0.0),     # only thought of
+            (theirs(*"ir1", s1="red 4") + "\n<answer>7</answer>", 1.0, 0.0, 1.1),
+            (theirs(*"ir1a", s1="red 4", a="<answer>7</answer>"), 1.0, 1.0, 2.1)]:
+        parts = step_reward_parts(text, "7", key_steps=["red 4"])
+        assert (parts["rar"], parts["rvr"]) == (rar, rvr), (text, parts)
+        assert abs(parts["total"] - total) < 1e-12, (text, parts)
+    assert step_reward_parts(theirs(*"ir1aa"), "77")["accuracy"] == 0.0
+
+
+def test_step_reward_choices_and_no_key_steps():
+    right, wrong = ours("a", answer="B"), ours("a", answer="A")
+    assert step_reward_parts(right, "B", ["red", "green"])["total"] == 2.0          # key_steps None
+    assert step_reward_parts(wrong, "B", ["red", "green"])["total"] == 1.0
+    assert step_reward_parts(ours("a", answer="green"), "B", ["red", "green"])["accuracy"] == 1.0
+    for text in (right, wrong, "", "B", "<think>a</think>\\boxed{B}", ours("a", behind="x")):
+        parts, plain = (f(text, "B", ["red", "green"]) for f in (step_reward_parts, reward_parts))
+        assert all(parts[name] == plain[name] for name in ("accuracy", "format")) and parts["rar"] == 0.0
+
+
+def test_step_reward_hostile_text():
+    key_steps = [[f"red {k} 7", "1" * 200, "a " * 90 + "b"] for k in range(20)]
+    size = 3 * 10 ** 4
+    hostile = ["a" * size, "a " * size, " " * size, "\n" * size, "1" * size, "1," * size, "." * size,
+               "\\" * size, "### " * size, "\n###" * size, "\n### Step 1:" * (size // 10), "step " * size,
+               "\nstep 1" * size,
+               "\n   step  1 " * (size // 10), "Step 1:\n" * (size // 10), "\t " * size + "Step 1:",
+               "<think>" * size, "</think>" * size, "\n### The final answer is:7" * (size // 10), "İ" * size]
+    for text in hostile:
+        forms = [theirs(*"ir12a", s1=text), theirs(*"ir12a", a=text)]
+        for whole in (text, ours(text), f"<think>{text}", *forms):
+            best = 9.0
+            for _ in range(3):                          # the machine may be busy: the best of three
+                start = time.perf_counter()
+                parts = step_reward_parts(whole, "7", key_steps=key_steps)
+                best = min(best, time.perf_counter() - start)
+                if best < 0.5:
+                    break
+            assert best < 0.5, (text[:20], whole[:40], best)
+            assert 0.0 <= parts["rar"] <= 1.0 and parts["rvr"] in (0.0, 1.0) and 0.0 <= parts["total"] <= 2.1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# attribute.py
+
+
+def encode(codec, text):
+    return codec.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def chain(codec, problem, steps, answer="none", text=None):
+    """A finished rollout of the given steps (or of a whole text)."""
+    text = text or "<think>" + "\n".join(steps) + f"</think><answer>{answer}</answer>"
+    ids = encode(codec, text) + [codec.eos_ids[0]]
+    t = rollout.Trajectory(problem, ids, [1] * len(ids), [0.0] * len(ids), True, text)
+    t.steps = attribute.split_steps(ids, codec)
+    return t
+
+
+def token_owners(codec, ids, text, starts, end):
+    """The slow, obvious way: the step (or None) that each token's first character lies in."""
+    owners = []
+    for n in range(len(ids)):
+        at = len(codec.tokenizer.decode(ids[:n]))               # ASCII texts only
+        owners.append(max((k for k, s in enumerate(starts) if s <= at), default=None) if at < end else None)
+    return owners
+
+
+def assert_steps(codec, text, want, end=None):
+    """The text has exactly the steps `want`, each from its line's first character on, up to the tag `end`."""
+    ids = encode(codec, text) + [codec.eos_ids[0]] * (end is not None)
+    steps = attribute.split_steps(ids, codec)
+    assert [s.text for s in steps] == want, [s.text for s in steps]
+    assert all(0 <= s.start < s.stop <= len(ids) for s in steps)
+    assert all(a.stop <= b.start for a, b in zip(steps, steps[1:]))
+    found = [next((k for k, s in enumerate(steps) if s.start <= n < s.stop), None) for n in range(len(ids))]
+    begin = at = text.find("<think>") + 7 if "<think>" in text else 0
+    starts = []
+    for w in want:
+        at = text.index(w, at)
+        starts.append(max(begin, text.rfind("\n", 0, at) + 1))
+        at += len(w)
+    assert found == token_owners(codec, ids, text, starts, text.index(end) if end else len(text))
+
+
+def test_split_steps_of_tiny_chains():
+    """Every line of the think block is a step and owns its tokens and its line break."""
+    codec, rng = rollout.load_codec(TINY), random.Random(0)
+    for i in range(24):
+        p = shapes.make_problem(shapes.KINDS[i % 4], 1 + i // 2, index=i)
+        text = shapes.demonstrate(p, (0.3, 0.3), rng)
+        lines = text[7:text.index("</think>")].split("\n")
+        assert_steps(codec, text, lines, "</think>")
+        steps = attribute.split_steps(encode(codec, text), codec)
+        for s, line in zip(steps, lines):
+            decoded = codec.tokenizer.decode(encode(codec, text)[s.start:s.stop])
+            assert decoded == line + "\n" * (s is not steps[-1])
+        assert all(a.stop == b.start for a, b in zip(steps, steps[1:]))         # nothing between them is lost
+    for i in range(60):                                     # blank lines anywhere, steps of any length
+        lines = [rng.choice(["", " ", "red 4 6", "so it is 7.", "a", "\t", "1. the bar"]) for _ in range(8)]
+        want = [line.strip() for line in lines if line.strip()]
+        assert_steps(codec, "<think>" + "\n".join(lines) + "</think><answer>5</answer>", want, "</think>")
+        assert_steps(codec, "\n".join(lines) + "\n<answer>5</answer>", want, "<answer>")
+
+
+def test_split_steps_of_qwen_like_texts():
+    codec = rollout.load_codec(TINY)
+    assert_steps(codec, "<think>\n1. First, AB = 3.\n2. Then BC = 4.\n\n3. So AC = 5.\n</think>\n\n"
+                 "<answer>5</answer>", ["1. First, AB = 3.", "2. Then BC = 4.", "3. So AC = 5."], "</think>")
+    assert_steps(codec, "<think>\nFirst:\n- AB is 3\n  - by the figure\n* BC is 4</think>",
+                 ["First:", "- AB is 3", "- by the figure", "* BC is 4"], "</think>")
+    for mark in ("### Step {}:", "Step {}:", "**Step {}:**", "## step {}.", "  STEP {} -"):
+        one, two, ten = (mark.format(n).strip() for n in (1, 2, 10))
+        text = (f"<think>\nLet me see.\n{mark.format(1)} look\nAB is 3.\n\nStepping on.\n"
+                f"{mark.format(2)} add\n$$\n3 + 4\n$$\n{mark.format(10)} done\n</think><answer>7</answer>")
+        assert_steps(codec, text, [f"{one} look\nAB is 3.\n\nStepping on.", f"{two} add\n$$\n3 + 4\n$$",
+                                   f"{ten} done"], "</think>")
+    assert_steps(codec, "### Image:\na cat\n### Step 1: look\nit is 3\n### Step 2: add\n7\n"
+                 "### The final answer is: 7", ["### Step 1: look\nit is 3", "### Step 2: add\n7"],
+                 "### The final answer")
+    for a, b in (("$$", "$$"), ("\\[", "\\]")):
+        assert_steps(codec, f"<think>The area:\n{a}\nA = bc\n\n= 12\n{b}\nSo 12.\n{a} x = 1 {b}\n"
+                     f"and {a} y\n= 2 {b}.\nEnd\n</think>",
+                     ["The area:", f"{a}\nA = bc\n\n= 12\n{b}", "So 12.", f"{a} x = 1 {b}",
+                      f"and {a} y\n= 2 {b}.", "End"], "</think>")
+    # no tags; an open one; a closing one alone; nothing at all
+    assert_steps(codec, "AB is 3.\nSo 7.", ["AB is 3.", "So 7."])
+    assert_steps(codec, "It is 7.", ["It is 7."])
+    assert_steps(codec, "well\n<think>red 4\nblue", ["red 4", "blue"])
+    assert_steps(codec, "red 4\nblue 5\n</think><answer>7</answer>", ["red 4", "blue 5"], "</think>")
+    assert_steps(codec, "<think>red 4\nblue 5<answer>7</answer></think>", ["red 4", "blue 5"], "<answer>")
+    assert_steps(codec, "</think> so <think>red 4\nblue 5", ["red 4", "blue 5"])
+    for text in ("<think></think><answer>7</answer>", "<think>\n \n\t\n</think><answer>7</answer>", "", "\n",
+                 "<think>", "<answer>7</answer>"):
+        assert attribute.split_steps(encode(codec, text), codec) == []
+    assert attribute.split_steps([], codec) == []
+
+
+def test_split_steps_first_header_behind_the_tag():
+    """"<think>Step 1: ..." on one line: the first step is one as well."""
+    codec = rollout.load_codec(TINY)
+    assert_steps(codec, "<think>Step 1: red\nis 4\nStep 2: blue\n</think><answer>7</answer>",
+                 ["Step 1: red\nis 4", "Step 2: blue"], "</think>")
+
+
+def test_split_steps_line_spacing_is_no_formula():
+    """The \\[4pt] of a table of equations opens nothing."""
+    codec = rollout.load_codec(TINY)
+    formula = "$$\n\\begin{aligned} a &= b \\\\[4pt]\nc &= d \\end{aligned}\n$$"
+    assert_steps(codec, f"<think>See:\n{formula}\nSo 7.\nEnd.</think>", ["See:", formula, "So 7.", "End."],
+                 "</think>")
+
+
+def test_split_steps_without_the_end_token():
+    """The end token is no part of the last step where no tag closes it: neither its text nor its token."""
+    codec = rollout.load_codec(TINY)
+    for text in ("<think>red 4\nblue 5", "red 4\nblue 5", "Step 1: red\nStep 2: blue\n"):
+        ids = encode(codec, text)
+        plain = attribute.split_steps(ids, codec)
+        ended = attribute.split_steps(ids + [codec.eos_ids[0]], codec)
+        assert plain == ended and len(plain) == 2, ended
+
+
+def test_split_steps_keeps_unicode():
+    """Characters that take several tokens (all but ASCII in a byte-level tokenizer) come out whole."""
+    codec = rollout.load_codec(TINY)
+    for lines in (["∠ABC = 60°", "角 90°"], ["√2 ≈ 1.41", "é🙂👩\u200d👧", "x² ≤ 5°"],
+                  ["\u202e\u05d0 7", "a\u2028b"]):
+        ids = encode(codec, "<think>" + "\n".join(lines) + "</think><answer>5</answer>")
+        steps = attribute.split_steps(ids, codec)
+        assert [s.text for s in steps] == lines, [s.text for s in steps]
+        assert [codec.tokenizer.decode(ids[s.start:s.stop]).strip() for s in steps] == lines
+
+
+def test_split_steps_token_belongs_to_its_first_character():
+    """Tokens that reach over a line break or a tag, as large vocabularies have them."""
+    def split(pieces):
+        def decode(ids, **kwargs):
+            return "".join(pieces[i] for i in ids)
+        codec = SimpleNamespace(tokenizer=SimpleNamespace(decode=decode), eos_ids=(-1,))
+        return [(s.start, s.stop, s.text) for s in attribute.split_steps(list(range(len(pieces))), codec)]
+
+    assert split(["<think", ">\n", "a", " b.\n", "c d", ".\n\n", "e", ".</", "think", ">", "f"]) == [
+        (2, 4, "a b."), (4, 6, "c d."), (6, 8, "e.")]
+    assert split(["<think>a", "b.\nc", " d", "\n", "e", "</think>"]) == [
+        (1, 2, "ab."), (2, 4, "c d"), (4, 5, "e")]
+    assert split(["a", "\nb\nc", "\nd", "e"]) == [(0, 2, "a"), (2, 3, "c"), (3, 4, "de")]   # b has no token
+
+
+def test_split_steps_unicode_and_tags_in_one_token():
+    """A character of two tokens, the second of which reaches into the closing tag or the next line."""
+    for pieces, want in (([b"<think>", b"\xe8\xa7", b"\x92 9.</", b"think>"], [(1, 3, "角 9.")]),
+                         ([b"\xe8\xa7", b"\x92", b".\nb", b" c"], [(0, 3, "角."), (3, 4, "b c")])):
+        def decode(ids, **kwargs):
+            return b"".join(pieces[i] for i in ids).decode("utf-8", "replace")
+        codec = SimpleNamespace(tokenizer=SimpleNamespace(decode=decode), eos_ids=(-1,))
+        steps = attribute.split_steps(list(range(len(pieces))), codec)
+        assert [(s.start, s.stop, s.text) for s in steps] == want, steps
+
+
+def test_split_steps_of_hostile_texts():
+    codec = rollout.load_codec(TINY)
+    for text, count in (("x" * 20_000, 1), ("\n" * 3000, 0), ("a\n" * 3000, 3000), (" " * 20_000, 0),
+                        ("\t\n " * 5000, 0), ("é中\u202e\U0001f642\x00\r\u2028\ud7ff" * 1500, 1),
+                        ("<think>" * 3000, 1), ("$$\n" * 3000, 1500), ("\\[" * 5000, 1),
+                        ("Step 1" * 3000, 1), ("Step 1\n" * 3000, 3000),
+                        ("#" * 20_000, 1), ("### Step " * 2000, 1), ("</think>" * 3000, 0)):
+        ids = encode(codec, text)
+        started = time.process_time()
+        steps = attribute.split_steps(ids, codec)
+        assert time.process_time() - started < 1, text[:10]
+        assert len(steps) == count and all(0 <= s.start < s.stop <= len(ids) and s.text for s in steps)
+        assert all(a.stop <= b.start for a, b in zip(steps, steps[1:]))
+
+
+def test_split_steps_of_random_tokens():
+    """Whatever a policy may sample, control tokens and broken characters among it."""
+    codec, rng = rollout.load_codec(TINY), random.Random(0)
+    for _ in range(50):
+        ids = [rng.choice((rng.randrange(len(codec.tokenizer)), encode(codec, "\n")[0])) for _ in range(200)]
+        steps = attribute.split_steps(ids, codec)
+        assert all(0 <= s.start < s.stop <= len(ids) and s.text for s in steps)
+        assert all(a.stop <= b.start for a, b in zip(steps, steps[1:]))
+
+
+def test_flawed_screens_what_cannot_be_located():
+    codec, (p, *_) = rollout.load_codec(TINY), mixed_problems()
+    good = replace(chain(codec, p, ["red 4", "blue 5"], "red 4"), rewards={"accuracy": 0.0})
+    choice = replace(p, choices=["a cat", "a dog", "a cow"], answer="A")
+    left_out = {
+        "right": replace(good, rewards={"accuracy": 1.0}),
+        "cut off": replace(good, finished=False),
+        "one step": replace(chain(codec, p, ["red 4"], "red 4"), rewards={"accuracy": 0.0}),
+        "no step": replace(chain(codec, p, [], "red 4"), rewards={"accuracy": 0.0}),
+        "empty answer": replace(good, text="<think>red 4\nblue 5</think><answer></answer>"),
+        "open think": replace(good, text="<think>red 4\nblue 5"),
+        "no option": replace(good, problem=choice, text="<think>red 4\nblue 5</think><answer>F</answer>")}
+    kept = replace(good, problem=choice, text="<think>red 4\nblue 5</think><answer>B</answer>")
+    for reason, t in left_out.items():
+        assert attribute.flawed([t]) == [], reason
+    found = attribute.flawed([good, *left_out.values(), kept])
+    assert len(found) == 2 and found[0] is good and found[1] is kept and attribute.flawed([]) == []
+
+
+def distribution(net, prompt, ids):
+    """Logits of what follows the prompt and `ids`: one uncached forward."""
+    grids = torch.tensor(prompt.grids) if prompt.grids else None
+    with torch.no_grad():
+        return net(torch.tensor([prompt.ids + list(ids)]), None, prompt.pixel_values, grids)[0, -1]
+
+
+def some_claims(problems):
+    """Claims of several problems, interleaved: true, wrong, long (below e^-50), and hostile ones."""
+    texts = ["red 4 6", "blue", "a long step: red 4 and blue 5, so green is 12.", "<|im_end|>", "∠A"]
+    texts += [problems[0].key_steps[0], problems[3].key_steps[1]]
+    return ([(p, t) for t, p in itertools.product(texts[:3], problems)] + list(zip(problems * 2, texts[3:]))
+            + [(problems[1], "4")])
+
+
+def same_checks(a, b, tolerance=1e-3):
+    assert [c.token for c in a] == [c.token for c in b]
+    close([math.log(c.same) for c in a], [math.log(c.same) for c in b], tolerance)
+
+
+def test_pristine_check_is_the_uncached_forward():
+    """Against the claim rendered as a whole prompt of its own and one uncached forward a token; in any order
+    and in any number at once."""
+    net, codec, problems = random_model(spread=0.12), rollout.load_codec(TINY), mixed_problems()
+    claims, want = some_claims(problems), []
+    for p, text in claims:
+        whole = replace(p, question=p.question + attribute.CHECK + text)
+        logps = uncached_logps(net, codec, whole, encode(codec, rollout.plain(text, codec)))
+        token = min(range(len(logps)), key=lambda n: logps[n])
+        want.append(attribute.Check(math.exp(max(-50.0, sum(logps))), token))
+    found = attribute.pristine_check(net, codec, claims)
+    same_checks(found, want)
+    assert len({c.token for c in found}) > 2 and len({round(math.log(c.same), 1) for c in found}) > 10
+    order = random.Random(0).sample(range(len(claims)), len(claims))
+    for rows in (512, 3, 1):
+        part = order if rows > 1 else order[:5]
+        again = attribute.pristine_check(net, codec, [claims[i] for i in part], rows=rows)
+        same_checks(again, [want[i] for i in part])
+    assert attribute.pristine_check(net, codec, []) == []
+    (check,) = attribute.pristine_check(net, codec, [(problems[0], "<image> red")])         # just text
+    assert 0 < check.same < 1
+
+
+def test_pristine_check_is_a_probability():
+    """Over all next tokens the checks of one-token claims add up to 1."""
+    net, codec, (p, *_) = random_model(spread=0.02), rollout.load_codec(TINY), mixed_problems()
+    texts = ["red", "blue", "4", "x"]
+    asked = [replace(p, question=p.question + attribute.CHECK + t) for t in texts]
+    checks = attribute.pristine_check(net, codec, [(p, t) for t in texts])
+    for t, whole, check in zip(texts, asked, checks):
+        (token,), prompt = encode(codec, t), rollout.encode_prompt(whole, codec)
+        probs = (distribution(net, prompt, []) + codec.logit_mask).softmax(-1)
+        assert abs(probs.sum().item() - 1) < 1e-5 and check.token == 0
+        close(check.same, probs[token], 1e-5)
+
+
+def test_pristine_check_of_a_question_with_the_slot():
+    """A question that happens to hold the character which stands for the step."""
+    net, codec, (p, *_) = random_model(), rollout.load_codec(TINY), mixed_problems()
+    p = replace(p, question=p.question + " " + attribute.SLOT)
+    whole = replace(p, question=p.question + attribute.CHECK + "red 4")
+    logps = uncached_logps(net, codec, whole, encode(codec, "red 4"))
+    close(math.log(attribute.pristine_check(net, codec, [(p, "red 4")])[0].same), sum(logps), 1e-3)
+
+
+def test_answer_margins_are_the_uncached_forward():
+    net, codec, (a, b, c, _) = random_model(), rollout.load_codec(TINY), mixed_problems()
+    chains = [chain(codec, a, ["red 4 6", "blue 5 7"], "red 6 blue 7"),
+              chain(codec, b, ["red 4"], "9"),
+              chain(codec, c, ["red 4", "blue 5", "so 9"], text="red 4\nblue 5\nso 9\n<answer>9 9</answer>"),
+              chain(codec, a, ["lime 4", "navy 5"], text="<think>lime 4\nnavy 5</think><answer></answer>"),
+              chain(codec, replace(a, answer="<|im_end|>"), ["pink 1 2"], "4")]
+    # the steps before the cue as text: all of them end with a line break but the last
+    before = [[t.text[:t.text.index(s.text)] for s in t.steps] for t in chains]
+    before = [starts + [t.text[:t.text.index(t.steps[-1].text) + len(t.steps[-1].text)]]
+              for starts, t in zip(before, chains)]
+    before[2][3] += "\n"                                    # no tag behind the last step, but a line break
+    want = []
+    for t, starts in zip(chains, before):
+        cue = "\nThe answer is " if t is chains[2] else "</think><answer>"
+        p = rollout.encode_prompt(t.problem, codec)
+        own, margins = extract_answer(t.text), []
+        for start in starts:
+            means = []
+            for answer in (t.problem.answer, own or ""):
+                ids, logps = encode(codec, rollout.plain(answer, codec)), []
+                for n in range(len(ids)):
+                    logits = distribution(net, p, encode(codec, start) + encode(codec, cue) + ids[:n])
+                    logps.append((logits + codec.logit_mask).log_softmax(-1)[ids[n]].item())
+                means.append(sum(logps) / len(logps) if logps else 0.0)
+            margins.append(means[0] - means[1])
+        want.append(margins)
+    assert want[3][0] < -1 and min(abs(x) for row in want for x in row) > 1e-3      # no answer: 0 to subtract
+    for rows in (512, 3):
+        found = attribute.answer_margins(net, codec, chains, rows=rows)
+        assert [len(f) for f in found] == [len(t.steps) + 1 for t in chains]
+        for f, w in zip(found, want):
+            close(f, w, 1e-3)
+        last = attribute.answer_margins(net, codec, chains, last=True, rows=rows)
+        assert all(len(x) == 1 for x in last)
+        close([x[0] for x in last], [w[-1] for w in want], 1e-3)
+
+
+def test_margin_drop():
+    assert attribute.margin_drop([2.0, 1.5, -1.0, -1.2]) == 1
+    assert attribute.margin_drop([3.0, 2.0, 1.5]) == 0 and attribute.margin_drop([-1.0, -2.0, -4.0]) == 1
+    assert attribute.margin_drop([1.0, -1.0]) == 0 == attribute.margin_drop([-1.0, 1.0])    # a single step
+    assert attribute.margin_drop([0.0, 1.0, 3.0, 3.5]) == 2         # it only rises: where it rises least
+    assert attribute.margin_drop([2.0, 1.0, 0.0]) == 0              # equal drops: the first
+    rng = random.Random(0)
+    for _ in range(200):
+        margins, best = [rng.gauss(0, 1) for _ in range(rng.randint(2, 9))], 0
+        for k in range(len(margins) - 1):
+            if margins[k] - margins[k + 1] > margins[best] - margins[best + 1]:
+                best = k
+        assert attribute.margin_drop(margins) == best
+
+
+def test_no_return():
+    """Step k leads from M_k to M_k+1: the first behind which no margin is 0 or more; else the last."""
+    assert attribute.no_return([2.0, 1.5, -1.0, -1.2]) == 1
+    assert attribute.no_return([1.0, -1.0, 1.0, -1.0]) == 2 and attribute.no_return([1.0, 0.0, -1.0]) == 1
+    assert attribute.no_return([-1.0, -1.0, -1.0]) == 0             # from the start: the first
+    assert attribute.no_return([1.0, 1.0, 1.0]) == 1                # never: the last
+    assert attribute.no_return([1.0, -1.0]) == 0 == attribute.no_return([1.0, 1.0])
+    for n in range(2, 7):
+        for margins in itertools.product((-1.0, 0.0, 1.0), repeat=n):
+            first = next((k for k in range(n) if all(x < 0 for x in margins[k:])), None)
+            want = n - 2 if first is None else max(0, first - 1)
+            assert attribute.no_return(list(margins)) == want, margins
+
+
+def block_prompt(codec):
+    """A prompt whose image is 5 x 3 merged blocks, each of a colour of its own."""
+    cells = np.random.default_rng(0).integers(0, 250, (3, 5, 3)).astype(np.uint8)
+    image = Image.fromarray(np.repeat(np.repeat(cells, 28, 0), 28, 1))
+    p = rollout.Problem("blocks", "<image>Which?", "a", [image, image.transpose(Image.Transpose.ROTATE_90)])
+    return rollout.encode_prompt(replace(p, question="<image><image>Which?"), codec)
+
+
+def test_drop_patches_takes_whole_blocks():
+    """The four patches of a merged block (the same colour here) stay or go together."""
+    codec = rollout.load_codec(TINY)
+    prompt, rng = block_prompt(codec), torch.Generator().manual_seed(1)
+    pixels = prompt.pixel_values.clone()
+    half = len(pixels) // 2                                         # two pictures with the same colours
+    colours = [(n // half, *(round(x, 3) for x in row)) for n, row in enumerate(pixels.tolist())]
+    assert len(pixels) == 2 * 15 * 4 and len(set(colours)) == 30 and pixels.abs().sum(1).min() > 0
+    shares = []
+    for _ in range(40):
+        dropped = attribute.drop_patches(prompt, codec.image_config.merge_size, 0.6, rng)
+        assert dropped.ids == prompt.ids and dropped.grids == prompt.grids
+        gone = (dropped.pixel_values == 0).all(1)
+        assert torch.equal(dropped.pixel_values[~gone], pixels[~gone])
+        fate = {}
+        for colour, away in zip(colours, gone.tolist()):
+            assert fate.setdefault(colour, away) == away
+        shares.append(sum(fate.values()) / len(fate))
+    assert abs(np.mean(shares) - 0.6) < 0.06 and len(set(shares)) > 3
+    merge = codec.image_config.merge_size
+    assert torch.equal(attribute.drop_patches(prompt, merge, 0.0, rng).pixel_values, pixels)
+    assert not attribute.drop_patches(prompt, merge, 1.0, rng).pixel_values.any()
+    assert torch.equal(prompt.pixel_values, pixels)                 # the prompt itself is left alone
+
+
+def test_visual_dependence_is_the_divergence_of_full_logits():
+    """Token by token against two uncached forwards, with the image and without (all zeros)."""
+    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    groups = rolled(net, codec, problems, 2, 6)
+    mixed = [t for pair in zip(*groups) for t in pair]              # neighbours belong to different problems
+    want = []
+    for t in mixed:
+        prompt = rollout.encode_prompt(t.problem, codec)
+        if prompt.pixel_values is None:
+            want.append([0.0] * len(t.ids))
+            continue
+        blank, row = replace(prompt, pixel_values=torch.zeros_like(prompt.pixel_values)), []
+        for n in range(len(t.ids)):
+            p, q = (distribution(net, x, t.ids[:n]).log_softmax(-1) for x in (prompt, blank))
+            row.append(sum(math.exp(a) * (a - b) for a, b in zip(p.tolist(), q.tolist())))
+        want.append(row)
+    assert max(map(max, want)) > 0.1
+    for masks in (1, 3):
+        found = attribute.visual_dependence(net, codec, mixed, share=1.0, masks=masks)
+        assert [len(f) for f in found] == [len(t.ids) for t in mixed]
+        for f, w in zip(found, want):
+            close(f, w, 1e-3)
+    for f, t in zip(attribute.visual_dependence(net, codec, mixed, share=0.5, masks=1), mixed):
+        assert all(abs(x) < 1e-5 for x in f) if not t.problem.images else max(f) > 1e-3
+    for f in attribute.visual_dependence(net, codec, mixed, share=0.0, masks=1):
+        close(f, [0.0] * len(f), 1e-4)
+    # a random share: the mean over masks, each drawn anew
+    t, drop, drawn = mixed[0], attribute.drop_patches, []
+    attribute.drop_patches = lambda *args: drawn.append(drop(*args)) or drawn[-1]
+    try:
+        (found,) = attribute.visual_dependence(net, codec, [t], share=0.6, masks=3)
+    finally:
+        attribute.drop_patches = drop
+    rows, prompt = [], rollout.encode_prompt(t.problem, codec)
+    for masked in drawn:
+        pairs = [[distribution(net, x, t.ids[:n]).log_softmax(-1) for x in (prompt, masked)]
+                 for n in range(len(t.ids))]
+        rows.append([(p.exp() * (p - q)).sum().item() for p, q in pairs])
+    assert len(rows) == 3 and rows[0] != rows[1]
+    close(found, np.mean(rows, 0), 1e-3)
+
+
+def test_visual_dependence_alone_equals_in_batch():
+    """A problem's masks are its own: what is measured beside it, and on how many ranks, changes nothing."""
+    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    both = [group[0] for group in rolled(net, codec, problems[:2], 1, 8)]
+    together = attribute.visual_dependence(net, codec, both)
+    for t, d in zip(both, together):
+        close(attribute.visual_dependence(net, codec, [t])[0], d, 1e-3)
+
+
+def test_step_dependence_and_erosion_by_hand():
+    steps = [attribute.Step(1, 6, "a"), attribute.Step(6, 7, "b"), attribute.Step(8, 11, "c")]
+    d = [9.0, 1.0, 5.0, 2.0, 4.0, 3.0, 0.5, 9.0, 0.25, 0.75, 0.5, 9.0]
+    each = attribute.step_dependence(d, steps)
+    close(each, [4.5, 0.5, 0.75], 1e-9)                             # the 2 best of 5, the only one, 1 of 3
+    close(attribute.step_dependence(d, steps, top=1.0), [3.0, 0.5, 0.5], 1e-9)
+    close(attribute.step_dependence(d, steps, top=0.0), [5.0, 0.5, 0.75], 1e-9)     # at least one
+    std = math.sqrt((0.75 ** 2 + 1.25 ** 2 + 0.75 ** 2 + 0.25 ** 2) / 4)
+    for k, behind in enumerate((0.0, 0.0, 2.0, 1.0)):
+        close(attribute.erosion([1.0, 3.0, 1.0, 2.0], k), behind / (std + 0.1), 1e-6)
+    assert attribute.erosion([2.0], 0) == 0 and attribute.most_eroded(d, steps) == 1
+    assert attribute.erosion([1.0, 2.0, 3.0], 1) == 0               # what comes later does not count
+    assert attribute.most_eroded([1.0, 5.0, 3.0], [attribute.Step(n, n + 1, "") for n in range(3)]) == 2
+    assert attribute.most_eroded([1.0, 2.0], [attribute.Step(n, n + 1, "") for n in range(2)]) == 0
+
+
+def test_search_is_a_linear_scan():
+    for steps in range(1, 13):
+        for true in range(steps):
+            alive = lambda k: k <= true                             # do restarts behind k steps ever succeed?
+            scanned = next(k for k in range(1, steps + 1) if k == steps or not alive(k)) - 1
+            assert scanned == true
+            for guess in (None, *range(-1, steps + 1)):
+                asked, questions, answer = [], attribute.search(steps, guess), None
+                while True:
+                    try:
+                        asked.append(questions.send(answer))
+                    except StopIteration as end:
+                        found = end.value
+                        break
+                    assert 0 < asked[-1] < steps
+                    answer = alive(asked[-1])
+                assert found == true, (steps, true, guess, found)
+                assert len(set(asked)) == len(asked) <= math.log2(steps) + 3
+                if guess is None:
+                    assert len(asked) <= math.ceil(math.log2(steps))
+                if guess == true:
+                    assert len(asked) <= 2                          # a right guess is only confirmed
+
+
+def test_monte_carlo_finds_where_success_dies():
+    """With a sampler whose restarts succeed (one in four) up to a planted step and never behind it."""
+    codec, asked, seen, known = rollout.load_codec(TINY), [], [], {}
+    plants = [(6, 4), (3, 0), (9, 8), (1, 0), (6, 2)]
+    problems = [shapes.make_problem("tiles", steps, index=n) for n, (steps, _) in enumerate(plants)]
+    chains = [chain(codec, p, [f"red {k} {k}" for k in range(n)]) for p, (n, _) in zip(problems, plants)]
+    place = {t.problem.id: n for n, t in enumerate(chains)}
+    assert len(place) == len(plants)
+
+    def planted(model, problems, codec, restarts, limit, temperature, numbers, prefixes):
+        assert restarts == 4 and limit == 99 and temperature == 1.0
+        assert numbers.shape == (4 * len(problems), 99) and len(prefixes) == 4 * len(problems)
+        seen.extend(tuple(row) for row in numbers.tolist())
+        groups = []
+        for i, p in enumerate(problems):
+            n = place[p.id]
+            k = codec.tokenizer.decode(prefixes[4 * i]).count("\n")
+            assert prefixes[4 * i:4 * i + 4] == [chains[n].ids[:chains[n].steps[k].start]] * 4
+            asked.append((n, k))
+            own = numbers[4 * i:4 * i + 4]                      # its own, whatever is searched beside it
+            assert torch.equal(known.setdefault((n, k), own), own)
+            answers = ["no", "no", p.answer if k <= plants[n][1] else "no", "no"]
+            ids, sampled = prefixes[4 * i] + [5] * 7, [0] * len(prefixes[4 * i]) + [1] * 7
+            texts = [f"<think>a</think><answer>{a}</answer>" for a in answers]
+            groups.append([rollout.Trajectory(p, ids, sampled, [], True, text) for text in texts])
+        return groups
+
+    sample, rollout.sample = rollout.sample, planted
+    try:
+        for guesses in (None, [4, None, 2, 0, 5]):
+            asked.clear(), seen.clear()
+            found, tokens = attribute.monte_carlo(None, codec, chains, 99, guesses=guesses)
+            assert found == [true for _, true in plants], found
+            assert tokens == 7 * 4 * len(asked) and len(set(asked)) == len(asked)
+            assert len(set(seen)) == len(seen) == 4 * len(asked)        # every restart has its own numbers
+    finally:
+        rollout.sample = sample
+
+
+def test_monte_carlo_of_the_tiny_model():
+    """A wrong reading planted in chains of two steps: behind it no restart is right, before it some are."""
+    net, codec, rng = m.load_model(TINY).eval(), rollout.load_codec(TINY), random.Random(0)
+    problems = [shapes.make_problem(kind, 2, "free", "heldout", 7) for kind in ("tiles", "bars")]
+    wrong = [(p, shapes.corrupt(p.oracle, {k}, rng)) for p in problems for k in (0, 1)]
+    chains = [chain(codec, p, steps, shapes.answer_from_steps(p.oracle, steps)) for p, steps in wrong]
+    found, tokens = attribute.monte_carlo(net, codec, chains, 40)
+    assert found == [0, 1, 0, 1], found
+    assert 0 < tokens <= 4 * 4 * 40
+
+
+def test_restarts_are_judged_by_the_training_reward():
+    codec, (p, *_) = rollout.load_codec(TINY), mixed_problems()
+    t = chain(codec, p, ["red 4"], p.answer)
+    assert attribute.right(t) and not attribute.right(replace(t, text=t.text.replace(p.answer, "no")))
+    assert not attribute.right(replace(t, text=t.text + "<answer>no</answer>"))     # two answers earn nothing
+
+
+def test_localise_worked_example_and_kinds():
+    checks = [attribute.Check(p, 0) for p in (0.98, 0.95, 0.02, 0.90)]
+    steps = [attribute.Step(4 * k + 1, 4 * k + 5, "") for k in range(4)]
+    fault = attribute.localise(checks)
+    assert (fault.step, fault.kind, round(fault.confidence, 2)) == (2, "misread", 0.91)         # the header's
+    close(fault.confidence, 0.98 * 0.95 * (1 - 0.02), 1e-12)
+
+    def kind(token, *means, seen=1.0):
+        """Of the doubted third step, when steps depend on the image by `means`, its token by `seen`."""
+        d = [0.0] + [x for x in means for _ in range(4)] + [0.0]
+        checks[2] = attribute.Check(0.02, token)
+        d[min(9 + token, 12)] = seen
+        fault = attribute.localise(checks, [1.0, -9.0, 0.0, 0.0, 0.0], d, steps)
+        assert fault.step == 2 and round(fault.confidence, 2) == 0.91       # neither depends on the kind
+        return fault.kind
+
+    assert kind(0, 1, 1, 1, 1) == kind(3, 1, 1, 1, 1) == "misread"
+    assert kind(1, 1, 1, 1, 0, seen=0.001) == "reasoning"                       # that token does not look
+    assert kind(9, 1, 1, 1, 1, seen=0.001) == "reasoning"                   # counted past the step: its last
+    assert kind(0, 1, 4, 0.1, 4, seen=0.5) == "eroded" and kind(0, 4, 4, 4, 0.1, seen=4) == "misread"
+    # e_k > 1 between 0.19 / (0.095 + 0.1) = 0.97 and 0.21 / (0.105 + 0.1) = 1.02
+    for fall, want in ((0.19, "misread"), (0.21, "eroded")):
+        fault = attribute.localise([attribute.Check(1.0, 0), attribute.Check(0.1, 0)], None, [1.0, 1 - fall],
+                                   [attribute.Step(0, 1, ""), attribute.Step(1, 2, "")])
+        assert (fault.step, fault.kind) == (1, want)
+    # half is not doubted; with no doubt A2's largest drop, or the last step
+    calm = [attribute.Check(p, 0) for p in (0.9, attribute.DOUBT, 0.8)]
+    for margins, want in ((None, 2), ([2.0, 1.0, -3.0, -3.0], 1), ([5.0, 1.0, 0.5, -1.0], 0)):
+        fault = attribute.localise(calm, margins, [1.0] * 14, steps)
+        assert (fault.step, fault.kind) == (want, "reasoning")
+        close(fault.confidence, 0.9 * 0.5 * 0.8, 1e-12)
+    assert attribute.localise([attribute.Check(0.49, 0), None, None]) == attribute.Fault(0, "misread", 0.51)
+    assert attribute.localise([attribute.Check(1.0, 0), attribute.Check(0.0, 0), None]).confidence == 1
+
+
+def test_localise_without_images_is_reasoning():
+    """Nothing depends on an image that is not there: no kind of seeing it wrong."""
+    steps = [attribute.Step(0, 1, ""), attribute.Step(1, 2, "")]
+    fault = attribute.localise([attribute.Check(0.9, 0), attribute.Check(0.1, 0)], None, [0.0, 0.0], steps)
+    assert (fault.step, fault.kind) == (1, "reasoning")
+
+
+def test_locator_asks_each_claim_once():
+    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    a, b = problems[0], problems[3]
+    chains = [chain(codec, a, ["red 4", "blue 5"]), chain(codec, a, ["red 4", "red 4", "lime 1"]),
+              chain(codec, b, ["red 4", "blue 6"]), chain(codec, b, [])]
+    locate = attribute.Locator(net, codec)
+    locate(chains)
+    assert locate.tokens == 5                               # a: red, blue, lime; b: red, blue
+    for t in chains[:3]:
+        same_checks(t.checks, attribute.pristine_check(net, codec, [(t.problem, s.text) for s in t.steps]))
+    assert chains[3].checks is None                         # nothing to ask
+    first = [t.checks for t in chains]
+    locate.model = None                                     # from here on nothing can be asked
+    locate(chains)
+    assert locate.tokens == 5 and all(x is y for x, y in zip([t.checks for t in chains], first))
+    again = [replace(t, checks=None) for t in reversed(chains)]
+    locate(again)
+    assert [t.checks for t in again] == first[::-1] and locate.tokens == 5
+    locate([]), locate([chains[3]])
+    known = [attribute.Check(1.0, 0), attribute.Check(0.0, 0), None]
+    done = replace(chain(codec, a, ["navy 1", "navy 2", "navy 3"]), checks=known)
+    locate([done])                                          # settled: the first fault is known
+    assert done.checks is known
+    locate.model, done.checks = net, [known[0], None, known[1]]
+    locate([done])                                          # unknown before the first doubted one
+    assert None not in done.checks and locate.tokens == 8
+
+
+def test_locator_oracle_is_the_truth():
+    codec, rng, verdicts = rollout.load_codec(TINY), random.Random(0), set()
+    problems = [shapes.make_problem(shapes.KINDS[i % 4], 5, index=i) for i in range(8)]
+    chains = [chain(codec, p, shapes.corrupt(p.oracle, set(rng.sample(range(5), 2)), rng) + ["hm"])
+              for p in problems]
+    locate = attribute.Locator(None, codec, "oracle", shapes.is_right)
+    locate(chains)
+    for t in chains:
+        for s, c in zip(t.steps, t.checks, strict=True):
+            assert c == attribute.Check(1.0 if shapes.is_right(t.problem, s.text) else 0.0, 0)
+            verdicts.add(c.same)
+    assert verdicts == {0.0, 1.0} and locate.tokens == 0
+
+
+def test_locators_of_one_step():
+    """margin, dependence, monte_carlo and random know one fault: right before it, unknown behind it."""
+    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    chains = [chain(codec, p, [f"red {k} {n}" for k in range(2 + n)], "9") for n, p in enumerate(problems)]
+
+    def cuts(name, some=chains, **kwargs):
+        locate, some = attribute.Locator(net, codec, name, **kwargs), [replace(t, checks=None) for t in some]
+        locate(some)
+        at = [t.checks.index(attribute.Check(0.0, 0)) for t in some]
+        for t, k in zip(some, at):
+            assert t.checks[:k] == [attribute.Check(1.0, 0)] * k
+            assert t.checks[k + 1:] == [None] * (len(t.steps) - k - 1)
+            assert attribute.settled(t.checks)
+            assert attribute.localise(t.checks) == attribute.Fault(k, "misread", 1.0)
+        before = locate.tokens
+        locate(some)
+        assert locate.tokens == before                      # settled
+        return at, before
+
+    margins = attribute.answer_margins(net, codec, chains)
+    assert cuts("margin") == ([attribute.margin_drop(x) for x in margins], 0)
+    depends = attribute.visual_dependence(net, codec, chains)
+    assert cuts("dependence") == ([attribute.most_eroded(d, t.steps) for d, t in zip(depends, chains)], 0)
+    found, tokens = cuts("monte_carlo", chains[:2], max_new_tokens=40)
+    assert found == [0, 0] and tokens > 0                   # random weights never succeed
+    many = [SimpleNamespace(problem=problems[0], ids=[n], steps=[0] * 5, checks=None) for n in range(600)]
+    for key in "ab":
+        attribute.Locator(None, codec, "random", key=key)(many)
+        drawn = [t.checks.index(attribute.Check(0.0, 0)) for t in many]
+        assert all(80 < drawn.count(k) < 160 for k in range(5))
+        for t in many:
+            t.checks = None
+        attribute.Locator(None, codec, "random", key=key)(many[::-1])       # its own, whatever stands beside
+        assert drawn == [t.checks.index(attribute.Check(0.0, 0)) for t in many]
+        first = drawn if key == "a" else first
+        for t in many:
+            t.checks = None
+    assert first != drawn
+
+
+def test_settled_truth_table():
+    """The first fault is known: somebody asked every step before it."""
+    kinds = [None, *(attribute.Check(p, 0) for p in (1.0, attribute.DOUBT, 0.49, 0.0))]
+    for n in range(4):
+        for checks in itertools.product(kinds, repeat=n):
+            want = True
+            for c in checks:
+                if c is None:
+                    want = False
+                    break
+                if c.same < attribute.DOUBT:
+                    break
+            assert attribute.settled(list(checks)) is want, checks
+
+
+# ------------------------------------------------------------------------------------------------------------
+# rereason.py
+
+
+def planted(codec, kind="tiles", steps=6, wrong=(1, 4), index=0, rng_seed=0):
+    """A failed rollout with wrong readings at the given steps, as the sampler would have left it."""
+    p = shapes.make_problem(kind, steps, "free", "heldout", 11, index)
+    chain = shapes.corrupt(p.oracle, set(wrong), random.Random(rng_seed))
+    text = f"<think>{chr(10).join(chain)}</think><answer>{shapes.answer_from_steps(p.oracle, chain)}</answer>"
+    ids = codec.tokenizer(text, add_special_tokens=False)["input_ids"] + [codec.eos_ids[0]]
+    t = rollout.Trajectory(p, ids, [1] * len(ids), [-0.5] * len(ids), True, text)
+    t.rewards, t.steps = reward_parts(text, p.answer), attribute.split_steps(ids, codec)
+    return t
+
+
+def repaired(net, codec, parents, **rules):
+    locate = attribute.Locator(net, codec)
+    locate(parents)
+    return rereason.rectify(net, codec, parents, [len(t.ids) for t in parents], locate, 120, "test",
+                            rereason.Rules(**rules))
+
+
+@functools.lru_cache(None)
+def loop_results():
+    """The tiny model, its codec, and what the loop made of a dozen planted failures."""
+    net, codec = m.load_model(TINY).eval(), rollout.load_codec(TINY)
+    parents = [planted(codec, kind, 6, wrong, i) for i in range(2) for kind in ("tiles", "bars")
+               for wrong in ((1,), (0, 3), (2, 5))]
+    blank = [replace(t, logps=[0.0] * len(t.ids)) for t in parents]
+    for t, logps in zip(parents, rereason.log_weights(net, codec, blank)):
+        t.logps = logps                                 # mu: as if sampled in the clean context
+    return net, codec, parents, repaired(net, codec, parents)
+
+
+def test_loop_repairs_planted_errors_one_by_one():
+    _, codec, parents, repairs = loop_results()
+    done = [r for r in repairs if r.outcome == "repaired"]
+    assert len(done) >= 9, [r.outcome for r in repairs]
+    for r in done:
+        t, parent = r.chain, r.parent
+        assert attribute.right(t) and not attribute.right(parent) and t.problem is parent.problem
+        assert t.ids[:r.changed] == parent.ids[:r.changed] and t.ids[r.changed:] != parent.ids[r.changed:]
+        assert len(t.ids) == len(t.logps) == len(t.sampled) and t.finished and t.ids[-1] in codec.eos_ids
+        assert codec.tokenizer.decode(t.ids[:-1]) == t.text
+        assert [s.text for s in t.steps] == shapes.true_steps(t.problem.oracle)
+        assert r.looks >= 1 and r.tokens < 1.5 * len(parent.ids) + 120
+        assert r.failed or r.cuts == sorted(set(r.cuts)), "from left to right"
+        assert t.provenance == f"relook {r.looks}"
+    two = [r for r in done if len(r.cuts) == 2]
+    assert two and all(r.looks == 2 for r in two), "chains with two errors take two looks"
+    assert min(r.tokens for r in two) < 0.9 * len(two[0].parent.ids), "later steps are kept, not sampled anew"
+    for r, t in zip(repairs, parents):                                  # parents stay what they were
+        assert r.parent is t and len(t.logps) == len(t.ids) and not attribute.right(t)
+
+
+def test_behaviour_logps_are_those_of_the_context_a_token_was_sampled_in():
+    net, codec, _, repairs = loop_results()
+    for r in [r for r in repairs if r.outcome == "repaired" and r.looks == 1][:2]:
+        t, k = r.chain, r.cuts[0]
+        step, parent = t.steps[k], r.parent
+        assert t.logps[:step.start] == parent.logps[:step.start], "the trusted prefix keeps its mu"
+        look = rereason.relook_problem(t.problem, codec.tokenizer.decode(t.ids[:step.start]), parent.steps[k].text)
+        words = [n for n in range(step.start, step.stop) if codec.tokenizer.decode([t.ids[n]]).strip()]
+        close([t.logps[n] for n in words], uncached_logps(net, codec, look, [t.ids[n] for n in words]))
+        clean = uncached_logps(net, codec, t.problem, t.ids)
+        tail = next(n for n in range(t.steps[-1].stop, len(t.ids)) if t.ids[n] != parent.ids[n])
+        close(t.logps[tail:], clean[tail:])                             # sampled on in the clean context
+        close(rereason.log_weights(net, codec, [t])[0], [a - b for a, b in zip(clean, t.logps)])
+
+
+def test_no_prompt_holds_an_answer():
+    """Every prompt of the loop and of the pristine check, searched for the ids of the right and the wrong
+    answer."""
+    net, codec, parents, _ = loop_results()
+    seen, render = [], rollout.render
+
+    def recording(problem, codec):
+        seen.append((problem, render(problem, codec)))
+        return seen[-1][1]
+
+    rollout.render = recording
+    try:
+        repaired(net, codec, parents[:4])
+    finally:
+        rollout.render = render
+    relooks = [p for p, _ in seen if not isinstance(p.question, str)]
+    assert relooks and all(len(p.images) == 2 and len(p.question) == 3 for p in relooks)
+    own = {t.problem.id: [extract_answer(x.text) for x in parents if x.problem.id == t.problem.id] for t in parents}
+    ids = lambda text: codec.tokenizer(text, add_special_tokens=False)["input_ids"]
+    for problem, text in seen:
+        whole = " ".join(map(str, ids(text)))
+        for answer in [problem.answer, *own[problem.id]]:
+            for form in (answer, " " + answer):
+                assert " ".join(map(str, ids(form))) not in whole, (answer, text)
+
+
+def test_when_a_second_look_is_fair():
+    t = lambda text, **more: rollout.Trajectory(rollout.Problem("p", "<image>q", more.pop("answer", "48"), [], **more),
+                                                [], [], [], True, text)
+    wrong = "<think>a\nb</think><answer>47</answer>"
+    assert rereason.may_look(t(wrong), "a\nthe sum is 46 or 480")
+    assert not rereason.may_look(t(wrong), "a\nso 48") and not rereason.may_look(t(wrong), "it is (47).")
+    for answer in ("yes", "No", "true"):
+        assert not rereason.may_look(t(wrong, answer=answer), "a")
+    assert not rereason.may_look(t(wrong, answer="A", choices=["x", "y"]), "c")
+    assert rereason.may_look(t("<think>a</think><answer>B</answer>", answer="A", choices=["x", "y", "z"]), "c")
+
+
+def test_two_turns_two_images():
+    p, codec = shapes.make_problem("tiles", 3), rollout.load_codec(TINY)
+    look = rereason.relook_problem(p, "<think>red 1 2\n", "blue 3 4")
+    text, prompt = rollout.render(look, codec), rollout.encode_prompt(look, codec)
+    assert text.count("<|im_start|>user") == 2 and text.count("<|im_start|>assistant") == 2
+    assert text.index("red 1 2") < text.rindex("<|image_pad|>") < text.index("blue 3 4")
+    assert len(prompt.grids) == 2 and len(prompt.pixel_values) == 2 * prompt.grids[0][1] * prompt.grids[0][2]
+    blind = rereason.relook_problem(p, "<think>", "blue 3 4", image=False)
+    assert rollout.encode_prompt(blind, codec).pixel_values is None and "blue 3 4" in rollout.render(blind, codec)
+
+
+def test_put_step_moves_what_follows():
+    codec = rollout.load_codec(TINY)
+    t = planted(codec, steps=5, wrong=(2,))
+    t.checks = [attribute.Check(1.0, 0)] * 5
+    for k, text in ((2, "red 4 6 8"), (4, "blue 1"), (0, "a")):         # longer, shorter; the last has no line break
+        ids = codec.tokenizer(text, add_special_tokens=False)["input_ids"]
+        r = rereason.Repair(t, replace(t), "key", 50.0)
+        rereason.put_step(r, k, ids, [-0.1] * len(ids), text, codec)
+        assert [(s.start, s.stop, s.text) for s in r.chain.steps] == [
+            (s.start, s.stop, s.text) for s in attribute.split_steps(r.chain.ids, codec)]
+        assert [s.text for s in r.chain.steps] == [s.text if n != k else text for n, s in enumerate(t.steps)]
+        assert len(r.chain.ids) == len(r.chain.logps) == len(r.chain.sampled) and r.changed == t.steps[k].start
+        assert r.chain.logps.count(-0.1) == len(ids) and not r.fresh and len(t.steps) == 5
+
+
+def test_steps_stay_only_as_long_as_they_hold():
+    """Behind a corrected step: good and still likely stays, doubted stops the look, unknown or unlikely is sampled
+    anew."""
+    net, codec, parents, _ = loop_results()
+    t = parents[0]
+    good, bad = attribute.Check(0.9, 0), attribute.Check(0.1, 0)
+    clean = uncached_logps(net, codec, t.problem, t.ids)
+
+    def after(checks, logps=clean, finished=True):
+        chain = replace(t, checks=checks, logps=list(logps), finished=finished)
+        r = rereason.Repair(t, chain, "key", 50.0)
+        found = rereason.still_holds(net, codec, [(r, 0)], rereason.Rules())
+        return found[0][1] if found else ("fresh" if r.fresh else None)
+
+    assert after([good] * 6) == "fresh"                                 # all of it, the answer too
+    assert after([good] * 3 + [bad] + [good] * 2) is None               # look there next
+    assert after([good] * 3 + [None] + [bad] * 2) == t.steps[3].start
+    strange = list(clean)
+    strange[t.steps[2].start + 1] += 4.0                                # mu was e^4 times higher there
+    assert after([good] * 6, strange) == t.steps[2].start
+    strange = list(clean)
+    strange[t.steps[5].stop + 3] += 4.0
+    assert after([good] * 6, strange) == t.steps[5].stop + 3            # a token of the answer
+    assert after([bad] * 6, clean) is None and after([good] * 6, clean, False) == len(t.ids)
+
+
+def test_what_is_accepted():
+    net, codec, parents, repairs = loop_results()
+    r = next(r for r in repairs if r.outcome == "repaired")
+
+    def verdict(rules=rereason.Rules(), median=50.0, **change):
+        again = rereason.Repair(r.parent, replace(r.chain, **change), "key", median, changed=r.changed, looks=1)
+        rereason.accept(net, codec, [again], 120, rules)
+        return again.outcome
+
+    assert verdict() == "repaired"
+    assert verdict(median=len(r.chain.ids) / 1.6) == "not well-formed"
+    assert verdict(text=r.chain.text.replace("<think>", "")) == "not well-formed"
+    assert verdict(text=r.chain.text.replace("</think>", "\nLooking again, fine</think>")) == "talks of the hint"
+    assert verdict(rereason.Rules(min_log_w=5.0)) == "too unlikely"
+    lucky = replace(r.chain.problem, answer="A", choices=["unheard of", "x", "y", "z"])
+    assert verdict(problem=lucky) == "a lucky letter"                   # the steps do not lead to it again
+
+
+def test_restarts_only_and_blind_looks():
+    """The ablations: without second looks every token is clean; without the image a look has none."""
+    net, codec, parents, _ = loop_results()
+    restarts = repaired(net, codec, parents[:6], relook="none", spend=4.0)
+    for r in restarts:
+        assert r.looks == 0
+        assert r.outcome != "repaired" or r.chain.provenance in ("restart", "regenerated")
+        if r.outcome == "repaired" and len(r.cuts) == 1:
+            step = r.chain.steps[r.cuts[0]]
+            clean = uncached_logps(net, codec, r.chain.problem, r.chain.ids[:step.stop - 1])
+            close(r.chain.logps[step.start:step.stop - 1], clean[step.start:])
+    assert any(r.outcome == "repaired" for r in restarts)
+    failed = lambda repairs: sum(r.failed for r in repairs)
+    assert failed(repaired(net, codec, parents, relook="text")) > failed(loop_results()[3]) + 2, "unseen is guessed"
+
+
+def test_loop_is_the_same_in_any_company():
+    net, codec, parents, repairs = loop_results()
+    alone = repaired(net, codec, [parents[0]])[0]
+    assert alone.outcome == repairs[0].outcome and alone.chain.ids == repairs[0].chain.ids
+
+
+def test_restarts_follow_the_gradient_of_log_value():
+    """Verified restarts in an enumerable policy: sum over right y of pi(y | s, right) grad of the loss equals
+    -A grad log V(s), through policy_loss itself."""
+    torch.manual_seed(0)
+    table = torch.randn(7, 2, dtype=torch.double, requires_grad=True)   # one row a prefix of up to 3 binary tokens
+    right = {(0, 1, 1), (1, 0, 1), (1, 1, 1)}
+
+    def logps_of(y):
+        rows = [0, 1 + y[0], 3 + 2 * y[0] + y[1]]
+        return torch.stack([table[row].log_softmax(-1)[token] for row, token in zip(rows, y)])
+
+    value = sum(logps_of(y).sum().exp() for y in right)
+    want, = torch.autograd.grad(value.log(), table)
+    total = torch.zeros_like(table)
+    for y in right:
+        logps = logps_of(y)[None]
+        share = (logps.sum().exp() / value).item()
+        loss, _ = grpo.policy_loss(logps, logps.detach(), torch.tensor([[0.875]], dtype=torch.double),
+                                   torch.ones(1, 3, dtype=torch.double), 1.0, rectified=torch.tensor([[True]]))
+        total += share * torch.autograd.grad(loss, table)[0]
+    close(total, -0.875 * want, 1e-9)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # tiny/shapes.py
 
@@ -1130,6 +2174,136 @@ def test_eq5_k3_is_not_negative_and_unbiased():
     close((p * k3).sum(), (p * (p / q).log()).sum(), 1e-5)
 
 
+def test_eq6_step_credit():
+    """A token counts where it lies in a step at fault."""
+    codec, rng = rollout.load_codec(TINY), random.Random(0)
+    for i in range(20):
+        t = chain(codec, None, [f"red {k} {i}" for k in range(1 + i % 5)], "9")
+        faults = [rng.random() < 0.5 for _ in t.steps]
+        want = [float(any(f and s.start <= n < s.stop for s, f in zip(t.steps, faults)))
+                for n in range(len(t.ids))]
+        found = grpo.step_credit(len(t.ids), t.steps, faults)
+        assert found == want and found[0] == 0 and found[-1] == 0       # neither tag nor answer is to blame
+        assert sum(found) == sum(s.stop - s.start for s, f in zip(t.steps, faults) if f)
+    assert grpo.step_credit(3, [], []) == [0.0, 0.0, 0.0]
+
+
+def weight(w, gamma):
+    return (1 + gamma) ** 2 * w / (w + gamma) ** 2
+
+
+def test_eq7_shape():
+    for gamma in (0.01, 0.1, 0.5, 2.0):
+        close(grpo.shape(torch.tensor(1.0), gamma), 1.0, 1e-4)
+        for w in (1e-4, 0.03, gamma, 1 / 3, 1.0, 2.5, 10.0):
+            x = torch.tensor(w, dtype=torch.double, requires_grad=True)
+            grpo.shape(x, gamma).backward()
+            close(x.grad * w, weight(w, gamma), 1e-9)                       # g(w) = w f'(w)
+            log = torch.tensor(math.log(w), dtype=torch.double, requires_grad=True)
+            grpo.shape(log.exp(), gamma).backward()
+            close(log.grad, weight(w, gamma), 1e-9)                         # = d f / d log pi
+        peak = weight(gamma, gamma)
+        close(peak, (1 + gamma) ** 2 / (4 * gamma), 1e-9)
+        assert all(weight(gamma * s, gamma) < peak for s in (0.5, 0.9, 1.1, 2))
+        assert abs(weight(1.0, gamma) - 1) < 1e-12                          # where policy and mu agree: GRPO
+    w = torch.tensor(0.3 / 0.9, requires_grad=True)                         # the header's worked example
+    grpo.shape(w).backward()
+    assert round((w * w.grad).item(), 2) == 2.15
+
+
+def rectified_inputs():
+    """Log-probs whose w lies well below, around and (a few) above the bound of 10."""
+    logps, old, advantages, weights, ref = loss_inputs(3)
+    old[1, :4] = logps[1, :4] - torch.tensor([math.log(10.5), math.log(9.5), 3.0, -4.0])
+    weights[1, :4] = torch.tensor([1.0, 1.0, 0.5, 0.7])
+    return logps, old, advantages, weights, ref, torch.tensor([0, 1, 0, 1, 1, 0])[:, None].bool()
+
+
+def test_eq8_rectified_rows():
+    """A token at a time: rectified rows are shaped, bounded and weighted by lambda_r, the others clipped as
+    ever; all share the normaliser and the KL."""
+    logps, old, advantages, weights, ref, rectified = rectified_inputs()
+    for lambda_r, gamma, beta in ((1.0, 0.1, 0.0), (0.3, 0.5, 0.04), (2.0, 0.0, 0.0), (0.0, 0.1, 0.0)):
+        total = 0.0
+        for i, j in itertools.product(range(6), range(9)):
+            if weights[i, j] == 0:
+                continue
+            a, omega, d = advantages[i, 0].item(), weights[i, j].item(), (logps[i, j] - old[i, j]).item()
+            if rectified[i, 0]:
+                w = min(math.exp(d), 10.0)
+                f = (1 + gamma) ** 2 / gamma * w / (w + gamma) - (1 + gamma) / gamma + 1 if gamma else w
+                total -= omega * lambda_r * a * f                           # Eq. (7), (8)
+            else:
+                term = min(math.exp(d) * a, min(max(math.exp(d), 0.8), 1.28) * a)
+                total -= omega * (max(term, 3.0 * a) if a < 0 else term)
+            if beta:
+                k = (ref[i, j] - logps[i, j]).item()
+                total += beta * omega * (math.exp(k) - k - 1)
+        loss, _ = grpo.policy_loss(logps, old, advantages, weights, 54, beta=beta, ref_logps=ref,
+                                   rectified=rectified, lambda_r=lambda_r, gamma=gamma)
+        close(loss, total / 54, 1e-5)
+
+
+def test_eq8_gradient_of_rectified_tokens():
+    """dL / dlog pi = -lambda_r A omega g(w) / normaliser; zero above w = 10 and where omega is zero."""
+    logps, old, advantages, weights, _, rectified = rectified_inputs()
+    old[3, 0], weights[3, 0] = -torch.inf, 0.0              # never sampled: not finite, not used
+    old[5, 0], weights[5, 0] = -torch.inf, 0.0
+    for gamma, lambda_r in ((0.1, 0.7), (0.0, 1.0), (1.0, 2.0)):
+        x = logps.clone().requires_grad_()
+        loss, stats = grpo.policy_loss(x, old, advantages, weights, 7.0, rectified=rectified,
+                                       lambda_r=lambda_r, gamma=gamma)
+        loss.backward()
+        assert all(value.isfinite() for value in (loss, *stats.values()))
+        y = logps.clone().requires_grad_()
+        grpo.policy_loss(y, old, advantages, weights, 7.0)[0].backward()
+        seen = set()
+        for i, j in itertools.product(range(6), range(9)):
+            a, omega, w = advantages[i, 0].item(), weights[i, j].item(), math.exp(logps[i, j] - old[i, j])
+            if omega == 0:
+                assert x.grad[i, j].item() == 0
+            elif not rectified[i, 0]:
+                assert x.grad[i, j] == y.grad[i, j]         # the policy's own rows know nothing of the others
+            elif w > 10:
+                assert x.grad[i, j].item() == 0
+                seen.add("above")
+            else:
+                g = weight(w, gamma) if gamma else w        # gamma 0: f(w) = w, so g(w) = w
+                close(x.grad[i, j], -lambda_r * a * omega * g / 7.0, 1e-5)
+                seen.add("near" if w > 9 else "")
+        assert seen == {"above", "near", ""} and (x.grad != 0).sum() > 15
+    x = logps.clone().requires_grad_()                      # on policy (w = 1) it is GRPO, whatever gamma
+    grpo.policy_loss(x, logps, advantages, weights, 7.0, rectified=rectified, gamma=0.3)[0].backward()
+    close(x.grad, -advantages * weights / 7.0, 1e-6)
+
+
+def test_eq8_no_rectified_rows_is_grpo():
+    logps, old, advantages, weights, ref = loss_inputs(1)
+    for beta in (0.0, 0.1):
+        results = []
+        for rectified in (None, torch.zeros(6, 1, dtype=torch.bool)):
+            x = logps.clone().requires_grad_()
+            loss, stats = grpo.policy_loss(x, old, advantages, weights, 9.0, beta=beta, ref_logps=ref,
+                                           rectified=rectified, lambda_r=5.0, gamma=0.2)
+            loss.backward()
+            results.append((loss.detach(), x.grad, torch.stack([stats[k].float() for k in sorted(stats)])))
+        for a, b in zip(*results):
+            close(a, b, 1e-7)
+
+
+def test_eq8_diagnostics_count_only_on_policy_rows():
+    logps, old, advantages, weights, ref, rectified = rectified_inputs()
+    _, stats = grpo.policy_loss(logps, old, advantages, weights, 9.0, beta=0.1, ref_logps=ref,
+                                rectified=rectified)
+    own = ~rectified[:, 0]
+    _, want = grpo.policy_loss(logps[own], old[own], advantages[own], weights[own], 9.0, beta=0.1,
+                               ref_logps=ref[own])
+    assert stats.keys() == want.keys() and stats["tokens"] == (weights[own] > 0).sum() > 0
+    for name in want:
+        close(stats[name], want[name], 1e-4)
+    assert stats["clip_fraction"] > 0 and stats["kl_ref"] > 0
+
+
 def test_group_shares():
     shares = grpo.group_shares(torch.tensor([[1, 1], [0, 0], [1, 0], [0, 1]]))
     assert shares == {"all_right": 0.25, "all_wrong": 0.25, "mixed": 0.5}
@@ -1262,6 +2436,121 @@ def test_two_ranks_equal_one():
                         assert abs(a[key] - b[key]) <= 1e-4 * max(1, abs(a[key])), (key, a[key], b[key])
             assert any(a["grad_norm"] > 0 for a in metrics(folder / "one"))
             same_weights(weights_of(folder / "one"), weights_of(folder / "two"), 1e-3)
+
+
+def test_ivr_without_repairs_is_grpo():
+    """No rectified trajectory and no step credit: the same losses and weights as --algo grpo, to 1e-6."""
+    with scratch() as folder:
+        small_run(folder / "a", algo="ivr", rectify_below=-1.0, step_credit=False, data="tiny:steps=4")
+        small_run(folder / "b", algo="grpo", data="tiny:steps=4")
+        for a, b in zip(metrics(folder / "a"), metrics(folder / "b"), strict=True):
+            close(a["loss"], b["loss"], 1e-6), close(a["grad_norm"], b["grad_norm"], 1e-6)
+        same_weights(weights_of(folder / "a"), weights_of(folder / "b"), 1e-6)
+
+
+def ivr_trainer(folder, **kwargs):
+    config = train.TrainConfig(**{**dict(model=TINY, data="tiny:steps=9,kinds=tiles+bars", batch=6, group_size=4,
+                                         max_new_tokens=110, device="cpu", eval_problems=0, out=str(folder)),
+                                  **kwargs})
+    trainer = train.Trainer(config)
+    problems = trainer.draw(0)
+    prompts = [rollout.encode_prompt(p, trainer.codec) for p in problems]
+    groups = trainer.roll_out(problems, prompts)
+    trainer.score(groups)
+    return trainer, groups, prompts
+
+
+def test_rectified_groups_and_their_credit():
+    """The group keeps its size and the parent; y' is credited whole; in wrong rollouts only doubted steps are; what
+    has no weight has no gradient."""
+    with scratch() as folder:
+        trainer, before, prompts = ivr_trainer(folder)
+        locate = trainer.localise(before)
+        groups, repairs = trainer.rectify(before, locate)
+        trainer.assign_advantages(groups)
+        trainer.assign_credit(groups)
+        done = [r for r in repairs if r.outcome == "repaired"]
+        assert len(done) >= 2 and all(len(g) == 4 for g in groups) and all(len(g) == 4 for g in before)
+        for r in done:
+            group = next(g for g in groups if any(t is r.chain for t in g))
+            assert any(t is r.parent for t in group) and r.chain.weights == [1.0] * len(r.chain.ids)
+            assert r.chain.rewards["accuracy"] == 1 and r.chain.advantage > 0 > r.parent.advantage
+            rewards = [t.rewards["total"] for t in group]
+            close(r.chain.advantage, r.chain.rewards["total"] - sum(rewards) / 4, 1e-6)
+            doubted = [s for s, c in zip(r.parent.steps, r.parent.checks) if c.same < 0.5]
+            on = {n for s in doubted for n in range(s.start, s.stop)}
+            assert doubted and r.parent.weights == [float(n in on) for n in range(len(r.parent.ids))]
+        trainer.config.mask_prefix = True
+        trainer.assign_credit(groups)
+        for r in done:
+            assert r.chain.weights == [float(n >= r.changed) for n in range(len(r.chain.ids))]
+        parents = [r.parent for r in repairs]
+        assert len({id(t) for t in parents}) == len(parents)
+        for r in repairs:                               # the one that needs the fewest looks
+            flawed = attribute.flawed(next(g for g in before if any(t is r.parent for t in g)))
+            doubts = lambda t: sum(c.same < 0.5 for c in t.checks)
+            assert doubts(r.parent) == min(map(doubts, flawed))
+
+
+def test_which_groups_are_repaired():
+    with scratch() as folder:
+        trainer, *_ = ivr_trainer(folder, rectify_below=0.25, max_steps=10, batch=2)
+        group = lambda *right: [rollout.Trajectory(None, [1], [1], [0.0], True, "", rewards={"accuracy": float(r)})
+                                for r in right]
+        assert trainer.rectifies(group(0, 0, 0, 0)) and trainer.rectifies(group(1, 0, 0, 0))
+        assert not trainer.rectifies(group(1, 1, 0, 0)) and not trainer.rectifies(group(1, 1, 1, 1))
+        trainer.config.rectify_below = 1.0
+        assert trainer.rectifies(group(1, 1, 0, 0)) and not trainer.rectifies(group(1, 1, 1, 0))
+        found = []
+        for trainer.step in range(10):
+            found.append(trainer.lambda_r())
+        close(found, [1] * 7 + [0.75, 0.5, 0.25])       # the last 40 % of 10 steps
+        trainer.step = 10
+        assert trainer.lambda_r() == 0 and not trainer.rectifies(group(0, 0, 0, 0))
+        trainer.config.max_tokens, trainer.tokens = 1000, 900
+        close(trainer.lambda_r(), 0.25)
+        trainer.config.anneal = 0.0
+        assert trainer.lambda_r() == 1
+
+
+def test_tokens_of_every_kind_are_counted():
+    with scratch() as folder:
+        trainer, groups, _ = ivr_trainer(folder)
+        trainer.describe(groups)
+        rolled_out = sum(len(t.ids) for g in groups for t in g)
+        assert trainer.tokens == rolled_out
+        locate = trainer.localise(groups)
+        claims = {(t.problem.id, s.text) for g in groups if trainer.rectifies(g) or any(t.rewards["accuracy"] for t in g)
+                  for t in attribute.flawed(g) for s in t.steps}
+        assert locate.tokens == len(claims) > 0
+        _, repairs = trainer.rectify(groups, locate)
+        figures = trainer.describe_repairs(repairs, locate)
+        assert figures["repair_tokens"] == locate.tokens + sum(r.tokens for r in repairs) > len(claims)
+        assert trainer.tokens == rolled_out + figures["repair_tokens"]
+        assert figures["repair_tokens"] < 0.6 * rolled_out
+
+
+def test_stepgrpo_is_r1_vls():
+    """Rewards with StepRAR and StepRVR, standardised advantages, a mean over each sequence, KL 0.04 by preset."""
+    with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
+        train.main(["--algo", "stepgrpo", "--data", "tiny:steps=3", "--batch", "2", "--group_size", "4", "--max_steps",
+                    "1", "--eval_problems", "0", "--device", "cpu", "--out", str(folder / "run")])
+        saved = json.loads((folder / "run" / "config.json").read_text())
+        assert saved["use_std"] is True and saved["beta"] == 0.04
+        train.main(["--algo", "stepgrpo", "--beta", "0", "--data", "tiny:steps=3", "--batch", "2", "--max_steps", "1",
+                    "--eval_problems", "0", "--device", "cpu", "--out", str(folder / "free")])
+        assert json.loads((folder / "free" / "config.json").read_text())["beta"] == 0.0
+        trainer, groups, _ = ivr_trainer(folder, algo="stepgrpo", use_std=True, data="tiny:steps=3")
+        trainer.assign_advantages(groups)
+        trainer.assign_credit(groups)
+        for group in groups:
+            rewards = [step_reward_parts(t.text, t.problem.answer, None, t.finished, t.problem.key_steps)["total"]
+                       for t in group]
+            mean, std = np.mean(rewards), np.std(rewards, ddof=1)
+            for t, reward in zip(group, rewards):
+                assert t.rewards["total"] == reward
+                close(t.advantage, (reward - mean) / (std + 1e-4), 1e-4)
+                close(sum(t.weights), trainer.config.max_new_tokens, 1e-3)      # so each sequence weighs the same
 
 
 def test_resumed_run_equals_uninterrupted():

@@ -395,11 +395,12 @@ class Trainer:
                 continue
             if t.provenance != "policy":
                 t.weights = [float(n >= t.kept or not c.mask_prefix) for n in range(len(t.ids))]
-            elif t.rewards["accuracy"] == 0 and not t.finished:
-                t.weights = [0.0] * len(t.ids)              # cut off: neither right nor wrong
-            elif c.step_credit and t.rewards["accuracy"] == 0 and t.checks and rereason.doubted(t) is not None:
-                t.weights = grpo.step_credit(len(t.ids), t.steps, [x is None or x.same < attribute.DOUBT
-                                                                   for x in t.checks])
+            elif c.step_credit and t.rewards["accuracy"] == 0:
+                if not t.finished:                          # cut off: neither right nor wrong
+                    t.weights = [0.0] * len(t.ids)
+                elif t.checks and rereason.doubted(t) is not None:
+                    t.weights = grpo.step_credit(len(t.ids), t.steps, [x is None or x.same < attribute.DOUBT
+                                                                       for x in t.checks])
 
     def update(self, groups, prompts) -> dict:
         """Phase 7, policy update: `updates_per_batch` optimiser steps, each over its share of the groups."""
@@ -512,15 +513,14 @@ class Trainer:
     # ---- looking at it, keeping it
 
     def evaluate(self, short: bool = False) -> dict | None:
-        """Held-out figures of the policy as it is; None where there is nothing to evaluate on. short: a third
-        of the problems, two samples each, nothing greedy."""
-        c, problems = self.config, self.held_out[::3 if short else 1]
+        """Held-out figures of the policy as it is; None where there is nothing to evaluate on. short: one sample
+        a problem, nothing greedy."""
+        c, mine = self.config, self.held_out[self.ranks.rank::self.ranks.world]
         if not self.held_out:
             return None
         self.model.eval()
-        records = evaluate(self.model, self.codec, problems[self.ranks.rank::self.ranks.world], not short,
-                           2 if short else c.eval_samples, c.max_new_tokens, c.seed,
-                           progress=self.ranks.rank == 0 and not short)
+        records = evaluate(self.model, self.codec, mine, not short, 1 if short else c.eval_samples,
+                           c.max_new_tokens, c.seed, progress=self.ranks.rank == 0 and not short)
         records = self.ranks.gather(records)
         sampled = {}
         for r in records:
@@ -547,14 +547,21 @@ class Trainer:
 
 
 def show(groups) -> str:
-    """One decoded sample: question, gold, completion, reward; on tiny, the oracle's word on each step."""
-    group = max(groups, key=lambda g: len({t.rewards["accuracy"] for t in g}))      # a mixed one, if any
-    t = group[0]
+    """One decoded sample: question, gold, completion, reward; on tiny, the oracle's word on each step; where a
+    rollout of the group was repaired, that one with its checks and what it became."""
+    mended = {id(t): t for g in groups for t in g if t.provenance != "policy"}
+    group = max(groups, key=lambda g: (any(id(t) in mended for t in g), len({t.rewards["accuracy"] for t in g})))
+    y = next((t for t in group if id(t) in mended), None)
+    t = next((t for t in group if y and t.provenance == "policy" and t.ids[:y.kept] == y.ids[:y.kept]
+              and t.rewards["accuracy"] == 0 and t.checks), group[0])
     lines = [f"  question  {t.problem.question!r}", f"  gold      {t.problem.answer!r}",
              f"  sampled   {t.text!r}"]
     if t.problem.oracle:
-        think = t.text.partition("<think>")[2].partition("</think>")[0]
-        lines.append(f"  steps     {' '.join(shapes.check_steps(t.problem, think.splitlines()))}")
+        steps = [s.text for s in t.steps] if t.steps else t.text.partition("<think>")[2].partition("</think>")[0].splitlines()
+        lines.append(f"  steps     {' '.join(shapes.check_steps(t.problem, steps))}")
+    if y:
+        lines.append(f"  checks    {' '.join(f'{c.same:.2f}' if c else '?' for c in t.checks)}")
+        lines.append(f"  rectified {y.text!r}  ({y.provenance})")
     right = sum(x.rewards["accuracy"] for x in group)
     lines.append(f"  reward    {t.rewards}, right in the group: {right:.0f} of {len(group)}")
     return "\n".join(lines)

@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
-BUDGET = {3: 150_000, 6: 300_000, 9: 450_000, 12: 400_000, 20: 550_000}     # generated tokens a run, by horizon
+BUDGET = {3: 150_000, 6: 300_000, 9: 500_000, 12: 400_000, 20: 800_000}     # generated tokens a run, by horizon
 KINDS = "tiles+path+bars"                   # what the warm start can read; it can not count
 WARM = ("--stage sft --data tiny:steps=3-20,forms=free+check+free+relook+free --batch 48 --max_new_tokens 256 "
         "--max_steps 100 --lr 3e-4 --lr_end 0.2 --erosion_first 0.2 --erosion_ninth 0.7 --freeze_vision "
@@ -168,11 +168,13 @@ def difference(a: list, b: list) -> str:
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def table(results: list, baseline: str = "grpo") -> str:
-    """Final accuracy by arm, its difference from the baseline, and how many tokens it took to get where the
-    baseline ends."""
-    lines = ["| steps | arm | seeds | before | after | points over GRPO at the end | tokens to GRPO's end | points over "
-             "GRPO at its half-way | tokens | wall |", "|---" * 10 + "|"]
+def table(results: list, baseline: str) -> str:
+    """By horizon and arm: accuracy before and after; at the end, the paired difference from the baseline; the tokens
+    after which the arm's mean curve is where the baseline ends (with those of the baseline's own curve); and the
+    difference at the budget where the baseline is half-way up."""
+    million = lambda x: "never" if x == float("inf") else f"{x / 1e6:.2f} M"
+    lines = [f"| steps | arm | seeds | before | after | points over {baseline} at the end | tokens to {baseline}'s end | "
+             f"points over {baseline} at its half-way | tokens | wall |", "|---" * 10 + "|"]
     for h in sorted({r["horizon"] for r in results}):
         base = [r for r in results if r["horizon"] == h and r["algo"] == baseline]
         for arm in dict.fromkeys(r["algo"] for r in results):
@@ -181,20 +183,34 @@ def table(results: list, baseline: str = "grpo") -> str:
                 continue
             mean = lambda key: sum(r[key] for r in runs) / len(runs)
             low, high = bootstrap(runs, lambda rs: 100 * sum(r["accuracy"] for r in rs) / len(rs))
-            budget = max(r["generated_tokens"] for r in runs + base)
-            share, half = "", ""
+            end, when, half = "", "", ""
+            if base:
+                budget = min(r["curve"][-1][0] for r in runs + base)
+                goal, start = mean_at(base, budget), sum(r["warm_accuracy"] for r in base) / len(base)
+                when = million(reached(runs, goal, budget))
             if base and arm != baseline:
-                goal = sum(smooth(r["curve"])[-1][1] for r in base) / len(base)
-                start = sum(r["warm_accuracy"] for r in base) / len(base)
-                share = f"{reached(runs, goal, budget) / max(1, reached(base, goal, budget)):.2f} x"
-                middle = reached(base, (start + goal) / 2, budget)
+                end, middle = difference(runs, base), reached(base, (start + goal) / 2, budget)
                 gaps = [(r, b) for r in runs for b in base if r["seed"] == b["seed"]]
                 gap = lambda ps: 100 * sum(at(smooth(r["curve"]), middle) - at(smooth(b["curve"]), middle)
                                            for r, b in ps) / len(ps)
                 half = f"{gap(gaps):+.1f} [{', '.join(f'{x:+.1f}' for x in bootstrap(gaps, gap))}]" if gaps else ""
-            lines.append(f"| {h} | {arm} | {len(runs)} | {100 * mean('warm_accuracy'):.1f} % | {100 * mean('accuracy'):.1f} % "
-                         f"[{low:.1f}, {high:.1f}] | {difference(runs, base) if arm != baseline else ''} | {share} | {half} | "
+            lines.append(f"| {h} | {arm} | {len(runs)} | {100 * mean('warm_accuracy'):.1f} % | "
+                         f"{100 * mean('accuracy'):.1f} % [{low:.1f}, {high:.1f}] | {end} | {when} | {half} | "
                          f"{mean('generated_tokens') / 1e6:.2f} M | {mean('wall_s'):.0f} s |")
+    return "\n".join(lines)
+
+
+def health(results: list) -> str:
+    """Whether anything collapsed: figures of the last tenth of each run, worst over seeds; and the share of the
+    generated tokens that were plain rollouts."""
+    lines = ["| steps | arm | lowest entropy | lowest format | length | greedy | rollouts' share of tokens |",
+             "|---" * 7 + "|"]
+    for h, arm in sorted({(r["horizon"], r["algo"]) for r in results}):
+        runs = [r for r in results if (r["horizon"], r["algo"]) == (h, arm)]
+        mean = lambda key: sum(r[key] for r in runs) / len(runs)
+        lines.append(f"| {h} | {arm} | {min(r['entropy'] for r in runs):.3f} | {100 * min(r['format'] for r in runs):.1f} % | "
+                     f"{min(r['length'] for r in runs):.0f} to {max(r['length'] for r in runs):.0f} | "
+                     f"{100 * mean('greedy'):.1f} % | {100 * mean('rollout_share'):.0f} % |")
     return "\n".join(lines)
 
 
@@ -252,7 +268,7 @@ def main():
         study(RESULTS / file, {n: f for n, f in arms.items() if n in (args.arms or arms)},
               args.horizons or ([ABLATED] if args.ablations else list(BUDGET)), args.seeds, args.jobs)
     results = json.loads((RESULTS / file).read_text())
-    print(table(results))
+    print(table(results, "ivr" if args.ablations else "grpo"), health(results), sep="\n\n")
     if not args.ablations:
         plot(results, RESULTS / "compare.png")
 
