@@ -1,4 +1,5 @@
-"""Where a failed rollout lost the image: screening, steps, four signals, and the localiser that combines them.
+"""Where a failed rollout lost the image: screening, steps, four signals, and the localiser that combines
+them.
 
 Place in the pipeline: after the reward, before rereason.py. Reads from model.py, rollout.py, reward.py.
 The paper says: a reward-driven screening finds flawed rollouts, and a step-level attribution inside the
@@ -6,7 +7,7 @@ multimodal context finds where the reasoning lost the image. How is our choice. 
 (A2, A4); it never enters a prompt.
 
     A1 pristine check     P(the policy, shown the image and this step alone, writes the step again)
-    A2 answer margin      log p(gold) - log p(own answer) after each step: where the chain turns to the wrong one
+    A2 answer margin      log p(gold) - log p(own answer) after each step: where the chain turns wrong
     A3 visual dependence  KL(pi(. | image) || pi(. | image with patches dropped)) in each step
     A4 Monte Carlo        successes among K restarts after each step, by binary search
 
@@ -97,8 +98,8 @@ def flawed(group: list) -> list:
 
 @dataclass
 class Check:
-    """What A1 says of a step: the probability that the policy writes it again, and the token (counted from the
-    step's first) where it would most likely have gone another way."""
+    """What A1 says of a step: the probability that the policy writes it again, and the token (counted from
+    the step's first) where it would most likely have gone another way."""
     same: float
     token: int
 
@@ -117,7 +118,8 @@ def pristine_check(model, codec, claims: list[tuple], rows: int = 512) -> list[C
         place = {name: n for n, name in enumerate(problems)}
         halves = [rollout.render(replace(p, question=p.question + CHECK + SLOT), codec).rpartition(SLOT)
                   for p in problems.values()]
-        prompts = [rollout.encode_prompt(p, codec, text=half[0]) for p, half in zip(problems.values(), halves)]
+        prompts = [rollout.encode_prompt(p, codec, text=half[0])
+                   for p, half in zip(problems.values(), halves)]
         prompt_of_row = [place[claims[i][0].id] for i in part]
         texts = [rollout.plain(claims[i][1], codec) for i in part]
         asked = [tokens(text + halves[n][2]) for text, n in zip(texts, prompt_of_row)]
@@ -135,7 +137,8 @@ def pristine_check(model, codec, claims: list[tuple], rows: int = 512) -> list[C
 
 
 @torch.no_grad()
-def answer_margins(model, codec, trajectories: list, last: bool = False, rows: int = 512) -> list[list[float]]:
+def answer_margins(model, codec, trajectories: list, last: bool = False,
+                   rows: int = 512) -> list[list[float]]:
     """A2. For each trajectory the margins M_0 .. M_T: mean log-prob of the gold answer minus that of its own
     answer, teacher-forced after the first k steps and the cue that opens an answer. Positive: from there the
     policy would still prefer the right answer. The gold answer only scores here. last: M_T alone."""
@@ -179,8 +182,8 @@ def no_return(margins: list[float]) -> int:
 
 
 def drop_patches(prompt, merge: int, share: float, rng: torch.Generator):
-    """The prompt with a random share of its image patches replaced by the mean colour. Whole merged patches go,
-    else what is left of each would still tell."""
+    """The prompt with a random share of its image patches replaced by the mean colour. Whole merged patches
+    go, else what is left of each would still tell."""
     blocks = prompt.pixel_values.view(-1, merge ** 2, prompt.pixel_values.shape[1])
     keep = torch.rand(len(blocks), generator=rng) >= share
     return replace(prompt, pixel_values=(blocks * keep[:, None, None]).view_as(prompt.pixel_values))
@@ -222,7 +225,7 @@ def step_dependence(d: list[float], steps: list[Step], top: float = 0.4) -> list
 
 
 def erosion(dependence: list[float], k: int) -> float:
-    """e_k = (max_{j <= k} E_j - E_k) / (std E + 0.1): how far step k (0-based) fell behind the best before."""
+    """e_k = (max_{j <= k} E_j - E_k) / (std E + 0.1): how far step k (0-based) fell behind."""
     std = torch.tensor(dependence).std(unbiased=False).item()
     return (max(dependence[:k + 1]) - dependence[k]) / (std + 0.1)
 
@@ -253,8 +256,8 @@ def search(steps: int, guess: int | None = None):
 
 def monte_carlo(model, codec, trajectories: list, max_new_tokens: int, restarts: int = 4,
                 guesses: list | None = None, key: str = "monte carlo") -> tuple[list[int], int]:
-    """A4. For each trajectory the step (0-based) at which its chance of success dies, and the tokens generated
-    to find out. All searches go on side by side, `restarts` completions a question."""
+    """A4. For each trajectory the step (0-based) at which its chance of success dies, and the tokens
+    generated to find out. All searches go on side by side, `restarts` completions a question."""
     searches = [search(len(t.steps), g) for t, g in zip(trajectories, guesses or [None] * len(trajectories))]
     found, tokens, answers = [None] * len(searches), 0, [None] * len(searches)
     while True:
@@ -268,8 +271,8 @@ def monte_carlo(model, codec, trajectories: list, max_new_tokens: int, restarts:
             break
         problems = [trajectories[n].problem for n, _ in asked]
         prefixes = [trajectories[n].ids[:trajectories[n].steps[k].start] for n, k in asked]
-        numbers = torch.cat([rollout.uniforms(f"{key}/{trajectories[n].problem.id}/{prefix}", restarts, max_new_tokens)
-                             for (n, _), prefix in zip(asked, prefixes)])
+        keys = [f"{key}/{p.id}/{prefix}" for p, prefix in zip(problems, prefixes)]
+        numbers = torch.cat([rollout.uniforms(k, restarts, max_new_tokens) for k in keys])
         groups = rollout.sample(model, problems, codec, restarts, max_new_tokens, 1.0, numbers,
                                 [p for p in prefixes for _ in range(restarts)])
         for (n, _), group in zip(asked, groups):
@@ -288,14 +291,19 @@ def right(t) -> bool:
 # The localiser
 
 
+LOCALISERS = ("check", "margin", "dependence", "monte_carlo", "random", "oracle")
+
+
 class Locator:
     """Fills in the `checks` of chains (objects with problem, ids, text, steps), by one of the signals.
 
     check: A1, each distinct step of a problem asked once while this object lives. oracle: `oracle(problem,
     step text)` says what is true (tiny only). The others find one step and know nothing of those behind it:
-    margin (A2), dependence (A3), monte_carlo (A4), random. tokens: generated so far, one for each A1 check."""
+    margin (A2), dependence (A3), monte_carlo (A4), random. tokens: generated so far, one for each A1
+    check."""
 
-    def __init__(self, model, codec, name: str = "check", oracle=None, max_new_tokens: int = 0, key: str = ""):
+    def __init__(self, model, codec, name: str = "check", oracle=None, max_new_tokens: int = 0,
+                 key: str = ""):
         self.model, self.codec, self.name, self.oracle = model, codec, name, oracle
         self.max_new_tokens, self.key, self.known, self.tokens = max_new_tokens, key, {}, 0
 
@@ -338,7 +346,7 @@ def settled(checks: list) -> bool:
 
 @dataclass
 class Fault:
-    """Where a rollout went wrong: its first step at fault (0-based), the kind, and the confidence in [0, 1]."""
+    """Where a rollout went wrong: its first step at fault (0-based), the kind, the confidence in [0, 1]."""
     step: int
     kind: str                           # eroded | misread | reasoning
     confidence: float

@@ -193,9 +193,9 @@ def report(records: list[dict]) -> str:
 
 
 def flawed_rollouts(model, codec, stream, count: int, max_new_tokens: int, seed: int, group_size: int = 8):
-    """Flawed rollouts of a tiny stream until there are `count` -> [(trajectory, its first wrong step, 0-based)].
-    Those whose steps are all right (the answer alone is wrong) have no such step: their number is the second
-    result."""
+    """Flawed rollouts of a tiny stream until there are `count` -> [(trajectory, its first wrong step,
+    0-based)]. Those whose steps are all right (the answer alone is wrong) have no such step: their number is
+    the second result."""
     found, slips, at = [], 0, 0
     bar = tqdm(total=count, desc="flawed rollouts", leave=False)
     while len(found) < count:
@@ -247,9 +247,9 @@ def score_localisers(model, codec, found: list, max_new_tokens: int, batch: int 
 
 
 def planted_kinds(model, codec, stream, count: int) -> list[tuple[str, str]]:
-    """(planted, found) kinds of error in chains with one planted error each: a wrong reading at the first two steps,
-    where the policy still looks (misread), or at the last third, where erosion has set in (eroded); a wrong
-    conclusion from a right reading (reasoning)."""
+    """(planted, found) kinds of error in chains with one planted error each: a wrong reading at the first two
+    steps, where the policy still looks (misread), or at the last third, where erosion has set in (eroded); a
+    wrong conclusion from a right reading (reasoning)."""
     chains, planted, rng = [], [], random.Random(0)
     for i in range(count):
         p, kind = stream[i], ("misread", "eroded", "reasoning")[i // 4 % 3]

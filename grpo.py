@@ -1,4 +1,5 @@
-"""GRPO and IVR-R1's objective: advantages, step-level credit, the clipped and the shaped loss, token log-probs.
+"""GRPO and IVR-R1's objective: advantages, step-level credit, the clipped and the shaped loss, token
+log-probs.
 
 Place in the pipeline: last before the update. Pure functions of tensors; imports no other file of ours.
 Sources: group advantages and k3 KL - DeepSeekMath (arXiv 2402.03300); no standard deviation and a constant
@@ -78,10 +79,10 @@ def policy_loss(logps, old_logps, advantages, weights, normaliser: float, clip_l
 
     All tensors (R, T). old_logps: log mu, what each token was sampled with. weights: omega, the
     completion_mask or finer; a token of weight 0 has no gradient. rectified (R, 1) bool: rows whose objective
-    is shaped (Eq. 7) and weighted by lambda_r instead of clipped; gamma 0: f(w) = w. normaliser: sequences x L_max of the whole optimiser batch, over all ranks and accumulation
-    steps; the caller sums the losses of the parts (Dr. GRPO: a constant, so no length bias, and masks do not
-    scale up what remains).
-    Returns (loss, dict of sums over this part's weighted tokens; `tokens` is their number)."""
+    is shaped (Eq. 7) and weighted by lambda_r instead of clipped; gamma 0: f(w) = w. normaliser: sequences x
+    L_max of the whole optimiser batch, over all ranks and accumulation steps; the caller sums the losses of
+    the parts (Dr. GRPO: a constant, so no length bias, and masks do not scale up what remains). Returns
+    (loss, dict of sums over this part's weighted tokens; `tokens` is their number)."""
     log_ratio = torch.where(weights > 0, logps - old_logps, 0.0)
     ratio = log_ratio.clamp(-20, 20).exp()                                        # Eq. (2): rho = pi / pi_old
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -100,7 +101,7 @@ def policy_loss(logps, old_logps, advantages, weights, normaliser: float, clip_l
         loss = loss + beta * (weights * kl).sum() / normaliser
     with torch.no_grad():
         on = (weights > 0).float()
-        on = on if rectified is None else on * ~rectified                         # the rest is of the policy's own
+        on = on if rectified is None else on * ~rectified                    # the rest is of the policy's own
         outside = ((ratio < 1 - clip_low) & (advantages < 0)) | ((ratio > 1 + clip_high) & (advantages > 0))
         stats = {"tokens": on.sum(), "clip_fraction": (on * outside).sum(), "kl_ref": (on * kl).sum(),
                  "kl_old": (on * (ratio - 1 - log_ratio)).sum(), "ratio": (on * ratio).sum()}

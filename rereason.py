@@ -1,8 +1,8 @@
 """The Re-Reasoning Loop: a failed rollout is repaired step by step against the pristine image.
 
-Place in the pipeline: after attribute.py, before the advantages. Reads from attribute.py, rollout.py, reward.py.
-The paper says: the loop cross-references intermediate states with the pristine image, again and again, until
-the trajectory is right. How is our choice:
+Place in the pipeline: after attribute.py, before the advantages. Reads from attribute.py, rollout.py,
+reward.py. The paper says: the loop cross-references intermediate states with the pristine image, again and
+again, until the trajectory is right. How is our choice:
 
     look      at the first doubted step: a second turn shows the image again and asks for this step anew
     keep      the steps behind it that agree with the image and that the policy would still write after the
@@ -17,9 +17,9 @@ What is stored is the trajectory in the clean context (the second turn is remove
 probability mu it was really sampled with. Neither the gold nor the wrong answer enters a prompt: not even the
 fact that the answer was wrong.
 
-Worked example: "red 4 6 / blue 3 5 / teal 9 1" with red doubted. The look writes "red 7 9", the rest is kept and
-only the answer sampled: 3 tokens for the step and the answer, where a new rollout pays for the whole chain.
-"""
+Worked example: "red 4 6 / blue 3 5 / teal 9 1" with red doubted. The look writes "red 7 9", the rest is kept
+and only the answer sampled: 3 tokens for the step and the answer, where a new rollout pays for the whole
+chain. """
 import re
 from dataclasses import dataclass, field, replace
 
@@ -29,8 +29,8 @@ import attribute
 import reward
 import rollout
 
-HINT_TALK = re.compile(r"\b(?:look(?:ed|ing)? (?:at the image )?again|second image|image again|as instructed|last step"
-                       r"|correct(?:ed|ion)|re-?check)", re.I)
+HINT_TALK = re.compile(r"\b(?:look(?:ed|ing)? (?:at the image )?again|second image|image again"
+                       r"|as instructed|last step|correct(?:ed|ion)|re-?check)", re.I)
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Rules:
     turns: int = 20                     # loop turns at most, whatever happens
     window: int = 2                     # steps sampled on before they are checked
     spend: float = 1.5                  # x the median length of the group: tokens at most for one repair
-    min_log_w: float = -1.5             # nats a token, mean: what the clean context makes less likely is refused
+    min_log_w: float = -1.5          # nats a token, mean: what the clean context makes less likely is refused
     max_length: float = 1.5             # x the median length of the group
     votes: int = 2                      # right answers needed of three where there are five options or fewer
     relook: str = "image"               # image | text (a retry without the image) | none (restarts only)
@@ -63,9 +63,9 @@ class Repair:
 
 
 def relook_problem(problem, trusted: str, suspect: str, image: bool = True):
-    """The second look, a chat of two turns: the question with its images; the trusted steps as the assistant's
-    words; then the images again and the suspect step, to be written anew. image False: the same without any
-    image (an ablation)."""
+    """The second look, a chat of two turns: the question with its images; the trusted steps as the
+    assistant's words; then the images again and the suspect step, to be written anew. image False: the same
+    without any image (an ablation)."""
     again = attribute.CHECK.strip() + "\n" + suspect
     if image:
         return replace(problem, question=[problem.question, trusted, "<image>" * len(problem.images) + again],
@@ -97,8 +97,8 @@ def may_look(chain, shown: str) -> bool:
 
 def rectify(model, codec, parents: list, medians: list, locate, max_new_tokens: int, key: str,
             rules: Rules = Rules()) -> list[Repair]:
-    """Repair failed rollouts, all side by side. parents: flawed trajectories with steps and checks; medians: the
-    median length of each one's group; locate(chains) fills in unknown checks (attribute.Locator). Random
+    """Repair failed rollouts, all side by side. parents: flawed trajectories with steps and checks; medians:
+    the median length of each one's group; locate(chains) fills in unknown checks (attribute.Locator). Random
     numbers depend on `key`, the problem and the parent's place among its problem's. Where `outcome` is
     "repaired", `chain` is the rectified trajectory."""
     seen, repairs = {}, []
@@ -109,7 +109,8 @@ def rectify(model, codec, parents: list, medians: list, locate, max_new_tokens: 
         active = [r for r in repairs if not r.outcome]
         if not active:
             break
-        accept(model, codec, [r for r in active if r.fresh and attribute.right(r.chain)], max_new_tokens, rules)
+        verified = [r for r in active if r.fresh and attribute.right(r.chain)]
+        accept(model, codec, verified, max_new_tokens, rules)
         active = [r for r in active if not r.outcome]
         locate([r.chain for r in active])
         plans = [(r, *plan(r, model, codec, rules)) for r in active]
@@ -133,9 +134,11 @@ def plan(r: Repair, model, codec, rules: Rules) -> tuple[str, int]:
     if r.failed > rules.failures:                           # the last try: the whole chain anew
         r.cuts.append(-1)
         return "go on", 0
+    if not c.steps:                                         # nothing to mend
+        return "go on", 0
     if k is None:                                           # every step agrees, yet it is wrong
         if attribute.answer_margins(model, codec, [c], last=True)[0][0] > 0:
-            r.cuts.append(len(c.steps))                     # but they lead to the right answer: only that anew
+            r.cuts.append(len(c.steps))                    # but they lead to the right answer: only that anew
             return "go on", c.steps[-1].stop
         r.cuts.append(attribute.margin_drop(attribute.answer_margins(model, codec, [c])[0]))
         return "redo", r.cuts[-1]                           # a slip of reasoning: without a second look
@@ -146,8 +149,9 @@ def plan(r: Repair, model, codec, rules: Rules) -> tuple[str, int]:
 
 def rewrite(model, codec, plans: list, turn: int, rules: Rules) -> list:
     """Write one step of each chain anew: in a second look, or ("redo") in the clean context. plans: (repair,
-    what, step). The new step takes the old one's place, and later steps stay as far as they still hold. Returns
-    the (repair, token) pairs to be sampled on from that token; the others go on to their next doubted step."""
+    what, step). The new step takes the old one's place, and later steps stay as far as they still hold.
+    Returns the (repair, token) pairs to be sampled on from that token; the others go on to their next doubted
+    step."""
     mended, anew = [], []
     for what in ("look", "redo"):
         part = [(r, k) for r, w, k in plans if w == what]
@@ -155,13 +159,13 @@ def rewrite(model, codec, plans: list, turn: int, rules: Rules) -> list:
             continue
         spans = [r.chain.steps[k] for r, k in part]
         forced = [[] if what == "look" else r.chain.ids[:s.start] for (r, _), s in zip(part, spans)]
-        cap = max(map(len, forced)) + 16 + max(2 * (s.stop - s.start) for s in spans)
+        caps = [len(f) + 16 + 2 * (s.stop - s.start) for f, s in zip(forced, spans)]
         problems = [r.chain.problem if what == "redo" else
                     relook_problem(r.chain.problem, codec.tokenizer.decode(r.chain.ids[:s.start]), s.text,
                                    rules.relook == "image") for (r, _), s in zip(part, spans)]
-        numbers = torch.cat([rollout.uniforms(f"{r.key}/{what}/{turn}", 1, cap) for r, _ in part])
-        replies = rollout.sample(model, problems, codec, 1, cap, 1.0, numbers, forced, stop_ids=codec.newline_ids)
-        for (r, k), s, before, (reply,) in zip(part, spans, forced, replies):
+        replies = one_each(model, codec, problems, [f"{r.key}/{what}/{turn}" for r, _ in part], forced, caps,
+                           codec.newline_ids)
+        for (r, k), s, before, reply in zip(part, spans, forced, replies):
             r.tokens += sum(reply.sampled)
             ids = reply.ids[len(before):]
             pieces = [codec.tokenizer.decode([i]) for i in ids]
@@ -177,6 +181,14 @@ def rewrite(model, codec, plans: list, turn: int, rules: Rules) -> list:
                 put_step(r, k, ids[:end], reply.logps[len(before):][:end], text, codec)
                 mended.append((r, k))
     return anew + still_holds(model, codec, mended, rules)
+
+
+def one_each(model, codec, problems: list, keys: list, prefixes: list, limits: list, stop_ids: tuple = ()):
+    """One completion a problem, each with random numbers and a length limit of its own."""
+    numbers = rollout.pad([rollout.uniforms(k, 1, n)[0].tolist() for k, n in zip(keys, limits)], 0.0)[0]
+    groups = rollout.sample(model, problems, codec, 1, max(limits), 1.0, numbers, prefixes, stop_ids=stop_ids,
+                            limits=limits)
+    return [t for t, in groups]
 
 
 def put_step(r: Repair, k: int, ids: list, logps: list, text: str, codec):
@@ -233,23 +245,25 @@ def log_weights(model, codec, chains: list) -> list[list[float]]:
     """log w = log pi(token | clean context) - log mu of every token of each chain."""
     prompts = [rollout.encode_prompt(c.problem, codec) for c in chains]
     with torch.no_grad():
-        logps, _, _ = rollout.completion_logps(model, prompts, list(range(len(chains))), [c.ids for c in chains],
-                                               codec)
+        logps, _, _ = rollout.completion_logps(model, prompts, list(range(len(chains))),
+                                               [c.ids for c in chains], codec)
     return [[a - b for a, b in zip(row, c.logps)] for row, c in zip(logps.tolist(), chains)]
 
 
 def go_on(model, codec, anew: list, max_new_tokens: int, turn: int, rules: Rules):
-    """Sample on in the clean context, about `rules.window` steps ahead, so that little is lost when the next one is
-    wrong. anew: (repair, the first token to sample). A step that is not complete yet is cut off again."""
-    anew = [(r, at) for r, at in anew if at < max_new_tokens]
+    """Sample on in the clean context, about `rules.window` steps ahead, so that little is lost when the next
+    one is wrong. anew: (repair, the first token to sample). A step that is not complete yet is cut off
+    again."""
+    for r, at in anew:
+        r.outcome = "too long" if at >= max_new_tokens else ""
+    anew = [(r, at) for r, at in anew if not r.outcome]
     if not anew:
         return
     ahead = [max(8, rules.window * (r.parent.steps[-1].stop // len(r.parent.steps))) for r, _ in anew]
-    limit = min(max_new_tokens, max(at + n for (_, at), n in zip(anew, ahead)))
-    numbers = torch.cat([rollout.uniforms(f"{r.key}/go on/{turn}", 1, limit) for r, _ in anew])
-    groups = rollout.sample(model, [r.chain.problem for r, _ in anew], codec, 1, limit, 1.0, numbers,
-                            [r.chain.ids[:at] for r, at in anew])
-    for (r, at), (new,) in zip(anew, groups):
+    new_chains = one_each(model, codec, [r.chain.problem for r, _ in anew], [f"{r.key}/go on/{turn}" for r, _ in anew],
+                          [r.chain.ids[:at] for r, at in anew],
+                          [min(max_new_tokens, at + n) for (_, at), n in zip(anew, ahead)])
+    for (r, at), new in zip(anew, new_chains):
         old = r.chain
         r.tokens += sum(new.sampled)
         new.logps[:at], new.sampled[:at] = old.logps[:at], old.sampled[:at]

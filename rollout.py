@@ -389,7 +389,7 @@ def pad(rows: list[list], value, left: bool = False):
 def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: int = 1,
            max_new_tokens: int = 128, temperature: float = 1.0, uniforms: torch.Tensor | None = None,
            prefix_ids: list | None = None, prompts: list[Prompt] | None = None,
-           stop_ids: tuple = ()) -> list[list[Trajectory]]:
+           stop_ids: tuple = (), limits: list | None = None) -> list[list[Trajectory]]:
     """Sample `group_size` completions of each problem. Returns B lists of G trajectories.
 
     temperature 0 is greedy; otherwise uniforms (B x G, max_new_tokens) in [0, 1) are the random numbers, one
@@ -397,6 +397,7 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
     prefix_ids: for each of the B x G rows (problem-major) the completion tokens it continues from; these are
     forced, count towards max_new_tokens and are marked sampled = 0. prompts: the problems encoded already.
     stop_ids: tokens that end a completion besides EOS (it does not count as finished then).
+    limits: for each row the length at which it ends, at most max_new_tokens (None: that for all).
     ValueError where the prefixes do not fit."""
     device = model.head_weight.device
     prompts = prompts or [encode_prompt(p, codec) for p in problems]
@@ -420,6 +421,7 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
         h = model.rows_hidden(ids, positions, cache)[:, -1]
         last = torch.where((length > 0)[:, None], h, last)
 
+    limit = torch.tensor(limits or [max_new_tokens] * rows, device=device)
     tokens = torch.full((rows, max_new_tokens), codec.pad_id, device=device)
     logps = torch.zeros(rows, max_new_tokens, device=device)
     total = torch.full((rows,), -1, device=device)                                      # length; -1 = running
@@ -430,13 +432,13 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
                                  None if temperature == 0
                                  else uniforms[alive, length.clamp(max=max_new_tokens - 1)])
         column = length.clamp(max=max_new_tokens - 1)
-        open_rows = (total[alive] < 0) & (length < max_new_tokens)
+        open_rows = (total[alive] < 0) & (length < limit[alive])
         tokens[alive[open_rows], column[open_rows]] = token[open_rows]
         logps[alive[open_rows], column[open_rows]] = logp[open_rows]
         length = length + 1
-        done = open_rows & (torch.isin(token, eos) | (length >= max_new_tokens))
+        done = open_rows & (torch.isin(token, eos) | (length >= limit[alive]))
         total[alive[done]] = length[done]
-        if device.type == "cpu" or step % 4 == 3 or step == max_new_tokens - 1:     # on a GPU looking costs a sync
+        if device.type == "cpu" or step % 4 == 3 or step == max_new_tokens - 1:     # on a GPU it costs a sync
             keep = (total[alive] < 0).nonzero()[:, 0]
             if len(keep) == 0:
                 break
@@ -509,8 +511,8 @@ def completion_hidden(model: Qwen25VL, prompts: list[Prompt], prompt_of_row: lis
     return hidden, targets, mask
 
 
-def completion_logps(model: Qwen25VL, prompts: list[Prompt], prompt_of_row: list[int], completions: list[list],
-                     codec: Codec, entropy: bool = False):
+def completion_logps(model: Qwen25VL, prompts: list[Prompt], prompt_of_row: list[int],
+                     completions: list[list], codec: Codec, entropy: bool = False):
     """Log-probs of completions as the sampler would have given them, arguments as for `completion_hidden`
     -> logps, entropies (zeros unless asked for) and completion_mask, all (R, T)."""
     hidden, targets, mask = completion_hidden(model, prompts, prompt_of_row, completions, codec.pad_id)

@@ -6,8 +6,8 @@
 Place in the pipeline: all of it; nothing imports this file. One step reads
     problems -> rollout -> reward -> localise -> re-reason -> advantages -> policy update
 The paper says: failed rollouts are screened by reward, the step that lost the image is found, a Re-Reasoning
-Loop repairs the trajectory, and GRPO learns from it. We chose: one update a rollout batch by default, AdamW at a
-constant rate after a short warm-up, fp32 master weights where the model is bfloat16.
+Loop repairs the trajectory, and GRPO learns from it. We chose: one update a rollout batch by default, AdamW
+at a constant rate after a short warm-up, fp32 master weights where the model is bfloat16.
 
 Data parallelism is one line of arithmetic: each rank takes every W-th problem of the global batch, divides
 its loss by the *global* normaliser, and gradients are summed over ranks, in fp32, once an optimiser step.
@@ -121,7 +121,7 @@ class TrainConfig:
             raise ValueError(f"--batch {self.batch}: must be a multiple of ranks x updates_per_batch = "
                              f"{ranks} x {self.updates_per_batch}")
         for name, known in (("algo", ("ivr", "grpo", "stepgrpo")), ("relook", ("image", "text", "none")),
-                            ("localiser", ("check", "margin", "dependence", "monte_carlo", "random", "oracle"))):
+                            ("localiser", attribute.LOCALISERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}")
         if self.localiser == "oracle" and not rollout.is_tiny(self.data):
@@ -353,12 +353,13 @@ class Trainer:
                 and len(group) - right >= 2)
 
     def rectify(self, groups, locate):
-        """Phase 5, re-reason: repair failed rollouts; each success takes the place of another wrong rollout of
-        its group, beside its parent. Returns the new groups and all repairs."""
+        """Phase 5, re-reason: repair failed rollouts; each success takes the place of another wrong rollout
+        of its group, beside its parent. Returns the new groups and all repairs."""
         c, parents, medians = self.config, [], []
         for group in filter(self.rectifies, groups):
             mixed = any(t.rewards["accuracy"] for t in group)
-            doubts = lambda t: (sum(1 for x in t.checks if x and x.same < attribute.DOUBT), -(rereason.doubted(t) or 0))
+            doubts = lambda t: (sum(1 for x in t.checks if x and x.same < attribute.DOUBT),
+                                -(rereason.doubted(t) or 0))
             chosen = sorted(attribute.flawed(group), key=doubts)[:1 if mixed else c.parents]
             parents += chosen
             medians += [sorted(len(t.ids) for t in group)[len(group) // 2]] * len(chosen)
@@ -372,9 +373,8 @@ class Trainer:
             spare = [n for n, t in enumerate(group) if t.rewards["accuracy"] == 0
                      and not any(t is p for p in parents)]
             if spare:
-                r.chain.rewards = reward.reward_parts(r.chain.text, r.chain.problem.answer, r.chain.problem.choices,
-                                                      True, c.format_weight)
                 r.chain.kept = r.changed
+                self.score([[r.chain]])
                 group[spare[-1]] = r.chain
         return groups, repairs
 
@@ -430,7 +430,7 @@ class Trainer:
         c = self.config
         used = sorted({i for i, _ in rows})
         inputs = ([prompts[i] for i in used], [used.index(i) for i, _ in rows], [t.ids for _, t in rows])
-        logps, entropy, mask = rollout.completion_logps(self.model, *inputs, self.codec, entropy=True)  # (R, T)
+        logps, entropy, _ = rollout.completion_logps(self.model, *inputs, self.codec, entropy=True)    # (R, T)
         ref_logps = None
         if c.beta > 0:
             with torch.no_grad():
@@ -461,12 +461,12 @@ class Trainer:
 
     def describe_repairs(self, repairs, locate) -> dict:
         """What the Re-Reasoning Loop did, over all ranks; its tokens are counted here."""
-        rows = self.ranks.gather([(r.outcome == "repaired", r.tokens, r.looks, r.chain.provenance) for r in repairs])
+        rows = self.ranks.gather([(r.outcome == "repaired", r.tokens, r.looks) for r in repairs])
         spent = sum(r[1] for r in rows) + sum(self.ranks.gather([locate.tokens]))
         self.tokens += spent
         done = [r for r in rows if r[0]]
-        return {"parents": len(rows), "repaired": len(done), "repair_tokens": spent, "lambda_r": self.lambda_r(),
-                "looks": sum(r[2] for r in done) / max(1, len(done))}
+        return {"parents": len(rows), "repaired": len(done), "repair_tokens": spent,
+                "looks": sum(r[2] for r in done) / max(1, len(done)), "lambda_r": self.lambda_r()}
 
     # ---- supervised
 
@@ -513,8 +513,8 @@ class Trainer:
     # ---- looking at it, keeping it
 
     def evaluate(self, short: bool = False) -> dict | None:
-        """Held-out figures of the policy as it is; None where there is nothing to evaluate on. short: one sample
-        a problem, nothing greedy."""
+        """Held-out figures of the policy as it is; None where there is nothing to evaluate on. short: one
+        sample a problem, nothing greedy."""
         c, mine = self.config, self.held_out[self.ranks.rank::self.ranks.world]
         if not self.held_out:
             return None
@@ -547,18 +547,19 @@ class Trainer:
 
 
 def show(groups) -> str:
-    """One decoded sample: question, gold, completion, reward; on tiny, the oracle's word on each step; where a
-    rollout of the group was repaired, that one with its checks and what it became."""
+    """One decoded sample: question, gold, completion, reward; on tiny, the oracle's word on each step; where
+    a rollout of the group was repaired, that one with its checks and what it became."""
     mended = {id(t): t for g in groups for t in g if t.provenance != "policy"}
-    group = max(groups, key=lambda g: (any(id(t) in mended for t in g), len({t.rewards["accuracy"] for t in g})))
+    group = max(groups, key=lambda g: (any(id(t) in mended for t in g),
+                                       len({t.rewards["accuracy"] for t in g})))
     y = next((t for t in group if id(t) in mended), None)
     t = next((t for t in group if y and t.provenance == "policy" and t.ids[:y.kept] == y.ids[:y.kept]
               and t.rewards["accuracy"] == 0 and t.checks), group[0])
     lines = [f"  question  {t.problem.question!r}", f"  gold      {t.problem.answer!r}",
              f"  sampled   {t.text!r}"]
     if t.problem.oracle:
-        steps = [s.text for s in t.steps] if t.steps else t.text.partition("<think>")[2].partition("</think>")[0].splitlines()
-        lines.append(f"  steps     {' '.join(shapes.check_steps(t.problem, steps))}")
+        think = t.text.partition("<think>")[2].partition("</think>")[0]
+        lines.append(f"  steps     {' '.join(shapes.check_steps(t.problem, think.splitlines()))}")
     if y:
         lines.append(f"  checks    {' '.join(f'{c.same:.2f}' if c else '?' for c in t.checks)}")
         lines.append(f"  rectified {y.text!r}  ({y.provenance})")
@@ -623,7 +624,8 @@ def run(trainer: Trainer) -> dict:
         groups = m.pop("groups", None)
         trainer.step += 1
         m = {"step": trainer.step, **m, "seconds": time.time() - started}
-        if config.eval_every and trainer.step % config.eval_every == 0 and (found := trainer.evaluate(short=True)):
+        due = config.eval_every and trainer.step % config.eval_every == 0
+        if due and (found := trainer.evaluate(short=True)):
             m["heldout"] = {k: v for k, v in found.items() if k not in ("table", "problems")}
             say(f"held-out at {trainer.step}: {headline(found)}")
         if lead:
@@ -650,7 +652,7 @@ def run(trainer: Trainer) -> dict:
     return figures
 
 
-PRESETS = {"stepgrpo": {"use_std": True, "beta": 0.04}}    # what an algorithm is published with; flags go first
+PRESETS = {"stepgrpo": {"use_std": True, "beta": 0.04}}  # what an algorithm is published with; flags go first
 
 
 def main(argv=None):

@@ -1,7 +1,7 @@
 """The study: GRPO, GRPO with larger groups, StepGRPO and IVR-R1 from the same warm start, at equal generated
 tokens.
 
-    python experiments/compare.py                    # all runs that are not in results/compare.json yet, then the report
+    python experiments/compare.py         # all runs that are not in results/compare.json yet, then the report
     python experiments/compare.py --arms ivr grpo --horizons 20 --seeds 1
     python experiments/compare.py --ablations         # the ablations, into results/ablations.json
     python experiments/compare.py --report            # tables and plot only, from the results
@@ -11,9 +11,9 @@ tokens is spent: rollouts, checks, looks, restarts, whatever became of them. Hel
 temperature 1, along the run (`curve`) and, on all held-out problems, at its end. One thread a run, so that
 runs side by side do not disturb one another; a stopped study goes on where it stopped.
 
-The warm start is tiny's after 100 more supervised steps with deeper erosion (a wrong reading at 20 % of first and
-70 % of ninth steps), made here first: it solves about a quarter of the problems of 3 steps and none of 12.
-"""
+The warm start is tiny's after 100 more supervised steps with deeper erosion (a wrong reading at 20 % of first
+and 70 % of ninth steps), made here first: it solves about a quarter of the problems of 3 steps and none of
+12. """
 import argparse
 import json
 import os
@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
-BUDGET = {3: 150_000, 6: 300_000, 9: 500_000, 12: 400_000, 20: 800_000}     # generated tokens a run, by horizon
+BUDGET = {3: 150_000, 6: 300_000, 9: 500_000, 12: 400_000, 20: 800_000}   # generated tokens a run, by horizon
 KINDS = "tiles+path+bars"                   # what the warm start can read; it can not count
 WARM = ("--stage sft --data tiny:steps=3-20,forms=free+check+free+relook+free --batch 48 --max_new_tokens 256 "
         "--max_steps 100 --lr 3e-4 --lr_end 0.2 --erosion_first 0.2 --erosion_ninth 0.7 --freeze_vision "
@@ -70,7 +70,7 @@ def warm_start() -> Path:
 def run(out: Path, warm: Path, horizon: int, seed: int, flags: str) -> dict:
     """One training run -> its object for the results."""
     rollouts = 16 * 8 * (6.4 * horizon + 4)                             # tokens a step, about
-    every = max(1, round(BUDGET[horizon] / rollouts / 50))              # an evaluation every 2 % of the budget
+    every = max(1, round(BUDGET[horizon] / rollouts / 50))             # an evaluation every 2 % of the budget
     train(out, ["--model", str(warm), "--data", f"tiny:steps={horizon},kinds={KINDS}", "--max_tokens",
                 str(BUDGET[horizon]), "--max_new_tokens", str(10 * horizon + 20), "--eval_every", str(every), "--seed",
                 str(seed), *COMMON.split(), *flags.split()])
@@ -169,9 +169,9 @@ def difference(a: list, b: list) -> str:
 
 
 def table(results: list, baseline: str) -> str:
-    """By horizon and arm: accuracy before and after; at the end, the paired difference from the baseline; the tokens
-    after which the arm's mean curve is where the baseline ends (with those of the baseline's own curve); and the
-    difference at the budget where the baseline is half-way up."""
+    """By horizon and arm: accuracy before and after; at the end, the paired difference from the baseline; the
+    tokens after which the arm's mean curve is where the baseline ends (with those of the baseline's own
+    curve); and the difference at the budget where the baseline is half-way up."""
     million = lambda x: "never" if x == float("inf") else f"{x / 1e6:.2f} M"
     lines = [f"| steps | arm | seeds | before | after | points over {baseline} at the end | tokens to {baseline}'s end | "
              f"points over {baseline} at its half-way | tokens | wall |", "|---" * 10 + "|"]
@@ -201,8 +201,8 @@ def table(results: list, baseline: str) -> str:
 
 
 def health(results: list) -> str:
-    """Whether anything collapsed: figures of the last tenth of each run, worst over seeds; and the share of the
-    generated tokens that were plain rollouts."""
+    """Whether anything collapsed: figures of the last tenth of each run, worst over seeds; and the share of
+    the generated tokens that were plain rollouts."""
     lines = ["| steps | arm | lowest entropy | lowest format | length | greedy | rollouts' share of tokens |",
              "|---" * 7 + "|"]
     for h, arm in sorted({(r["horizon"], r["algo"]) for r in results}):

@@ -1,5 +1,5 @@
-"""How often the Re-Reasoning Loop succeeds: by number of looks, by kind of task and of error, by how far the first cut
-lies from the true error, and for each kind of second look.
+"""How often the Re-Reasoning Loop succeeds: by number of looks, by kind of task and of error, by how far the
+first cut lies from the true error, and for each kind of second look.
 
     python experiments/repairs.py --model tiny --data tiny:steps=9,kinds=tiles+path+bars --parents 300
 

@@ -10,7 +10,8 @@ Six stages, all on problems drawn afresh (a fixed pool of pictures is memorised,
   4. forms    - the same with multiple choice and yes/no;
   5. second look - to repeat or correct a single step: what attribute.py and rereason.py ask;
   6. erosion  - chains with planted erosion, whose chance grows with depth, among clean second looks: afterwards
-                the policy can read, and in long chains mostly does not. From here reinforcement learning starts.
+                the policy can read, and in long chains mostly does not. From here reinforcement learning
+                starts.
 """
 import argparse
 import json

@@ -48,7 +48,7 @@ NAMES = tuple(COLOURS)
 SHAPES = ("circle", "square", "triangle")
 KINDS = ("tiles", "count", "path", "bars")
 FORMS = ("free", "choice", "yesno")
-SECOND_LOOKS = ("check", "relook")          # what attribute.py and rereason.py ask; stage 5 of build.py teaches it
+SECOND_LOOKS = ("check", "relook")     # what attribute.py and rereason.py ask; stage 5 of build.py teaches it
 MAX_STEPS = 20
 DEFAULT_STEPS = "5"                         # where the warm start mostly fails and yet often enough is right
 CELL = 28                                   # pixels; one merged image token of the tiny model
@@ -411,8 +411,8 @@ def _draw_bar(pen, x, y, rgb, value, rng):
 
 
 def guess_rate(kind: str, steps: int, form: str = "free", trials: int = 1000) -> float:
-    """How often a guesser who never sees the image is right. Free: the right names, readings drawn as the task
-    draws them. Choice: the option most like the others. Yes/no: always no."""
+    """How often a guesser who never sees the image is right. Free: the right names, readings drawn as the
+    task draws them. Choice: the option most like the others. Yes/no: always no."""
     rng, hits = random.Random(0), 0
     for i in range(trials):
         if form == "free":
