@@ -33,6 +33,9 @@ HINT_TALK = re.compile(r"\b(?:look(?:ed|ing)? (?:at the image )?again|second ima
                        r"|as instructed|last step|correct(?:ed|ion)|re-?check)", re.I)
 
 
+RELOOKS = ("image", "text", "none", "only")
+
+
 @dataclass
 class Rules:
     """When to go on and what to accept."""
@@ -43,7 +46,7 @@ class Rules:
     min_log_w: float = -1.5          # nats a token, mean: what the clean context makes less likely is refused
     max_length: float = 1.5             # x the median length of the group
     votes: int = 2                      # right answers needed of three where there are five options or fewer
-    relook: str = "image"               # image | text (a retry without the image) | none (restarts only)
+    relook: str = "image"            # image | text (without the image) | none (restarts) | only (no restarts)
 
 
 @dataclass
@@ -128,7 +131,9 @@ def plan(r: Repair, model, codec, rules: Rules) -> tuple[str, int]:
     if k is None and not c.finished:                        # so far every step agrees
         return "go on", len(c.ids)
     r.failed += bool(r.cuts) and (k is None or r.cuts[-1] >= k)         # wrong after all, or no progress
-    if r.tokens > rules.spend * r.median or (r.failed > rules.failures and -1 in r.cuts):
+    fair = k is not None and may_look(c, "\n".join(s.text for s in c.steps[:k + 1]))
+    stuck = rules.relook == "only" and (r.failed > 0 or not fair)
+    if stuck or r.tokens > rules.spend * r.median or (r.failed > rules.failures and -1 in r.cuts):
         r.outcome = "given up"
         return "", 0
     if r.failed > rules.failures:                           # the last try: the whole chain anew
@@ -143,7 +148,6 @@ def plan(r: Repair, model, codec, rules: Rules) -> tuple[str, int]:
         r.cuts.append(attribute.margin_drop(attribute.answer_margins(model, codec, [c])[0]))
         return "redo", r.cuts[-1]                           # a slip of reasoning: without a second look
     r.cuts.append(k)
-    fair = may_look(c, "\n".join(s.text for s in c.steps[:k + 1]))
     return "look" if fair and rules.relook != "none" else "redo", k
 
 
@@ -175,7 +179,8 @@ def rewrite(model, codec, plans: list, turn: int, rules: Rules) -> list:
             leaks = k + 1 < len(r.chain.steps) and says(text, answer) and not says(s.text, answer)
             if end is None or not text or text == s.text or HINT_TALK.search(text) or leaks:
                 r.failed += 1                               # nothing new: restart one step to the left
-                anew.append((r, r.chain.steps[max(0, k - 1)].start))
+                if rules.relook != "only":
+                    anew.append((r, r.chain.steps[max(0, k - 1)].start))
             else:
                 r.looks += what == "look"
                 put_step(r, k, ids[:end], reply.logps[len(before):][:end], text, codec)
@@ -260,10 +265,10 @@ def go_on(model, codec, anew: list, max_new_tokens: int, turn: int, rules: Rules
     if not anew:
         return
     ahead = [max(8, rules.window * (r.parent.steps[-1].stop // len(r.parent.steps))) for r, _ in anew]
-    new_chains = one_each(model, codec, [r.chain.problem for r, _ in anew], [f"{r.key}/go on/{turn}" for r, _ in anew],
-                          [r.chain.ids[:at] for r, at in anew],
-                          [min(max_new_tokens, at + n) for (_, at), n in zip(anew, ahead)])
-    for (r, at), new in zip(anew, new_chains):
+    found = one_each(model, codec, [r.chain.problem for r, _ in anew],
+                     [f"{r.key}/go on/{turn}" for r, _ in anew], [r.chain.ids[:at] for r, at in anew],
+                     [min(max_new_tokens, at + n) for (_, at), n in zip(anew, ahead)])
+    for (r, at), new in zip(anew, found):
         old = r.chain
         r.tokens += sum(new.sampled)
         new.logps[:at], new.sampled[:at] = old.logps[:at], old.sampled[:at]

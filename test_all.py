@@ -1919,6 +1919,9 @@ def test_restarts_only_and_blind_looks():
             clean = uncached_logps(net, codec, r.chain.problem, r.chain.ids[:step.stop - 1])
             close(r.chain.logps[step.start:step.stop - 1], clean[step.start:])
     assert any(r.outcome == "repaired" for r in restarts)
+    for r, usual in zip(repaired(net, codec, parents[:6], relook="only"), loop_results()[3]):
+        assert r.looks == len(r.cuts) if r.outcome == "repaired" else r.outcome == "given up"
+        assert r.outcome != "repaired" or r.chain.ids == usual.chain.ids
     failed = lambda repairs: sum(r.failed for r in repairs)
     assert failed(repaired(net, codec, parents, relook="text")) > failed(loop_results()[3]) + 2, "unseen is guessed"
 
@@ -2440,7 +2443,8 @@ def flags_of(config):
 
 def test_two_ranks_equal_one():
     """torchrun with two gloo processes against one process, RL and supervised: losses, norms and weights."""
-    for kwargs in (dict(stage="rl", updates_per_batch=2, micro_rows=5, beta=0.1, lr=1e-4),
+    for kwargs in (dict(updates_per_batch=2, micro_rows=5, beta=0.1, lr=1e-4, max_new_tokens=80,
+                        data="tiny:steps=7,kinds=tiles+bars"),
                    dict(stage="sft", max_new_tokens=60)):
         with scratch() as folder:
             config = small_run(folder / "one", **kwargs)
@@ -2455,6 +2459,7 @@ def test_two_ranks_equal_one():
                     if key != "seconds":
                         assert abs(a[key] - b[key]) <= 1e-4 * max(1, abs(a[key])), (key, a[key], b[key])
             assert any(a["grad_norm"] > 0 for a in metrics(folder / "one"))
+            assert "stage" in kwargs or any(0 < a["repaired"] < 4 for a in metrics(folder / "one"))
             same_weights(weights_of(folder / "one"), weights_of(folder / "two"), 1e-3)
 
 
@@ -2575,8 +2580,10 @@ def test_stepgrpo_is_r1_vls():
 
 def test_resumed_run_equals_uninterrupted():
     with scratch() as folder:
-        whole = small_run(folder / "whole", max_steps=4)
-        small_run(folder / "cut", max_steps=4, save_every=2)
+        longer = dict(max_steps=4, data="tiny:steps=9,kinds=tiles+bars", max_new_tokens=100, lr=1e-4)
+        whole = small_run(folder / "whole", **longer)
+        assert any(r["repaired"] for r in metrics(folder / "whole")[2:])
+        small_run(folder / "cut", save_every=2, **longer)
         for late in ("checkpoint-000004",):
             for f in (folder / "cut" / late).iterdir():
                 f.unlink()

@@ -75,7 +75,7 @@ class TrainConfig:
     step_credit: bool = True            # in wrong rollouts only the steps at fault get the advantage
     rectify_below: float = 0.125        # groups up to this accuracy are rectified (< 0: none)
     parents: int = 1                    # failed rollouts repaired in an all-wrong group (1 in a mixed one)
-    relook: str = "image"               # image | text (second look without the image) | none (restarts only)
+    relook: str = "image"            # image | text (without the image) | none (restarts) | only (no restarts)
     failures: int = 3                   # failed looks until a chain is made anew and then given up
     min_log_w: float = -1.5             # a rectified trajectory less likely than this a token is refused
     lambda_r: float = 1.0               # weight of rectified trajectories
@@ -120,7 +120,7 @@ class TrainConfig:
         if self.batch % (ranks * self.updates_per_batch):
             raise ValueError(f"--batch {self.batch}: must be a multiple of ranks x updates_per_batch = "
                              f"{ranks} x {self.updates_per_batch}")
-        for name, known in (("algo", ("ivr", "grpo", "stepgrpo")), ("relook", ("image", "text", "none")),
+        for name, known in (("algo", ("ivr", "grpo", "stepgrpo")), ("relook", rereason.RELOOKS),
                             ("localiser", attribute.LOCALISERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}")

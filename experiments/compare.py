@@ -42,7 +42,7 @@ ABLATIONS = {
     "ivr": "", "random cut": "--localiser random", "oracle cut": "--localiser oracle",
     "A2 margin": "--localiser margin", "A3 dependence": "--localiser dependence",
     "A4 Monte Carlo": "--localiser monte_carlo",
-    "restarts only": "--relook none", "look without the image": "--relook text",
+    "restarts only": "--relook none", "looks only": "--relook only", "look without the image": "--relook text",
     "masked prefix": "--mask_prefix", "with std": "--use_std", "plain w": "--gamma 0", "no annealing": "--anneal 0",
     "all-wrong groups only": "--rectify_below 0", "credit only": "--rectify_below -1",
     "repair only": "--no-step_credit", "grpo": "--algo grpo",
