@@ -202,7 +202,8 @@ def flawed_rollouts(model, codec, stream, count: int, max_new_tokens: int, seed:
         problems = [stream[i] for i in range(at, at + 32)]
         at += 32
         numbers = [rollout.uniforms(f"localise/{seed}/{p.id}", group_size, max_new_tokens) for p in problems]
-        for group in rollout.sample(model, problems, codec, group_size, max_new_tokens, 1.0, torch.cat(numbers)):
+        for group in rollout.sample(model, problems, codec, group_size, max_new_tokens, 1.0,
+                                    torch.cat(numbers)):
             for t in group:
                 t.rewards = reward_parts(t.text, t.problem.answer, t.problem.choices, t.finished)
                 t.steps = attribute.split_steps(t.ids, codec)
@@ -241,7 +242,8 @@ def score_localisers(model, codec, found: list, max_new_tokens: int, batch: int 
         note("A3 erosion", part, [attribute.most_eroded(d, t.steps) for t, d in zip(chains, depends)], 0)
         deaths, tokens = attribute.monte_carlo(model, codec, chains, max_new_tokens)
         note("A4 Monte Carlo", part, deaths, tokens)
-        note("random", part, [random.Random(f"{at}/{n}").randrange(len(t.steps)) for n, t in enumerate(chains)], 0)
+        note("random", part, [random.Random(f"{at}/{n}").randrange(len(t.steps))
+                              for n, t in enumerate(chains)], 0)
         note("last step", part, [len(t.steps) - 1 for t in chains], 0)
     return records
 
@@ -261,7 +263,8 @@ def planted_kinds(model, codec, stream, count: int) -> list[tuple[str, str]]:
             steps[k] = slipped
         else:
             continue                                    # counting and following dots conclude nothing
-        text = f"<think>{chr(10).join(steps)}</think><answer>{shapes.answer_from_steps(p.oracle, steps)}</answer>"
+        answer = shapes.answer_from_steps(p.oracle, steps)
+        text = f"<think>{chr(10).join(steps)}</think><answer>{answer}</answer>"
         ids = codec.tokenizer(text, add_special_tokens=False)["input_ids"] + [codec.eos_ids[0]]
         t = rollout.Trajectory(p, ids, [1] * len(ids), [0.0] * len(ids), True, text)
         t.steps = attribute.split_steps(ids, codec)
@@ -277,7 +280,8 @@ def planted_kinds(model, codec, stream, count: int) -> list[tuple[str, str]]:
 
 
 def localisation_report(records: list[dict]) -> str:
-    """Exact hits, hits within one step, and tokens a rollout of each signal; exact hits by steps and by task."""
+    """Exact hits, hits within one step, and tokens a rollout of each signal; exact hits by steps and by
+    task."""
     columns = [("steps", n) for n in sorted({r["steps"] for r in records})]
     columns += [("task", n) for n in sorted({r["task"] for r in records})]
     columns = [c for c in columns if len({r[c[0]] for r in records}) > 1]
@@ -289,7 +293,8 @@ def localisation_report(records: list[dict]) -> str:
         share = lambda rows, far: 100 * sum(r["off"] <= far for r in rows) / len(rows)
         low, high = interval([float(r["off"] == 0) for r in rows])
         cells = [f"{share([r for r in rows if r[k] == v], 0):.1f}" for k, v in columns]
-        lines.append(f"| {signal} | {share(rows, 0):.1f} % [{100 * low:.1f}, {100 * high:.1f}] | {share(rows, 1):.1f} % | "
+        lines.append(f"| {signal} | {share(rows, 0):.1f} % [{100 * low:.1f}, {100 * high:.1f}] | "
+                     f"{share(rows, 1):.1f} % | "
                      f"{sum(r['tokens'] for r in rows) / len(rows):.1f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -329,7 +334,8 @@ def main(argv=None):
         sys.exit(f"error: {e}")
     if config.localise:
         stream = shapes.Stream(config.data, "heldout", config.seed)
-        found, slips = flawed_rollouts(model, codec, stream, config.flawed, config.max_new_tokens or 256, config.seed)
+        found, slips = flawed_rollouts(model, codec, stream, config.flawed, config.max_new_tokens or 256,
+                                       config.seed)
         length = sum(len(t.ids) for t, _ in found) / len(found)
         print(f"{len(found)} flawed rollouts with a wrong step, {slips} more with only a wrong answer; "
               f"{length:.1f} tokens a rollout\n")

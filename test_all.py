@@ -368,8 +368,8 @@ def test_rows_end_at_limits_and_stop_tokens_of_their_own():
     net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
     whole = [t for g in rolled(net, codec, problems, 2, 12) for t in g]
     limits = [3, 12, 1, 7, 12, 2, 5, 9]
-    for t, cut, limit in zip(whole, [t for g in rolled(net, codec, problems, 2, 12, limits=limits) for t in g],
-                             limits):
+    short = [t for g in rolled(net, codec, problems, 2, 12, limits=limits) for t in g]
+    for t, cut, limit in zip(whole, short, limits):
         assert cut.ids == t.ids[:limit] and cut.finished == (t.finished and len(t.ids) <= limit)
     stop = whole[1].ids[4]
     for t, cut in zip(whole, [t for g in rolled(net, codec, problems, 2, 12, stop_ids=(stop,)) for t in g]):
@@ -1790,7 +1790,8 @@ def test_behaviour_logps_are_those_of_the_context_a_token_was_sampled_in():
         t, k = r.chain, r.cuts[0]
         step, parent = t.steps[k], r.parent
         assert t.logps[:step.start] == parent.logps[:step.start], "the trusted prefix keeps its mu"
-        look = rereason.relook_problem(t.problem, codec.tokenizer.decode(t.ids[:step.start]), parent.steps[k].text)
+        before = codec.tokenizer.decode(t.ids[:step.start])
+        look = rereason.relook_problem(t.problem, before, parent.steps[k].text)
         words = [n for n in range(step.start, step.stop) if codec.tokenizer.decode([t.ids[n]]).strip()]
         close([t.logps[n] for n in words], uncached_logps(net, codec, look, [t.ids[n] for n in words]))
         clean = uncached_logps(net, codec, t.problem, t.ids)
@@ -1816,7 +1817,8 @@ def test_no_prompt_holds_an_answer():
         rollout.render = render
     relooks = [p for p, _ in seen if not isinstance(p.question, str)]
     assert relooks and all(len(p.images) == 2 and len(p.question) == 3 for p in relooks)
-    own = {t.problem.id: [extract_answer(x.text) for x in parents if x.problem.id == t.problem.id] for t in parents}
+    own = {t.problem.id: [extract_answer(x.text) for x in parents if x.problem.id == t.problem.id]
+           for t in parents}
     ids = lambda text: codec.tokenizer(text, add_special_tokens=False)["input_ids"]
     for problem, text in seen:
         whole = " ".join(map(str, ids(text)))
@@ -1826,15 +1828,16 @@ def test_no_prompt_holds_an_answer():
 
 
 def test_when_a_second_look_is_fair():
-    t = lambda text, **more: rollout.Trajectory(rollout.Problem("p", "<image>q", more.pop("answer", "48"), [], **more),
-                                                [], [], [], True, text)
+    t = lambda text, **more: rollout.Trajectory(
+        rollout.Problem("p", "<image>q", more.pop("answer", "48"), [], **more), [], [], [], True, text)
     wrong = "<think>a\nb</think><answer>47</answer>"
     assert rereason.may_look(t(wrong), "a\nthe sum is 46 or 480")
     assert not rereason.may_look(t(wrong), "a\nso 48") and not rereason.may_look(t(wrong), "it is (47).")
     for answer in ("yes", "No", "true"):
         assert not rereason.may_look(t(wrong, answer=answer), "a")
     assert not rereason.may_look(t(wrong, answer="A", choices=["x", "y"]), "c")
-    assert rereason.may_look(t("<think>a</think><answer>B</answer>", answer="A", choices=["x", "y", "z"]), "c")
+    letter = t("<think>a</think><answer>B</answer>", answer="A", choices=["x", "y", "z"])
+    assert rereason.may_look(letter, "c")
 
 
 def test_two_turns_two_images():
@@ -1845,7 +1848,8 @@ def test_two_turns_two_images():
     assert text.index("red 1 2") < text.rindex("<|image_pad|>") < text.index("blue 3 4")
     assert len(prompt.grids) == 2 and len(prompt.pixel_values) == 2 * prompt.grids[0][1] * prompt.grids[0][2]
     blind = rereason.relook_problem(p, "<think>", "blue 3 4", image=False)
-    assert rollout.encode_prompt(blind, codec).pixel_values is None and "blue 3 4" in rollout.render(blind, codec)
+    prompt = rollout.encode_prompt(blind, codec)
+    assert prompt.pixel_values is None and "blue 3 4" in rollout.render(blind, codec)
 
 
 def test_put_step_moves_what_follows():
@@ -1859,7 +1863,8 @@ def test_put_step_moves_what_follows():
         assert [(s.start, s.stop, s.text) for s in r.chain.steps] == [
             (s.start, s.stop, s.text) for s in attribute.split_steps(r.chain.ids, codec)]
         assert [s.text for s in r.chain.steps] == [s.text if n != k else text for n, s in enumerate(t.steps)]
-        assert len(r.chain.ids) == len(r.chain.logps) == len(r.chain.sampled) and r.changed == t.steps[k].start
+        assert (len(r.chain.ids) == len(r.chain.logps) == len(r.chain.sampled)
+                and r.changed == t.steps[k].start)
         assert r.chain.logps.count(-0.1) == len(ids) and not r.fresh and len(t.steps) == 5
 
 
@@ -1894,14 +1899,16 @@ def test_what_is_accepted():
     r = next(r for r in repairs if r.outcome == "repaired")
 
     def verdict(rules=rereason.Rules(), median=50.0, **change):
-        again = rereason.Repair(r.parent, replace(r.chain, **change), "key", median, changed=r.changed, looks=1)
+        again = rereason.Repair(r.parent, replace(r.chain, **change), "key", median, changed=r.changed,
+                                looks=1)
         rereason.accept(net, codec, [again], 120, rules)
         return again.outcome
 
     assert verdict() == "repaired"
     assert verdict(median=len(r.chain.ids) / 1.6) == "not well-formed"
     assert verdict(text=r.chain.text.replace("<think>", "")) == "not well-formed"
-    assert verdict(text=r.chain.text.replace("</think>", "\nLooking again, fine</think>")) == "talks of the hint"
+    hinted = r.chain.text.replace("</think>", "\nLooking again, fine</think>")
+    assert verdict(text=hinted) == "talks of the hint"
     assert verdict(rereason.Rules(min_log_w=5.0)) == "too unlikely"
     lucky = replace(r.chain.problem, answer="A", choices=["unheard of", "x", "y", "z"])
     assert verdict(problem=lucky) == "a lucky letter"                   # the steps do not lead to it again
@@ -1923,7 +1930,8 @@ def test_restarts_only_and_blind_looks():
         assert r.looks == len(r.cuts) if r.outcome == "repaired" else r.outcome == "given up"
         assert r.outcome != "repaired" or r.chain.ids == usual.chain.ids
     failed = lambda repairs: sum(r.failed for r in repairs)
-    assert failed(repaired(net, codec, parents, relook="text")) > failed(loop_results()[3]) + 2, "unseen is guessed"
+    blind = repaired(net, codec, parents, relook="text")
+    assert failed(blind) > failed(loop_results()[3]) + 2, "unseen is guessed"
 
 
 def test_loop_is_the_same_in_any_company():
@@ -1943,7 +1951,8 @@ def test_restarts_follow_the_gradient_of_log_value():
     """Verified restarts in an enumerable policy: sum over right y of pi(y | s, right) grad of the loss equals
     -A grad log V(s), through policy_loss itself."""
     torch.manual_seed(0)
-    table = torch.randn(7, 2, dtype=torch.double, requires_grad=True)   # one row a prefix of up to 3 binary tokens
+    # one row a prefix of up to 3 binary tokens
+    table = torch.randn(7, 2, dtype=torch.double, requires_grad=True)
     right = {(0, 1, 1), (1, 0, 1), (1, 1, 1)}
 
     def logps_of(y):
@@ -1957,7 +1966,8 @@ def test_restarts_follow_the_gradient_of_log_value():
         logps = logps_of(y)[None]
         share = (logps.sum().exp() / value).item()
         loss, _ = grpo.policy_loss(logps, logps.detach(), torch.tensor([[0.875]], dtype=torch.double),
-                                   torch.ones(1, 3, dtype=torch.double), 1.0, rectified=torch.tensor([[True]]))
+                                   torch.ones(1, 3, dtype=torch.double), 1.0,
+                                   rectified=torch.tensor([[True]]))
         total += share * torch.autograd.grad(loss, table)[0]
     close(total, -0.875 * want, 1e-9)
 
@@ -2474,8 +2484,9 @@ def test_ivr_without_repairs_is_grpo():
 
 
 def ivr_trainer(folder, **kwargs):
-    config = train.TrainConfig(**{**dict(model=TINY, data="tiny:steps=9,kinds=tiles+bars", batch=6, group_size=4,
-                                         max_new_tokens=110, device="cpu", eval_problems=0, out=str(folder)),
+    config = train.TrainConfig(**{**dict(model=TINY, data="tiny:steps=9,kinds=tiles+bars", batch=6,
+                                         group_size=4, max_new_tokens=110, device="cpu", eval_problems=0,
+                                         out=str(folder)),
                                   **kwargs})
     trainer = train.Trainer(config)
     problems = trainer.draw(0)
@@ -2520,8 +2531,8 @@ def test_rectified_groups_and_their_credit():
 def test_which_groups_are_repaired():
     with scratch() as folder:
         trainer, *_ = ivr_trainer(folder, rectify_below=0.25, max_steps=10, batch=2)
-        group = lambda *right: [rollout.Trajectory(None, [1], [1], [0.0], True, "", rewards={"accuracy": float(r)})
-                                for r in right]
+        group = lambda *right: [rollout.Trajectory(None, [1], [1], [0.0], True, "",
+                                                   rewards={"accuracy": float(r)}) for r in right]
         assert trainer.rectifies(group(0, 0, 0, 0)) and trainer.rectifies(group(1, 0, 0, 0))
         assert not trainer.rectifies(group(1, 1, 0, 0)) and not trainer.rectifies(group(1, 1, 1, 1))
         trainer.config.rectify_below = 1.0
@@ -2545,7 +2556,8 @@ def test_tokens_of_every_kind_are_counted():
         rolled_out = sum(len(t.ids) for g in groups for t in g)
         assert trainer.tokens == rolled_out
         locate = trainer.localise(groups)
-        claims = {(t.problem.id, s.text) for g in groups if trainer.rectifies(g) or any(t.rewards["accuracy"] for t in g)
+        claims = {(t.problem.id, s.text) for g in groups
+                  if trainer.rectifies(g) or any(t.rewards["accuracy"] for t in g)
                   for t in attribute.flawed(g) for s in t.steps}
         assert locate.tokens == len(claims) > 0
         _, repairs = trainer.rectify(groups, locate)
@@ -2556,21 +2568,24 @@ def test_tokens_of_every_kind_are_counted():
 
 
 def test_stepgrpo_is_r1_vls():
-    """Rewards with StepRAR and StepRVR, standardised advantages, a mean over each sequence, KL 0.04 by preset."""
+    """Rewards with StepRAR and StepRVR, standardised advantages, a mean over each sequence, KL 0.04 by
+    preset."""
     with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
-        train.main(["--algo", "stepgrpo", "--data", "tiny:steps=3", "--batch", "2", "--group_size", "4", "--max_steps",
-                    "1", "--eval_problems", "0", "--device", "cpu", "--out", str(folder / "run")])
+        train.main(["--algo", "stepgrpo", "--data", "tiny:steps=3", "--batch", "2", "--group_size", "4",
+                    "--max_steps", "1", "--eval_problems", "0", "--device", "cpu", "--out",
+                    str(folder / "run")])
         saved = json.loads((folder / "run" / "config.json").read_text())
         assert saved["use_std"] is True and saved["beta"] == 0.04
-        train.main(["--algo", "stepgrpo", "--beta", "0", "--data", "tiny:steps=3", "--batch", "2", "--max_steps", "1",
-                    "--eval_problems", "0", "--device", "cpu", "--out", str(folder / "free")])
+        train.main(["--algo", "stepgrpo", "--beta", "0", "--data", "tiny:steps=3", "--batch", "2",
+                    "--max_steps", "1", "--eval_problems", "0", "--device", "cpu", "--out",
+                    str(folder / "free")])
         assert json.loads((folder / "free" / "config.json").read_text())["beta"] == 0.0
         trainer, groups, _ = ivr_trainer(folder, algo="stepgrpo", use_std=True, data="tiny:steps=3")
         trainer.assign_advantages(groups)
         trainer.assign_credit(groups)
         for group in groups:
-            rewards = [step_reward_parts(t.text, t.problem.answer, None, t.finished, t.problem.key_steps)["total"]
-                       for t in group]
+            rewards = [step_reward_parts(t.text, t.problem.answer, None, t.finished,
+                                         t.problem.key_steps)["total"] for t in group]
             mean, std = np.mean(rewards), np.std(rewards, ddof=1)
             for t, reward in zip(group, rewards):
                 assert t.rewards["total"] == reward

@@ -30,9 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 BUDGET = {3: 150_000, 6: 300_000, 9: 500_000, 12: 400_000, 20: 800_000}   # generated tokens a run, by horizon
 KINDS = "tiles+path+bars"                   # what the warm start can read; it can not count
-WARM = ("--stage sft --data tiny:steps=3-20,forms=free+check+free+relook+free --batch 48 --max_new_tokens 256 "
-        "--max_steps 100 --lr 3e-4 --lr_end 0.2 --erosion_first 0.2 --erosion_ninth 0.7 --freeze_vision "
-        "--eval_problems 0 --save_every 0 --device cpu")
+WARM = ("--stage sft --data tiny:steps=3-20,forms=free+check+free+relook+free --batch 48 "
+        "--max_new_tokens 256 --max_steps 100 --lr 3e-4 --lr_end 0.2 --erosion_first 0.2 --erosion_ninth 0.7 "
+        "--freeze_vision --eval_problems 0 --save_every 0 --device cpu")
 COMMON = ("--batch 16 --group_size 8 --lr 1e-4 --freeze_vision --save_every 0 --keep 1 --print_every 0 "
           "--eval_problems 150 --eval_samples 4 --device cpu")
 ARMS = {"grpo": "--algo grpo", "grpo_large": "--algo grpo --group_size 12", "stepgrpo": "--algo stepgrpo",
@@ -42,10 +42,10 @@ ABLATIONS = {
     "ivr": "", "random cut": "--localiser random", "oracle cut": "--localiser oracle",
     "A2 margin": "--localiser margin", "A3 dependence": "--localiser dependence",
     "A4 Monte Carlo": "--localiser monte_carlo",
-    "restarts only": "--relook none", "looks only": "--relook only", "look without the image": "--relook text",
-    "masked prefix": "--mask_prefix", "with std": "--use_std", "plain w": "--gamma 0", "no annealing": "--anneal 0",
-    "all-wrong groups only": "--rectify_below 0", "credit only": "--rectify_below -1",
-    "repair only": "--no-step_credit", "grpo": "--algo grpo",
+    "restarts only": "--relook none", "looks only": "--relook only",
+    "look without the image": "--relook text", "masked prefix": "--mask_prefix", "with std": "--use_std",
+    "plain w": "--gamma 0", "no annealing": "--anneal 0", "all-wrong groups only": "--rectify_below 0",
+    "credit only": "--rectify_below -1", "repair only": "--no-step_credit", "grpo": "--algo grpo",
 }
 
 
@@ -55,8 +55,8 @@ def train(out: Path, flags: list):
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out, ignore_errors=True)
     with open(f"{out}.log", "w") as log:
-        subprocess.run([sys.executable, str(ROOT / "train.py"), "--out", str(out), *flags], check=True, env=env,
-                       stdout=log, stderr=log)
+        subprocess.run([sys.executable, str(ROOT / "train.py"), "--out", str(out), *flags], check=True,
+                       env=env, stdout=log, stderr=log)
 
 
 def warm_start() -> Path:
@@ -71,9 +71,9 @@ def run(out: Path, warm: Path, horizon: int, seed: int, flags: str) -> dict:
     """One training run -> its object for the results."""
     rollouts = 16 * 8 * (6.4 * horizon + 4)                             # tokens a step, about
     every = max(1, round(BUDGET[horizon] / rollouts / 50))             # an evaluation every 2 % of the budget
-    train(out, ["--model", str(warm), "--data", f"tiny:steps={horizon},kinds={KINDS}", "--max_tokens",
-                str(BUDGET[horizon]), "--max_new_tokens", str(10 * horizon + 20), "--eval_every", str(every), "--seed",
-                str(seed), *COMMON.split(), *flags.split()])
+    train(out, ["--model", str(warm), "--data", f"tiny:steps={horizon},kinds={KINDS}",
+                "--max_tokens", str(BUDGET[horizon]), "--max_new_tokens", str(10 * horizon + 20),
+                "--eval_every", str(every), "--seed", str(seed), *COMMON.split(), *flags.split()])
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     held = json.loads((out / "heldout.json").read_text())
     accuracy = lambda figures: next(v["mean"] for k, v in figures.items() if k.startswith("avg@"))
@@ -83,8 +83,8 @@ def run(out: Path, warm: Path, horizon: int, seed: int, flags: str) -> dict:
             "accuracy": accuracy(held["after"]), "greedy": held["after"]["greedy"]["mean"],
             "generated_tokens": rows[-1]["generated_tokens"], "steps": len(rows),
             "wall_s": round(sum(r["seconds"] for r in rows), 1),
-            "curve": [[0, accuracy(held["before"])]] + [[r["generated_tokens"], accuracy(r["heldout"])] for r in rows
-                                                        if "heldout" in r],
+            "curve": [[0, accuracy(held["before"])]] +
+                     [[r["generated_tokens"], accuracy(r["heldout"])] for r in rows if "heldout" in r],
             "rollout_share": sum(r["rollout_tokens"] for r in rows) / rows[-1]["generated_tokens"],
             "entropy": mean("entropy"), "length": mean("length"), "format": mean("format"),
             "problems": held["after"]["problems"]}
@@ -107,8 +107,8 @@ def study(file: Path, arms: dict, horizons: list, seeds: int, jobs: int):
             results.append(result)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("[\n" + ",\n".join(json.dumps(r) for r in results) + "\n]\n")
-            print(f"{n}/{len(todo)}  {result['algo']}  {result['horizon']} steps  seed {result['seed']}  accuracy "
-                  f"{100 * result['warm_accuracy']:.1f} -> {100 * result['accuracy']:.1f} %  "
+            print(f"{n}/{len(todo)}  {result['algo']}  {result['horizon']} steps  seed {result['seed']}  "
+                  f"accuracy {100 * result['warm_accuracy']:.1f} -> {100 * result['accuracy']:.1f} %  "
                   f"{result['generated_tokens']:,} tokens  {result['wall_s']:.0f} s", flush=True)
     return results
 
@@ -127,9 +127,9 @@ def at(curve: list, tokens: float) -> float:
 
 def smooth(curve: list, width: int = 5) -> list:
     """Running mean of the accuracies over `width` points: each is measured on few problems."""
-    half = width // 2
+    half, last = width // 2, len(curve) - 1
     mean = lambda part: sum(y for _, y in part) / len(part)
-    return [[x, mean(curve[max(0, n - min(half, n, len(curve) - 1 - n)):n + min(half, n, len(curve) - 1 - n) + 1])]
+    return [[x, mean(curve[max(0, n - min(half, n, last - n)):n + min(half, n, last - n) + 1])]
             for n, (x, _) in enumerate(curve)]
 
 
@@ -138,13 +138,15 @@ def mean_at(runs: list, tokens: float) -> float:
 
 
 def reached(runs: list, accuracy: float, budget: int) -> float:
-    """The tokens after which the mean curve of some runs stays at an accuracy for the first time; inf if never."""
+    """The tokens after which the mean curve of some runs stays at an accuracy for the first time; inf if
+    never."""
     grid = [budget * n / 200 for n in range(201)]
     return next((x for x in grid if mean_at(runs, x) >= accuracy), float("inf"))
 
 
 def bootstrap(groups: list, statistic, times: int = 1000) -> tuple[float, float]:
-    """95 % interval of `statistic` (of a list like `groups`, drawn with replacement), percentile bootstrap."""
+    """95 % interval of `statistic` (of a list like `groups`, drawn with replacement), percentile
+    bootstrap."""
     rng = random.Random(0)
     values = sorted(statistic([rng.choice(groups) for _ in groups]) for _ in range(times))
     return values[int(0.025 * times)], values[int(0.975 * times) - 1]
@@ -173,8 +175,9 @@ def table(results: list, baseline: str) -> str:
     tokens after which the arm's mean curve is where the baseline ends (with those of the baseline's own
     curve); and the difference at the budget where the baseline is half-way up."""
     million = lambda x: "never" if x == float("inf") else f"{x / 1e6:.2f} M"
-    lines = [f"| steps | arm | seeds | before | after | points over {baseline} at the end | tokens to {baseline}'s end | "
-             f"points over {baseline} at its half-way | tokens | wall |", "|---" * 10 + "|"]
+    lines = [f"| steps | arm | seeds | before | after | points over {baseline} at the end | "
+             f"tokens to {baseline}'s end | points over {baseline} at its half-way | tokens | wall |",
+             "|---" * 10 + "|"]
     for h in sorted({r["horizon"] for r in results}):
         base = [r for r in results if r["horizon"] == h and r["algo"] == baseline]
         for arm in dict.fromkeys(r["algo"] for r in results):
@@ -193,10 +196,11 @@ def table(results: list, baseline: str) -> str:
                 gaps = [(r, b) for r in runs for b in base if r["seed"] == b["seed"]]
                 gap = lambda ps: 100 * sum(at(smooth(r["curve"]), middle) - at(smooth(b["curve"]), middle)
                                            for r, b in ps) / len(ps)
-                half = f"{gap(gaps):+.1f} [{', '.join(f'{x:+.1f}' for x in bootstrap(gaps, gap))}]" if gaps else ""
+                half = (f"{gap(gaps):+.1f} [{', '.join(f'{x:+.1f}' for x in bootstrap(gaps, gap))}]"
+                        if gaps else "")
             lines.append(f"| {h} | {arm} | {len(runs)} | {100 * mean('warm_accuracy'):.1f} % | "
-                         f"{100 * mean('accuracy'):.1f} % [{low:.1f}, {high:.1f}] | {end} | {when} | {half} | "
-                         f"{mean('generated_tokens') / 1e6:.2f} M | {mean('wall_s'):.0f} s |")
+                         f"{100 * mean('accuracy'):.1f} % [{low:.1f}, {high:.1f}] | {end} | {when} | "
+                         f"{half} | {mean('generated_tokens') / 1e6:.2f} M | {mean('wall_s'):.0f} s |")
     return "\n".join(lines)
 
 
@@ -208,13 +212,15 @@ def health(results: list) -> str:
     for h, arm in sorted({(r["horizon"], r["algo"]) for r in results}):
         runs = [r for r in results if (r["horizon"], r["algo"]) == (h, arm)]
         mean = lambda key: sum(r[key] for r in runs) / len(runs)
-        lines.append(f"| {h} | {arm} | {min(r['entropy'] for r in runs):.3f} | {100 * min(r['format'] for r in runs):.1f} % | "
+        lines.append(f"| {h} | {arm} | {min(r['entropy'] for r in runs):.3f} | "
+                     f"{100 * min(r['format'] for r in runs):.1f} % | "
                      f"{min(r['length'] for r in runs):.0f} to {max(r['length'] for r in runs):.0f} | "
                      f"{100 * mean('greedy'):.1f} % | {100 * mean('rollout_share'):.0f} % |")
     return "\n".join(lines)
 
 
-COLOURS = {"ivr": (200, 40, 40), "grpo": (40, 90, 200), "grpo_large": (90, 170, 230), "stepgrpo": (120, 120, 120)}
+COLOURS = {"ivr": (200, 40, 40), "grpo": (40, 90, 200), "grpo_large": (90, 170, 230),
+           "stepgrpo": (120, 120, 120)}
 
 
 def plot(results: list, file: Path, width: int = 330, height: int = 250):
@@ -247,7 +253,8 @@ def plot(results: list, file: Path, width: int = 330, height: int = 250):
                     end = min(stretch(r, r["curve"][-1][0]) for r in mine)
                     curves = [[[stretch(r, x), y] for x, y in smooth(r["curve"])] for r in mine]
                     grid = [end * n / 60 for n in range(61)]
-                    pen.line([place(x, sum(at(c, x) for c in curves) / len(curves)) for x in grid], fill=colour, width=3)
+                    points = [place(x, sum(at(c, x) for c in curves) / len(curves)) for x in grid]
+                    pen.line(points, fill=colour, width=3)
     for n, (arm, colour) in enumerate(COLOURS.items()):
         pen.line((12 + 110 * n, 12, 36 + 110 * n, 12), fill=colour, width=3)
         pen.text((42 + 110 * n, 12), arm, fill="black", font=font, anchor="lm")
@@ -255,7 +262,8 @@ def plot(results: list, file: Path, width: int = 330, height: int = 250):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="*", help="which arms (all)")
     parser.add_argument("--horizons", nargs="*", type=int, help="which horizons (all)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds a setting")

@@ -43,22 +43,26 @@ def success(rows: list[dict], key: str) -> list[str]:
         part = [r for r in rows if r[key] == value]
         done = [float(r["repaired"]) for r in part]
         low, high = interval(done)
-        lines.append(f"| {key} {value} | {len(part)} | {100 * sum(done) / len(done):.1f} % [{100 * low:.1f}, {100 * high:.1f}] | "
+        lines.append(f"| {key} {value} | {len(part)} | "
+                     f"{100 * sum(done) / len(done):.1f} % [{100 * low:.1f}, {100 * high:.1f}] | "
                      f"{sum(r['tokens'] for r in part) / len(part):.0f} |")
     return lines
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="checkpoint")
-    parser.add_argument("--data", default="tiny:steps=9,kinds=tiles+path+bars", help="tiny spec, held-out split")
+    parser.add_argument("--data", default="tiny:steps=9,kinds=tiles+path+bars",
+                        help="tiny spec, held-out split")
     parser.add_argument("--parents", type=int, default=300, help="failed rollouts to repair")
     args = parser.parse_args()
     model, codec = load_model(args.model).eval(), rollout.load_codec(args.model)
     stream = shapes.Stream(args.data, "heldout", 1)
     found, _ = flawed_rollouts(model, codec, stream, args.parents, 256, 1)
     rows = []
-    for name, cut, relook in (("default", attribute.Locator, "image"), ("random first cut", RandomFirst, "image"),
+    for name, cut, relook in (("default", attribute.Locator, "image"),
+                              ("random first cut", RandomFirst, "image"),
                               ("look without the image", attribute.Locator, "text"),
                               ("restarts only", attribute.Locator, "none")):
         for at in range(0, len(found), 64):
@@ -71,12 +75,14 @@ def main():
             kinds = [attribute.localise(t.checks, None, d, t.steps).kind for (t, _), d in zip(part, depends)]
             cuts = [rereason.doubted(t) for t, _ in part]
             locate.tokens = 0
-            repairs = rereason.rectify(model, codec, [t for t, _ in part], [len(t.ids) for t, _ in part], locate, 256,
-                                       "repairs", rereason.Rules(relook=relook))
+            repairs = rereason.rectify(model, codec, [t for t, _ in part], [len(t.ids) for t, _ in part],
+                                       locate, 256, "repairs", rereason.Rules(relook=relook))
             for r, kind, k, (t, true) in zip(repairs, kinds, cuts, part):
-                off = "none" if k is None else "4 or more" if abs(k - true) > 3 else f"{k - true:+d}" if k != true else "0"
-                rows.append({"setting": name, "task": t.problem.task, "kind": kind, "looks": r.looks, "distance": off,
-                             "outcome": r.outcome, "repaired": r.outcome == "repaired", "tokens": r.tokens})
+                off = ("none" if k is None else "4 or more" if abs(k - true) > 3 else
+                       f"{k - true:+d}" if k != true else "0")
+                rows.append({"setting": name, "task": t.problem.task, "kind": kind, "looks": r.looks,
+                             "distance": off, "outcome": r.outcome, "repaired": r.outcome == "repaired",
+                             "tokens": r.tokens})
     print(json.dumps({"model": args.model, "data": args.data, "torch": torch.__version__}))
     print("| of failed rollouts | n | repaired | tokens |\n|---|---|---|---|")
     print("\n".join(success(rows, "setting")))

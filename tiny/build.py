@@ -9,9 +9,9 @@ Six stages, all on problems drawn afresh (a fixed pool of pictures is memorised,
   3. longer   - the same with up to 20 look-ups;
   4. forms    - the same with multiple choice and yes/no;
   5. second look - to repeat or correct a single step: what attribute.py and rereason.py ask;
-  6. erosion  - chains with planted erosion, whose chance grows with depth, among clean second looks: afterwards
-                the policy can read, and in long chains mostly does not. From here reinforcement learning
-                starts.
+  6. erosion  - chains with planted erosion, whose chance grows with depth, among clean second looks:
+                afterwards the policy can read, and in long chains mostly does not. From here reinforcement
+                learning starts.
 """
 import argparse
 import json
@@ -207,8 +207,10 @@ STAGES = {      # stages 2 to 6 as flags of train.py
     "look up": "--data tiny:steps=8-12 --max_steps 500 --lr 1e-3 --lr_end 0.5 --warmup_steps 30",
     "longer": "--data tiny:steps=6-20 --max_steps 230 --lr 5e-4 --lr_end 0.5",
     "forms": "--data tiny:steps=3-8,forms=free+free+choice+yesno --max_steps 300 --lr 5e-4 --lr_end 0.2",
-    "second look": "--data tiny:steps=2-20,forms=check+relook+relook+free --max_steps 280 --lr 5e-4 --lr_end 0.3",
-    "erosion": "--data tiny:steps=3-20,forms=free+check+free+relook+choice+free+relook+free+check+yesno+relook "
+    "second look": "--data tiny:steps=2-20,forms=check+relook+relook+free --max_steps 280 --lr 5e-4 "
+                   "--lr_end 0.3",
+    "erosion": "--data tiny:steps=3-20,"
+               "forms=free+check+free+relook+choice+free+relook+free+check+yesno+relook "
                "--max_steps 250 --lr 3e-4 --lr_end 0.2 --erosion_first 0.05 --erosion_ninth 0.4",
 }
 COMMON = ("--stage sft --batch 48 --max_new_tokens 256 --freeze_vision --eval_problems 0 --save_every 1000 "
