@@ -21,7 +21,7 @@ import random
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -103,8 +103,10 @@ def study(file: Path, arms: dict, horizons: list, seeds: int, jobs: int):
 
     warm = warm_start() if todo else None
     with ThreadPoolExecutor(jobs) as pool:
-        for n, result in enumerate(pool.map(one, todo), start=1):
+        for n, future in enumerate(as_completed([pool.submit(one, task) for task in todo]), start=1):
+            result = future.result()
             results.append(result)
+            results.sort(key=lambda r: (r["horizon"], r["algo"], r["seed"]))
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("[\n" + ",\n".join(json.dumps(r) for r in results) + "\n]\n")
             print(f"{n}/{len(todo)}  {result['algo']}  {result['horizon']} steps  seed {result['seed']}  "
