@@ -6,7 +6,7 @@ The paper says: a reward-driven screening finds flawed rollouts, and a step-leve
 multimodal context finds where the reasoning lost the image. How is our choice. The gold answer only scores
 (A2, A4); it never enters a prompt.
 
-    A1 pristine check     P(the policy, shown the image and this step alone, writes the step again)
+    A1 pristine check     P(the policy, shown the image and this step alone, repeats it), least likely token
     A2 answer margin      log p(gold) - log p(own answer) after each step: where the chain turns wrong
     A3 visual dependence  KL(pi(. | image) || pi(. | image with patches dropped)) in each step
     A4 Monte Carlo        successes among K restarts after each step, by binary search
@@ -51,12 +51,8 @@ HEADER = re.compile(r"^[ \t]*(?:#{1,4} |\*\*)?Step \d{1,3}\b", re.M | re.I)
 DISPLAY = re.compile(r"\$\$|(?<!\\)\\[\[\]]")       # $$, \[ and \], but not the \\[4pt] of a table
 
 
-def split_steps(ids: list, codec) -> list[Step]:
-    """Steps of a completion at token boundaries. They lie between <think> and </think> (or from the start to
-    the answer). Where lines begin with "Step 1", "### Step 1", each such header opens a step; otherwise
-    each non-empty line is one, and the lines of a display formula stay together. A token belongs to the step
-    of its first character. Our choice, as in R1-VL's headers and in one-step-a-line chains."""
-    ids = ids[:-1] if ids and ids[-1] in codec.eos_ids else ids
+def text_and_offsets(ids: list, codec) -> tuple[str, list[int]]:
+    """The text of some tokens, and where in it each token begins."""
     text, offsets, run = "", [], []
     for i in ids:                                           # a character takes up to four tokens
         offsets.append(len(text))
@@ -64,7 +60,16 @@ def split_steps(ids: list, codec) -> list[Step]:
         piece = codec.tokenizer.decode(run)
         if len(run) == 4 or not piece.endswith("\ufffd"):
             text, run = text + piece, []
-    text += codec.tokenizer.decode(run)
+    return text + codec.tokenizer.decode(run), offsets
+
+
+def split_steps(ids: list, codec) -> list[Step]:
+    """Steps of a completion at token boundaries. They lie between <think> and </think> (or from the start to
+    the answer). Where lines begin with "Step 1", "### Step 1", each such header opens a step; otherwise
+    each non-empty line is one, and the lines of a display formula stay together. A token belongs to the step
+    of its first character. Our choice, as in R1-VL's headers and in one-step-a-line chains."""
+    ids = ids[:-1] if ids and ids[-1] in codec.eos_ids else ids
+    text, offsets = text_and_offsets(ids, codec)
     begin = text.find("<think>") + 7 if "<think>" in text else 0
     ends = [e for e in (text.find(tag, begin) for tag in ("</think>", "<answer>", "### The final answer"))
             if e >= 0]
@@ -98,22 +103,26 @@ def flawed(group: list) -> list:
 
 @dataclass
 class Check:
-    """What A1 says of a step: the probability that the policy writes it again, and the token (counted from
-    the step's first) where it would most likely have gone another way."""
+    """What A1 says of a step: the probability of the token at which the policy would most likely have written
+    something else, and that token (counted from the step's first). Of one token, not of all: a long step is
+    no more doubtful than a short one."""
     same: float
     token: int
 
 
 @torch.no_grad()
-def pristine_check(model, codec, claims: list[tuple], rows: int = 512) -> list[Check]:
+def pristine_check(model, codec, claims: list[tuple], budget: int = 16384) -> list[Check]:
     """A1. claims: (problem, step text) pairs -> one Check each: how likely the policy, in a context of its
     own with the pristine image, repeats the very same step. Forward only; the steps of a problem share its
-    image and question. Low = the image (or a conclusion drawn from it) says otherwise."""
-    order = sorted(range(len(claims)), key=lambda i: claims[i][0].id)
+    image and question; at most `budget` tokens of steps go together. Low = the image (or a conclusion drawn
+    from it) says otherwise."""
     tokens = lambda text: codec.tokenizer(text, add_special_tokens=False)["input_ids"]
+    texts = [rollout.plain(text, codec) for _, text in claims]
+    replies = [tokens(text) for text in texts]
+    order = sorted(range(len(claims)), key=lambda i: (claims[i][0].id, len(replies[i])))
     found = [None] * len(claims)
-    for at in range(0, len(order), rows):
-        part = order[at:at + rows]
+    for chunk in rollout.chunks([2 * len(replies[i]) for i in order], budget):
+        part = [order[n] for n in chunk]
         problems = {claims[i][0].id: claims[i][0] for i in part}
         place = {name: n for n, name in enumerate(problems)}
         halves = [rollout.render(replace(p, question=p.question + CHECK + SLOT), codec).rpartition(SLOT)
@@ -121,14 +130,12 @@ def pristine_check(model, codec, claims: list[tuple], rows: int = 512) -> list[C
         prompts = [rollout.encode_prompt(p, codec, text=half[0])
                    for p, half in zip(problems.values(), halves)]
         prompt_of_row = [place[claims[i][0].id] for i in part]
-        texts = [rollout.plain(claims[i][1], codec) for i in part]
-        asked = [tokens(text + halves[n][2]) for text, n in zip(texts, prompt_of_row)]
-        replies = [tokens(text) for text in texts]
+        asked = [tokens(texts[i] + halves[n][2]) for i, n in zip(part, prompt_of_row)]
         logps, _, _ = rollout.completion_logps(model, prompts, prompt_of_row,
-                                               [a + r for a, r in zip(asked, replies)], codec)
-        for i, a, r, row in zip(part, asked, replies, logps.tolist()):
-            row = row[len(a):len(a) + len(r)]
-            found[i] = Check(math.exp(max(-50.0, sum(row))), row.index(min(row)))
+                                               [a + replies[i] for a, i in zip(asked, part)], codec)
+        for i, a, row in zip(part, asked, logps.tolist()):
+            row = row[len(a):len(a) + len(replies[i])]
+            found[i] = Check(math.exp(max(-50.0, min(row))), row.index(min(row)))
     return found
 
 
@@ -138,7 +145,7 @@ def pristine_check(model, codec, claims: list[tuple], rows: int = 512) -> list[C
 
 @torch.no_grad()
 def answer_margins(model, codec, trajectories: list, last: bool = False,
-                   rows: int = 512) -> list[list[float]]:
+                   budget: int = 32768) -> list[list[float]]:
     """A2. For each trajectory the margins M_0 .. M_T: mean log-prob of the gold answer minus that of its own
     answer, teacher-forced after the first k steps and the cue that opens an answer. Positive: from there the
     policy would still prefer the right answer. The gold answer only scores here. last: M_T alone."""
@@ -152,8 +159,8 @@ def answer_margins(model, codec, trajectories: list, last: bool = False,
                 end = t.steps[k].start if k < len(t.steps) else t.steps[-1].stop
                 work.append((n, k, sign, t.ids[:end] + tokens(cue), tokens(rollout.plain(answer, codec))))
     margins = [[0.0] * (1 if last else len(t.steps) + 1) for t in trajectories]
-    for at in range(0, len(work), rows):
-        part = work[at:at + rows]
+    for chunk in rollout.chunks([len(before) + len(answer) for *_, before, answer in work], budget):
+        part = [work[n] for n in chunk]
         used = sorted({n for n, *_ in part})
         prompts = [rollout.encode_prompt(trajectories[n].problem, codec) for n in used]
         logps, _, _ = rollout.completion_logps(model, prompts, [used.index(n) for n, *_ in part],
@@ -184,35 +191,39 @@ def no_return(margins: list[float]) -> int:
 def drop_patches(prompt, merge: int, share: float, rng: torch.Generator):
     """The prompt with a random share of its image patches replaced by the mean colour. Whole merged patches
     go, else what is left of each would still tell."""
+    if prompt.pixel_values is None:
+        return prompt
     blocks = prompt.pixel_values.view(-1, merge ** 2, prompt.pixel_values.shape[1])
     keep = torch.rand(len(blocks), generator=rng) >= share
     return replace(prompt, pixel_values=(blocks * keep[:, None, None]).view_as(prompt.pixel_values))
 
 
 @torch.no_grad()
-def visual_dependence(model, codec, trajectories: list, share: float = 0.6,
-                      masks: int = 4) -> list[list[float]]:
+def visual_dependence(model, codec, trajectories: list, share: float = 0.6, masks: int = 4,
+                      budget: int = 32768) -> list[list[float]]:
     """A3. For each trajectory d_t of every token: how much what comes there depends on the image, KL(pi(. |
     image) || pi(. | masked image)), averaged over `masks` random masks. Zeros without images."""
-    place, prompts, rngs = {}, [], []
-    for t in trajectories:
-        if t.problem.id not in place:
-            place[t.problem.id] = len(prompts)
-            prompts.append(rollout.encode_prompt(t.problem, codec))
-            rngs.append(torch.Generator().manual_seed(zlib.crc32(t.problem.id.encode())))   # masks of its own
-    rows, ids = [place[t.problem.id] for t in trajectories], [t.ids for t in trajectories]
-    clean, _, mask = rollout.completion_hidden(model, prompts, rows, ids, codec.pad_id)
-    clean, total = clean[mask], 0.0
-    for _ in range(masks):
-        hidden = [p if p.pixel_values is None else drop_patches(p, codec.image_config.merge_size, share, rng)
-                  for p, rng in zip(prompts, rngs)]
-        masked = rollout.completion_hidden(model, hidden, rows, ids, codec.pad_id)[0][mask]
-        for_all = []
-        for a, b in zip(clean.split(1024), masked.split(1024)):
-            p, q = (F.linear(h, model.head_weight).float().log_softmax(-1) for h in (a, b))     # (chunk, V)
-            for_all.append((p.exp() * (p - q)).sum(-1))
-        total = total + torch.cat(for_all) / masks
-    return [d.tolist() for d in total.split([len(i) for i in ids])]
+    out = []
+    for chunk in rollout.chunks([len(t.ids) for t in trajectories], budget):
+        part = [trajectories[n] for n in chunk]
+        problems = {t.problem.id: t.problem for t in part}
+        prompts = [rollout.encode_prompt(p, codec) for p in problems.values()]
+        rngs = [torch.Generator().manual_seed(zlib.crc32(name.encode())) for name in problems]  # own masks
+        place = {name: n for n, name in enumerate(problems)}
+        rows, ids = [place[t.problem.id] for t in part], [t.ids for t in part]
+        clean, _, mask = rollout.completion_hidden(model, prompts, rows, ids, codec.pad_id)
+        total = 0.0
+        for _ in range(masks):
+            blind = [drop_patches(p, codec.image_config.merge_size, share, rng)
+                     for p, rng in zip(prompts, rngs)]
+            masked = rollout.completion_hidden(model, blind, rows, ids, codec.pad_id)[0]
+            found = []
+            for a, b in zip(clean[mask].split(1024), masked[mask].split(1024)):
+                p, q = (F.linear(h, model.head_weight).float().log_softmax(-1) for h in (a, b))   # (chunk, V)
+                found.append((p.exp() * (p - q)).sum(-1))
+            total = total + torch.cat(found) / masks
+        out += [d.tolist() for d in total.split([len(i) for i in ids])]
+    return out
 
 
 def step_dependence(d: list[float], steps: list[Step], top: float = 0.4) -> list[float]:
@@ -309,6 +320,8 @@ class Locator:
 
     def __call__(self, chains: list):
         chains = [c for c in chains if c.steps and (c.checks is None or not settled(c.checks))]
+        if self.name not in ("check", "oracle"):            # what these say of a chain is said at its end
+            chains = [c for c in chains if c.finished]
         if not chains:
             return
         if self.name in ("check", "oracle"):

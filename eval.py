@@ -198,7 +198,7 @@ def flawed_rollouts(model, codec, stream, count: int, max_new_tokens: int, seed:
     the second result."""
     found, slips, at = [], 0, 0
     bar = tqdm(total=count, desc="flawed rollouts", leave=False)
-    while len(found) < count:
+    while len(found) < count and at < 32 * count:       # a policy may fail too seldom
         problems = [stream[i] for i in range(at, at + 32)]
         at += 32
         numbers = [rollout.uniforms(f"localise/{seed}/{p.id}", group_size, max_new_tokens) for p in problems]

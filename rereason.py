@@ -40,9 +40,9 @@ RELOOKS = ("image", "text", "none", "only")
 class Rules:
     """When to go on and what to accept."""
     failures: int = 3                   # R: failed looks and verifications until the chain is made anew, once
-    turns: int = 20                     # loop turns at most, whatever happens
+    turns: int = 32                     # loop turns at most, whatever happens
     window: int = 2                     # steps sampled on before they are checked
-    spend: float = 1.5                  # x the median length of the group: tokens at most for one repair
+    spend: float = 2.0                  # x the median length of the group: tokens at most for one repair
     min_log_w: float = -1.5          # nats a token, mean: what the clean context makes less likely is refused
     max_length: float = 1.5             # x the median length of the group
     votes: int = 2                      # right answers needed of three where there are five options or fewer
@@ -60,6 +60,7 @@ class Repair:
     changed: int = 10 ** 9              # the first token that is not the parent's
     looks: int = 0                      # steps corrected in a second look
     failed: int = 0
+    stalled: int = 0                    # times it was sampled on without completing a step
     tokens: int = 0                     # generated for it (what locating costs is counted there)
     cuts: list = field(default_factory=list)        # steps (0-based) looked at or restarted from, in order
     outcome: str = ""                   # "" = at work; "repaired"; else why it was given up
@@ -69,11 +70,18 @@ def relook_problem(problem, trusted: str, suspect: str, image: bool = True):
     """The second look, a chat of two turns: the question with its images; the trusted steps as the
     assistant's words; then the images again and the suspect step, to be written anew. image False: the same
     without any image (an ablation)."""
+    trusted, suspect = (text.replace("<image>", "< image>") for text in (trusted, suspect))    # words, no tag
     again = attribute.CHECK.strip() + "\n" + suspect
     if image:
         return replace(problem, question=[problem.question, trusted, "<image>" * len(problem.images) + again],
                        images=problem.images * 2)
     return replace(problem, question=[problem.question.replace("<image>", ""), trusted, again], images=[])
+
+
+def guessable(problem, options: int = 5) -> bool:
+    """Whether a lucky answer is likely: yes/no, or few options."""
+    return (problem.answer.lower() in ("yes", "no", "true", "false")
+            or bool(problem.choices) and len(problem.choices) <= options)
 
 
 def doubted(chain) -> int | None:
@@ -90,31 +98,26 @@ def may_look(chain, shown: str) -> bool:
     """Whether a second look is fair: not where "check this" gives the answer away (yes/no, two options), and
     not where `shown`, the steps in its prompt, hold the right or the wrong answer."""
     p, own = chain.problem, reward.extract_answer(chain.text, chain.problem.choices) or ""
-    two = p.answer.lower() in ("yes", "no", "true", "false") or (p.choices and len(p.choices) < 3)
-    return not two and not says(shown, p.answer) and not says(shown, own)
+    return not guessable(p, 2) and not says(shown, p.answer) and not says(shown, own)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The loop
 
 
-def rectify(model, codec, parents: list, medians: list, locate, max_new_tokens: int, key: str,
+def rectify(model, codec, parents: list, medians: list, keys: list, locate, max_new_tokens: int,
             rules: Rules = Rules()) -> list[Repair]:
     """Repair failed rollouts, all side by side. parents: flawed trajectories with steps and checks; medians:
-    the median length of each one's group; locate(chains) fills in unknown checks (attribute.Locator). Random
-    numbers depend on `key`, the problem and the parent's place among its problem's. Where `outcome` is
-    "repaired", `chain` is the rectified trajectory."""
-    seen, repairs = {}, []
-    for t, median in zip(parents, medians):
-        place = seen[t.problem.id] = seen.get(t.problem.id, -1) + 1
-        repairs.append(Repair(t, replace(t), f"{key}/{t.problem.id}/{place}", median))
-    for turn in range(rules.turns):
-        active = [r for r in repairs if not r.outcome]
-        if not active:
-            break
-        verified = [r for r in active if r.fresh and attribute.right(r.chain)]
+    the median length of each one's group; keys: what the random numbers of each belong to; locate(chains)
+    fills in unknown checks (attribute.Locator). Where `outcome` is "repaired", `chain` is the rectified
+    trajectory."""
+    repairs = [Repair(t, replace(t), key, median) for t, median, key in zip(parents, medians, keys)]
+    for turn in range(rules.turns + 1):
+        verified = [r for r in repairs if not r.outcome and r.fresh and attribute.right(r.chain)]
         accept(model, codec, verified, max_new_tokens, rules)
-        active = [r for r in active if not r.outcome]
+        active = [r for r in repairs if not r.outcome]
+        if not active or turn == rules.turns:
+            break
         locate([r.chain for r in active])
         plans = [(r, *plan(r, model, codec, rules)) for r in active]
         anew = [(r, at) for r, what, at in plans if what == "go on"]
@@ -128,27 +131,28 @@ def rectify(model, codec, parents: list, medians: list, locate, max_new_tokens: 
 def plan(r: Repair, model, codec, rules: Rules) -> tuple[str, int]:
     """What comes next for one chain: ("look" or "redo", a step), ("go on", a token), or it is given up."""
     c, k = r.chain, doubted(r.chain)
-    if k is None and not c.finished:                        # so far every step agrees
-        return "go on", len(c.ids)
-    r.failed += bool(r.cuts) and (k is None or r.cuts[-1] >= k)         # wrong after all, or no progress
+    unfinished = k is None and not c.finished               # so far every step agrees
+    r.failed += not unfinished and bool(r.cuts) and (k is None or r.cuts[-1] >= k)  # still wrong, no progress
     fair = k is not None and may_look(c, "\n".join(s.text for s in c.steps[:k + 1]))
-    stuck = rules.relook == "only" and (r.failed > 0 or not fair)
+    stuck = rules.relook == "only" and (r.failed > 0 or not (fair or unfinished))
     if stuck or r.tokens > rules.spend * r.median or (r.failed > rules.failures and -1 in r.cuts):
         r.outcome = "given up"
         return "", 0
-    if r.failed > rules.failures:                           # the last try: the whole chain anew
+    if unfinished:
+        return "go on", len(c.ids)
+    if r.failed > rules.failures or not c.steps:            # the last try: the whole chain anew
         r.cuts.append(-1)
-        return "go on", 0
-    if not c.steps:                                         # nothing to mend
         return "go on", 0
     if k is None:                                           # every step agrees, yet it is wrong
         if attribute.answer_margins(model, codec, [c], last=True)[0][0] > 0:
             r.cuts.append(len(c.steps))                    # but they lead to the right answer: only that anew
             return "go on", c.steps[-1].stop
-        r.cuts.append(attribute.margin_drop(attribute.answer_margins(model, codec, [c])[0]))
-        return "redo", r.cuts[-1]                           # a slip of reasoning: without a second look
+        k = attribute.margin_drop(attribute.answer_margins(model, codec, [c])[0])
+        fair = False                                        # a slip of reasoning: without a second look
     r.cuts.append(k)
-    return "look" if fair and rules.relook != "none" else "redo", k
+    if fair and rules.relook != "none":
+        return "look", k
+    return ("go on", c.steps[k].start) if "\n" in c.steps[k].text else ("redo", k)
 
 
 def rewrite(model, codec, plans: list, turn: int, rules: Rules) -> list:
@@ -163,29 +167,45 @@ def rewrite(model, codec, plans: list, turn: int, rules: Rules) -> list:
             continue
         spans = [r.chain.steps[k] for r, k in part]
         forced = [[] if what == "look" else r.chain.ids[:s.start] for (r, _), s in zip(part, spans)]
-        caps = [len(f) + 16 + 2 * (s.stop - s.start) for f, s in zip(forced, spans)]
+        limits = [len(f) + 16 + 2 * (s.stop - s.start) for f, s in zip(forced, spans)]
         problems = [r.chain.problem if what == "redo" else
                     relook_problem(r.chain.problem, codec.tokenizer.decode(r.chain.ids[:s.start]), s.text,
                                    rules.relook == "image") for (r, _), s in zip(part, spans)]
-        replies = one_each(model, codec, problems, [f"{r.key}/{what}/{turn}" for r, _ in part], forced, caps,
-                           codec.newline_ids)
+        keys = [f"{r.key}/{what}/{turn}" for r, _ in part]
+        replies = one_each(model, codec, problems, keys, forced, limits,
+                           () if what == "look" else codec.newline_ids)
         for (r, k), s, before, reply in zip(part, spans, forced, replies):
             r.tokens += sum(reply.sampled)
-            ids = reply.ids[len(before):]
-            pieces = [codec.tokenizer.decode([i]) for i in ids]
-            end = next((n for n, (i, p) in enumerate(zip(ids, pieces)) if i in codec.eos_ids or "\n" in p
-                        or p.strip().startswith("</")), None)
-            text, answer = "".join(pieces[:end]).strip(), r.chain.problem.answer
+            text, n = new_step(reply.ids[len(before):], "\n" in s.text, codec)
+            answer = r.chain.problem.answer
             leaks = k + 1 < len(r.chain.steps) and says(text, answer) and not says(s.text, answer)
-            if end is None or not text or text == s.text or HINT_TALK.search(text) or leaks:
+            if not text or text == s.text or HINT_TALK.search(text) or leaks:
                 r.failed += 1                               # nothing new: restart one step to the left
+                r.cuts[-1] = max(0, k - 1)
                 if rules.relook != "only":
-                    anew.append((r, r.chain.steps[max(0, k - 1)].start))
+                    anew.append((r, r.chain.steps[r.cuts[-1]].start))
             else:
                 r.looks += what == "look"
-                put_step(r, k, ids[:end], reply.logps[len(before):][:end], text, codec)
+                end = len(before) + n
+                put_step(r, k, reply.ids[len(before):end], reply.logps[len(before):end], text, codec)
                 mended.append((r, k))
     return anew + still_holds(model, codec, mended, rules)
+
+
+def new_step(ids: list, several_lines: bool, codec) -> tuple[str, int]:
+    """The step that a reply begins with, and of how many tokens: up to the end of its line (of the reply,
+    where the suspect had several lines), or to a closing tag. ("", 0) where it did not end or a token reaches
+    over that end with more than white space."""
+    text, offsets = attribute.text_and_offsets(ids, codec)
+    line = -1 if several_lines else text.find("\n", len(text) - len(text.lstrip()))
+    ends = [e for e in (text.find("</"), line) if e >= 0]
+    ended = ends or (ids and ids[-1] in codec.eos_ids)
+    if ids and ids[-1] in codec.eos_ids:
+        ends.append(offsets[-1])
+    end = min(ends, default=0)
+    n = sum(o < end for o in offsets)
+    over = text[end:offsets[n] if n < len(ids) else len(text)]
+    return (text[:end].strip(), n) if ended and not over.strip() else ("", 0)
 
 
 def one_each(model, codec, problems: list, keys: list, prefixes: list, limits: list, stop_ids: tuple = ()):
@@ -204,7 +224,9 @@ def put_step(r: Repair, k: int, ids: list, logps: list, text: str, codec):
     while cut > step.start and not codec.tokenizer.decode([c.ids[cut - 1]]).strip():
         cut -= 1
     gap = c.ids[cut:step.stop], c.logps[cut:step.stop], c.sampled[cut:step.stop]
-    if k + 1 < len(c.steps) and cut == step.stop:
+    if "\n" in codec.tokenizer.decode(ids[-1:]):
+        gap = [], [], []
+    elif k + 1 < len(c.steps) and cut == step.stop:
         newline = codec.tokenizer("\n", add_special_tokens=False)["input_ids"]
         gap = newline, [0.0] * len(newline), [0] * len(newline)
     put = lambda old, new: old[:step.start] + new + old[step.stop:]
@@ -213,7 +235,7 @@ def put_step(r: Repair, k: int, ids: list, logps: list, text: str, codec):
     r.chain = replace(c, ids=put(c.ids, ids + gap[0]), logps=put(c.logps, logps + gap[1]),
                       sampled=put(c.sampled, [1] * len(ids) + gap[2]),
                       steps=c.steps[:k] + [attribute.Step(step.start, step.stop + shift, text)] + moved,
-                      checks=c.checks[:k] + [attribute.Check(1.0, 0)] + c.checks[k + 1:])
+                      checks=c.checks[:k] + [None] + c.checks[k + 1:])          # the new one is asked as well
     r.fresh, r.changed = False, min(r.changed, step.start)
 
 
@@ -264,7 +286,8 @@ def go_on(model, codec, anew: list, max_new_tokens: int, turn: int, rules: Rules
     anew = [(r, at) for r, at in anew if not r.outcome]
     if not anew:
         return
-    ahead = [max(8, rules.window * (r.parent.steps[-1].stop // len(r.parent.steps))) for r, _ in anew]
+    ahead = [2 ** r.stalled * max(8, rules.window * (r.parent.steps[-1].stop // len(r.parent.steps)))
+             for r, _ in anew]
     found = one_each(model, codec, [r.chain.problem for r, _ in anew],
                      [f"{r.key}/go on/{turn}" for r, _ in anew], [r.chain.ids[:at] for r, at in anew],
                      [min(max_new_tokens, at + n) for (_, at), n in zip(anew, ahead)])
@@ -273,9 +296,10 @@ def go_on(model, codec, anew: list, max_new_tokens: int, turn: int, rules: Rules
         r.tokens += sum(new.sampled)
         new.logps[:at], new.sampled[:at] = old.logps[:at], old.sampled[:at]
         new.steps = attribute.split_steps(new.ids, codec)
-        if not new.finished and len(new.steps) > 1 and new.steps[-1].stop == len(new.ids):
+        if not new.finished and new.steps and new.steps[-1].stop == len(new.ids):
             end = new.steps.pop().start                                     # not complete yet
             new = replace(new, ids=new.ids[:end], logps=new.logps[:end], sampled=new.sampled[:end])
+        r.stalled = r.stalled + 1 if len(new.ids) <= at else 0
         known = {(s.start, s.text): c for s, c in zip(old.steps, old.checks) if s.stop <= at}
         new.checks = [known.get((s.start, s.text)) for s in new.steps]
         r.chain, r.fresh, r.changed = new, new.finished, min(r.changed, at)
@@ -283,32 +307,34 @@ def go_on(model, codec, anew: list, max_new_tokens: int, turn: int, rules: Rules
 
 def accept(model, codec, repairs: list, max_new_tokens: int, rules: Rules):
     """Take verified chains or say why not: well-formed, not much longer than the group's others, no talk of
-    the second look, likely enough in the clean context, and with few options not by a lucky letter."""
+    the second look, each new part likely enough in the clean context, and, where an answer can be guessed,
+    led to by its steps again and again."""
     if not repairs:
         return
     for r, log_w in zip(repairs, log_weights(model, codec, [r.chain for r in repairs])):
         c = r.chain
-        w = [x for x, on in zip(log_w[r.changed:], c.sampled[r.changed:]) if on]
+        spans = [(s.start, s.stop) for s in c.steps] + [(c.steps[-1].stop if c.steps else 0, len(c.ids))]
+        parts = [[x for x, on in zip(log_w[a:b], c.sampled[a:b]) if on] for a, b in spans if b > r.changed]
         form = reward.format_ok(c.text) or not reward.format_ok(r.parent.text)
         if not form or len(c.ids) > rules.max_length * r.median:
             r.outcome = "not well-formed"
         elif HINT_TALK.search(c.text) and not HINT_TALK.search(r.parent.text):
             r.outcome = "talks of the hint"
-        elif sum(w) < rules.min_log_w * max(1, len(w)):
+        elif any(sum(w) < rules.min_log_w * len(w) for w in parts):
             r.outcome = "too unlikely"
         else:
             r.outcome = "repaired"
+            c.parent, c.kept = r.parent, r.changed
             c.provenance = f"relook {r.looks}" if r.looks else "restart"
             if r.cuts and r.cuts[-1] == -1:
                 c.provenance = "regenerated"
-    few = [r for r in repairs if r.outcome == "repaired" and r.chain.problem.choices
-           and len(r.chain.problem.choices) <= 5]
-    if few:
-        ends = [r.chain.steps[-1].stop for r in few]
-        numbers = torch.cat([rollout.uniforms(f"{r.key}/votes", 3, max_new_tokens) for r in few])
-        groups = rollout.sample(model, [r.chain.problem for r in few], codec, 3, max_new_tokens, 1.0, numbers,
-                                [r.chain.ids[:end] for r, end in zip(few, ends) for _ in range(3)])
-        for r, group in zip(few, groups):
+    lucky = [r for r in repairs if r.outcome == "repaired" and guessable(r.chain.problem)]
+    if lucky:
+        ends = [r.chain.steps[-1].stop if r.chain.steps else 0 for r in lucky]
+        numbers = torch.cat([rollout.uniforms(f"{r.key}/votes", 3, max_new_tokens) for r in lucky])
+        groups = rollout.sample(model, [r.chain.problem for r in lucky], codec, 3, max_new_tokens, 1.0,
+                                numbers, [r.chain.ids[:end] for r, end in zip(lucky, ends) for _ in range(3)])
+        for r, group in zip(lucky, groups):
             r.tokens += sum(sum(t.sampled) for t in group)
             if sum(map(attribute.right, group)) < rules.votes:
-                r.outcome = "a lucky letter"
+                r.outcome = "a lucky guess"

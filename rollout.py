@@ -67,6 +67,7 @@ class Trajectory:
     rewards: dict = field(default_factory=dict)         # reward parts by name, "total" among them
     advantage: float = 0.0
     weights: list | None = None         # per-token loss weights; None = 1 everywhere
+    parent: object = None               # rectified: the Trajectory it was made of
     steps: list | None = None           # attribute.Step: its steps as token ranges
     checks: list | None = None          # attribute.Check of each step, where it was asked
     kept: int = 0                       # rectified: its first so many tokens are its parent's
@@ -379,6 +380,19 @@ def pad(rows: list[list], value, left: bool = False):
     columns = torch.arange(width).expand(len(rows), -1)
     lengths = torch.tensor(lengths)[:, None]
     return data.reshape(len(rows), width), columns >= width - lengths if left else columns < lengths
+
+
+def chunks(lengths: list[int], budget: int):
+    """Index ranges, in order, of rows that go through the model together: padded to the longest they hold at
+    most `budget` tokens (a longer row goes alone)."""
+    start = longest = 0
+    for n, length in enumerate(lengths):
+        longest = max(longest, length)
+        if n > start and longest * (n + 1 - start) > budget:
+            yield range(start, n)
+            start, longest = n, length
+    if lengths:
+        yield range(start, len(lengths))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -555,6 +555,14 @@ def test_bad_rows_are_named_all_at_once():
         raises(rollout.DataError, "no such file", rollout.load_problems, folder / "nothing.jsonl")
 
 
+def test_chunks_hold_what_fits():
+    for lengths in ([], [5], [3, 3, 3, 3], [1, 9, 1, 1], [50, 1, 1], list(range(20))):
+        found = list(rollout.chunks(lengths, 10))
+        assert [n for c in found for n in c] == list(range(len(lengths)))
+        assert all(len(c) == 1 or len(c) * max(lengths[n] for n in c) <= 10 for c in found)
+        assert all(len(a) + 1 > 10 // max(1, max(lengths[n] for n in [*a, b[0]])) for a, b in zip(found, found[1:]))
+
+
 def test_pad():
     data, mask = rollout.pad([[1], [2, 3, 4], []], 0)
     assert data.tolist() == [[1, 0, 0], [2, 3, 4], [0, 0, 0]] and mask.sum(1).tolist() == [1, 3, 0]
@@ -1306,14 +1314,14 @@ def test_pristine_check_is_the_uncached_forward():
         whole = replace(p, question=p.question + attribute.CHECK + text)
         logps = uncached_logps(net, codec, whole, encode(codec, rollout.plain(text, codec)))
         token = min(range(len(logps)), key=lambda n: logps[n])
-        want.append(attribute.Check(math.exp(max(-50.0, sum(logps))), token))
+        want.append(attribute.Check(math.exp(max(-50.0, logps[token])), token))
     found = attribute.pristine_check(net, codec, claims)
     same_checks(found, want)
     assert len({c.token for c in found}) > 2 and len({round(math.log(c.same), 1) for c in found}) > 10
     order = random.Random(0).sample(range(len(claims)), len(claims))
-    for rows in (512, 3, 1):
-        part = order if rows > 1 else order[:5]
-        again = attribute.pristine_check(net, codec, [claims[i] for i in part], rows=rows)
+    for budget in (512, 30, 1):
+        part = order if budget > 1 else order[:5]
+        again = attribute.pristine_check(net, codec, [claims[i] for i in part], budget=budget)
         same_checks(again, [want[i] for i in part])
     assert attribute.pristine_check(net, codec, []) == []
     (check,) = attribute.pristine_check(net, codec, [(problems[0], "<image> red")])         # just text
@@ -1339,7 +1347,7 @@ def test_pristine_check_of_a_question_with_the_slot():
     p = replace(p, question=p.question + " " + attribute.SLOT)
     whole = replace(p, question=p.question + attribute.CHECK + "red 4")
     logps = uncached_logps(net, codec, whole, encode(codec, "red 4"))
-    close(math.log(attribute.pristine_check(net, codec, [(p, "red 4")])[0].same), sum(logps), 1e-3)
+    close(math.log(attribute.pristine_check(net, codec, [(p, "red 4")])[0].same), min(logps), 1e-3)
 
 
 def test_answer_margins_are_the_uncached_forward():
@@ -1370,12 +1378,12 @@ def test_answer_margins_are_the_uncached_forward():
             margins.append(means[0] - means[1])
         want.append(margins)
     assert want[3][0] < -1 and min(abs(x) for row in want for x in row) > 1e-3      # no answer: 0 to subtract
-    for rows in (512, 3):
-        found = attribute.answer_margins(net, codec, chains, rows=rows)
+    for budget in (9999, 60):
+        found = attribute.answer_margins(net, codec, chains, budget=budget)
         assert [len(f) for f in found] == [len(t.steps) + 1 for t in chains]
         for f, w in zip(found, want):
             close(f, w, 1e-3)
-        last = attribute.answer_margins(net, codec, chains, last=True, rows=rows)
+        last = attribute.answer_margins(net, codec, chains, last=True, budget=budget)
         assert all(len(x) == 1 for x in last)
         close([x[0] for x in last], [w[-1] for w in want], 1e-3)
 
@@ -1699,7 +1707,8 @@ def test_locators_of_one_step():
     assert cuts("dependence") == ([attribute.most_eroded(d, t.steps) for d, t in zip(depends, chains)], 0)
     found, tokens = cuts("monte_carlo", chains[:2], max_new_tokens=40)
     assert found == [0, 0] and tokens > 0                   # random weights never succeed
-    many = [SimpleNamespace(problem=problems[0], ids=[n], steps=[0] * 5, checks=None) for n in range(600)]
+    many = [SimpleNamespace(problem=problems[0], ids=[n], steps=[0] * 5, checks=None, finished=True)
+            for n in range(600)]
     for key in "ab":
         attribute.Locator(None, codec, "random", key=key)(many)
         drawn = [t.checks.index(attribute.Check(0.0, 0)) for t in many]
@@ -1747,8 +1756,8 @@ def planted(codec, kind="tiles", steps=6, wrong=(1, 4), index=0, rng_seed=0):
 def repaired(net, codec, parents, **rules):
     locate = attribute.Locator(net, codec)
     locate(parents)
-    return rereason.rectify(net, codec, parents, [len(t.ids) for t in parents], locate, 120, "test",
-                            rereason.Rules(**rules))
+    return rereason.rectify(net, codec, parents, [len(t.ids) for t in parents], [str(t.ids) for t in parents],
+                            locate, 120, rereason.Rules(**rules))
 
 
 @functools.lru_cache(None)
@@ -1852,6 +1861,44 @@ def test_two_turns_two_images():
     assert prompt.pixel_values is None and "blue 3 4" in rollout.render(blind, codec)
 
 
+def test_new_step_ends_with_its_line():
+    def ends(pieces, several_lines=False):
+        codec = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: "".join(pieces[i] for i in ids)),
+                                eos_ids=(len(pieces) - 1,) if pieces[-1:] == [""] else (-1,))
+        return rereason.new_step(list(range(len(pieces))), several_lines, codec)
+
+    assert ends(["a", " b", ".\n"]) == ("a b.", 3) and ends(["a", "\n", "b"]) == ("a", 1)
+    assert ends(["a", " b", "</", "think>"]) == ("a b", 2) and ends(["a", ".</", "think>"]) == ("", 0)
+    assert ends(["a", "b"]) == ("", 0) == ends([]) and ends(["a", "b", ""]) == ("ab", 2)
+    assert ends(["a", "\n", "b", ""]) == ("a", 1) and ends(["a", "\n", "b", ""], True) == ("a\nb", 3)
+    assert ends(["\n", "a", "\n"]) == ("a", 2) and ends([""]) == ("", 0)
+
+
+def test_hostile_chains_do_not_stop_the_loop():
+    """Tags and control tokens in steps, no steps, a choice answered without a step."""
+    net, codec, parents, _ = loop_results()
+    p = parents[0].problem
+    choice = replace(p, answer="A", choices=["x", "y", "z"])
+    failures = []
+    for problem, text in ((p, "<think><image> 1 2\n<|im_end|> <image>\nred 4 6</think><answer>red 6</answer>"),
+                          (p, "<think>" + "a b " * 30 + "\nred\n</think><answer>red 6</answer>"),
+                          (p, "<think>Step 1: red\nis 4\nStep 2: blue\nis 5</think><answer>4</answer>"),
+                          (choice, "<think>red 4\nblue 5</think><answer>B</answer>")):
+        ids = encode(codec, rollout.plain(text, codec)) + [codec.eos_ids[0]]
+        t = rollout.Trajectory(problem, ids, [1] * len(ids), [-0.5] * len(ids), True, text)
+        t.rewards, t.steps = reward_parts(text, problem.answer, problem.choices), attribute.split_steps(ids, codec)
+        assert attribute.flawed([t]) == [t]
+        failures.append(t)
+    for relook in rereason.RELOOKS:
+        assert all(r.outcome for r in repaired(net, codec, failures, relook=relook))
+    bare = rollout.Trajectory(choice, encode(codec, "<answer>A</answer>") + [codec.eos_ids[0]], [], [], True,
+                              "<answer>A</answer>", steps=[], checks=[])
+    bare.sampled, bare.logps = [1] * len(bare.ids), [0.0] * len(bare.ids)
+    r = rereason.Repair(replace(failures[3], text="B"), bare, "key", 50.0, changed=0)
+    rereason.accept(net, codec, [r], 40, rereason.Rules(min_log_w=-99.0))
+    assert r.outcome == "a lucky guess"
+
+
 def test_put_step_moves_what_follows():
     codec = rollout.load_codec(TINY)
     t = planted(codec, steps=5, wrong=(2,))
@@ -1911,7 +1958,7 @@ def test_what_is_accepted():
     assert verdict(text=hinted) == "talks of the hint"
     assert verdict(rereason.Rules(min_log_w=5.0)) == "too unlikely"
     lucky = replace(r.chain.problem, answer="A", choices=["unheard of", "x", "y", "z"])
-    assert verdict(problem=lucky) == "a lucky letter"                   # the steps do not lead to it again
+    assert verdict(problem=lucky) == "a lucky guess"                   # the steps do not lead to it again
 
 
 def test_restarts_only_and_blind_looks():
@@ -1936,15 +1983,10 @@ def test_restarts_only_and_blind_looks():
 
 def test_loop_is_the_same_in_any_company():
     net, codec, parents, repairs = loop_results()
-    for n in (0, 2, 5, 7):
-        alone = repaired(net, codec, [parents[n]])[0]
-        place = sum(t.problem is parents[n].problem for t in parents[:n])           # its key counts these
-        if place == 0:
-            assert alone.outcome == repairs[n].outcome and alone.chain.ids == repairs[n].chain.ids
-    first = [parents[n] for n in (0, 3, 6, 9)]          # the first of each problem, in another company
-    for r, n in zip(repaired(net, codec, first), (0, 3, 6, 9)):
-        assert r.outcome == repairs[n].outcome and r.chain.ids == repairs[n].chain.ids
-        assert r.tokens == repairs[n].tokens
+    for some in ((1,), (11, 4, 7, 0)):
+        for r, n in zip(repaired(net, codec, [parents[n] for n in some]), some):
+            assert (r.outcome, r.chain.ids, r.tokens) == (repairs[n].outcome, repairs[n].chain.ids,
+                                                          repairs[n].tokens)
 
 
 def test_restarts_follow_the_gradient_of_log_value():
@@ -2501,8 +2543,9 @@ def test_rectified_groups_and_their_credit():
     are; what has no weight has no gradient."""
     with scratch() as folder:
         trainer, before, prompts = ivr_trainer(folder)
-        locate = trainer.localise(before)
-        groups, repairs = trainer.rectify(before, locate)
+        chosen = trainer.to_rectify(before, 0.0)
+        locate = trainer.localise(before, chosen)
+        groups, repairs = trainer.rectify(before, chosen, locate)
         trainer.assign_advantages(groups)
         trainer.assign_credit(groups)
         done = [r for r in repairs if r.outcome == "repaired"]
@@ -2513,6 +2556,7 @@ def test_rectified_groups_and_their_credit():
             assert r.chain.rewards["accuracy"] == 1 and r.chain.advantage > 0 > r.parent.advantage
             rewards = [t.rewards["total"] for t in group]
             close(r.chain.advantage, r.chain.rewards["total"] - sum(rewards) / 4, 1e-6)
+            assert r.chain.parent is r.parent and r.chain.kept == r.changed
             doubted = [s for s, c in zip(r.parent.steps, r.parent.checks) if c.same < 0.5]
             on = {n for s in doubted for n in range(s.start, s.stop)}
             assert doubted and r.parent.weights == [float(n in on) for n in range(len(r.parent.ids))]
@@ -2529,24 +2573,22 @@ def test_rectified_groups_and_their_credit():
 
 
 def test_which_groups_are_repaired():
+    """Two wrong ones, few right ones; over the last `anneal` of the training an ever smaller share of them."""
     with scratch() as folder:
-        trainer, *_ = ivr_trainer(folder, rectify_below=0.25, max_steps=10, batch=2)
+        trainer, *_ = ivr_trainer(folder, rectify_below=0.25, batch=2)
         group = lambda *right: [rollout.Trajectory(None, [1], [1], [0.0], True, "",
                                                    rewards={"accuracy": float(r)}) for r in right]
-        assert trainer.rectifies(group(0, 0, 0, 0)) and trainer.rectifies(group(1, 0, 0, 0))
-        assert not trainer.rectifies(group(1, 1, 0, 0)) and not trainer.rectifies(group(1, 1, 1, 1))
+        groups = [group(0, 0, 0, 0), group(1, 0, 0, 0), group(1, 1, 0, 0), group(1, 1, 1, 1)]
+        assert trainer.to_rectify(groups, 0.0) == trainer.to_rectify(groups, 0.6) == [0, 1]
         trainer.config.rectify_below = 1.0
-        assert trainer.rectifies(group(1, 1, 0, 0)) and not trainer.rectifies(group(1, 1, 1, 0))
-        found = []
-        for trainer.step in range(10):
-            found.append(trainer.lambda_r())
-        close(found, [1] * 7 + [0.75, 0.5, 0.25])       # the last 40 % of 10 steps
-        trainer.step = 10
-        assert trainer.lambda_r() == 0 and not trainer.rectifies(group(0, 0, 0, 0))
-        trainer.config.max_tokens, trainer.tokens = 1000, 900
-        close(trainer.lambda_r(), 0.25)
+        assert trainer.to_rectify([*groups, group(1, 1, 1, 0)], 0.0) == [0, 1, 2]
+        many = [group(0, 0, 0, 0)] * 400
+        for progress, share in ((0.6, 1), (0.7, 0.75), (0.9, 0.25), (1.0, 0), (1.2, 0)):
+            assert abs(len(trainer.to_rectify(many, progress)) / 400 - share) < 0.08
         trainer.config.anneal = 0.0
-        assert trainer.lambda_r() == 1
+        assert len(trainer.to_rectify(many, 0.99)) == 400
+        trainer.config.max_tokens, trainer.tokens = 1000, 900
+        assert trainer.progress() == 0.9
 
 
 def test_tokens_of_every_kind_are_counted():
@@ -2555,12 +2597,13 @@ def test_tokens_of_every_kind_are_counted():
         trainer.describe(groups)
         rolled_out = sum(len(t.ids) for g in groups for t in g)
         assert trainer.tokens == rolled_out
-        locate = trainer.localise(groups)
-        claims = {(t.problem.id, s.text) for g in groups
-                  if trainer.rectifies(g) or any(t.rewards["accuracy"] for t in g)
+        chosen = trainer.to_rectify(groups, 0.0)
+        locate = trainer.localise(groups, chosen)
+        claims = {(t.problem.id, s.text) for n, g in enumerate(groups)
+                  if n in chosen or any(t.rewards["accuracy"] for t in g)
                   for t in attribute.flawed(g) for s in t.steps}
         assert locate.tokens == len(claims) > 0
-        _, repairs = trainer.rectify(groups, locate)
+        _, repairs = trainer.rectify(groups, chosen, locate)
         figures = trainer.describe_repairs(repairs, locate)
         assert figures["repair_tokens"] == locate.tokens + sum(r.tokens for r in repairs) > len(claims)
         assert trainer.tokens == rolled_out + figures["repair_tokens"]
@@ -2639,7 +2682,7 @@ def test_first_update_is_the_plain_policy_gradient():
         net, seen = trainer.model, {}
         trainer.optimizer.step = lambda lr, ranks: seen.update(
             {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}) or 0.0
-        stats = trainer.update(groups, prompts)
+        stats = trainer.update(groups, prompts, 0.0)
         assert abs(stats["ratio"] - 1) < 1e-4 and stats["clip_fraction"] == 0 and abs(stats["kl_old"]) < 1e-6
         net.zero_grad()
         for i, group in enumerate(groups):
@@ -2706,9 +2749,9 @@ def test_gradient_that_is_not_finite_is_skipped():
 
 def test_learning_rate():
     config = train.TrainConfig(lr=1.0, warmup_steps=4, max_steps=10, lr_end=0.0)
-    rates = [train.learning_rate(config, s) for s in range(10)]
+    rates = [train.learning_rate(config, s, s / 10) for s in range(10)]
     assert rates[0] == 0.25 and rates == [min(1, (s + 1) / 4) * (1 - s / 10) for s in range(10)]
-    assert train.learning_rate(replace(config, lr_end=1.0), 9) == 1.0
+    assert train.learning_rate(replace(config, lr_end=1.0), 9, 0.9) == 1.0
 
 
 def test_supervised_stage_learns_from_a_file():

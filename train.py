@@ -79,7 +79,7 @@ class TrainConfig:
     failures: int = 3                   # failed looks until a chain is made anew and then given up
     min_log_w: float = -1.5             # a rectified trajectory less likely than this a token is refused
     lambda_r: float = 1.0               # weight of rectified trajectories
-    anneal: float = 0.4                 # share of the training at whose end lambda_r falls to 0
+    anneal: float = 0.4     # the share of groups that are repaired falls to 0 over this last part of training
     gamma: float = 0.1                  # shape of their importance weight (0 = plain w)
     mask_prefix: bool = False           # no credit for the part of a rectified trajectory that was kept
     # the optimiser
@@ -227,10 +227,10 @@ class Optimizer:
                                    for k in keys}
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then linear decay to lr_end x lr at the last step."""
+def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
+    """Linear warm-up, then linear decay to lr_end x lr at the end. progress: share of the training done."""
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps)) * (
-        1 - (1 - config.lr_end) * step / max(1, config.max_steps))
+        1 - (1 - config.lr_end) * progress)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -292,25 +292,26 @@ class Trainer:
     # ---- reinforcement learning
 
     def rl_step(self) -> dict:
-        c = self.config
+        c, progress = self.config, self.progress()
         problems = self.draw(self.step)
         prompts = [rollout.encode_prompt(p, self.codec, c.max_prompt_tokens) for p in problems]
         groups = self.roll_out(problems, prompts)
         self.score(groups)
         figures = self.describe(groups)
         if c.algo == "ivr":
-            locate = self.localise(groups)
-            groups, repairs = self.rectify(groups, locate)
+            chosen = self.to_rectify(groups, progress)
+            locate = self.localise(groups, chosen)
+            groups, repairs = self.rectify(groups, chosen, locate)
             figures.update(self.describe_repairs(repairs, locate))
         self.assign_advantages(groups)
         self.assign_credit(groups)
-        stats = self.update(groups, prompts)
+        stats = self.update(groups, prompts, progress)
         return {**figures, "generated_tokens": self.tokens, **stats, "groups": groups}
 
     def roll_out(self, problems, prompts) -> list:
         """Phase 2, rollout: G completions a problem, at temperature 1: stored log-probs are the policy."""
-        c, r = self.config, self.ranks
-        keys = [f"train/{c.seed}/{self.step}/{i * r.world + r.rank}" for i in range(len(problems))]
+        c = self.config
+        keys = [f"train/{self.slot(i)}" for i in range(len(problems))]
         numbers = [rollout.uniforms(key, c.group_size, c.max_new_tokens) for key in keys]
         self.model.eval()
         return rollout.sample(self.model, problems, self.codec, c.group_size, c.max_new_tokens, 1.0,
@@ -325,15 +326,16 @@ class Trainer:
                          reward.reward_parts(t.text, p.answer, p.choices, t.finished,
                                              self.config.format_weight))
 
-    def localise(self, groups):
-        """Phase 4, localise: the steps of every rollout; in flawed ones, those at fault."""
+    def localise(self, groups, chosen: list[int]):
+        """Phase 4, localise: the steps of every rollout; in flawed ones, those at fault, where a group is to
+        be repaired (`chosen`) or has a signal to place."""
         c = self.config
         locate = attribute.Locator(self.model, self.codec, c.localiser, shapes.is_right, c.max_new_tokens,
                                    f"locate/{c.seed}/{self.step}")
         for t in (t for group in groups for t in group):
             t.steps = attribute.split_steps(t.ids, self.codec)
-        locate([t for group in groups for t in attribute.flawed(group)
-                if c.step_credit and any(x.rewards["accuracy"] for x in group) or self.rectifies(group)])
+        locate([t for n, group in enumerate(groups) for t in attribute.flawed(group)
+                if n in chosen or (c.step_credit and any(x.rewards["accuracy"] for x in group))])
         return locate
 
     def progress(self) -> float:
@@ -341,31 +343,36 @@ class Trainer:
         c = self.config
         return self.tokens / c.max_tokens if c.max_tokens else self.step / c.max_steps
 
-    def lambda_r(self) -> float:
-        """The weight of rectified trajectories: constant, then linearly to 0 over the last `anneal`."""
-        left = max(0.0, 1 - self.progress())
-        return self.config.lambda_r * min(1.0, left / self.config.anneal if self.config.anneal else 1.0)
+    def to_rectify(self, groups, progress: float) -> list[int]:
+        """Which groups are worth repairing: at least two wrong, accuracy up to `rectify_below`. Of these a
+        share that falls to 0 over the last `anneal` of the training."""
+        c = self.config
+        share = min(1.0, (1 - progress) / c.anneal) if c.anneal else 1.0
+        right = [sum(t.rewards["accuracy"] for t in group) for group in groups]
+        worth = [n for n, x in enumerate(right)
+                 if x <= c.rectify_below * c.group_size and c.group_size - x >= 2]
+        return [n for n in worth if rollout.uniforms(f"anneal/{self.slot(n)}", 1, 1).item() < share]
 
-    def rectifies(self, group) -> bool:
-        """Whether a group is worth repairing: at least two wrong, accuracy up to `rectify_below`."""
-        right = sum(t.rewards["accuracy"] for t in group)
-        return (self.lambda_r() > 0 and right <= self.config.rectify_below * len(group)
-                and len(group) - right >= 2)
+    def slot(self, n: int) -> str:
+        """The name of this rank's n-th problem of the step among all ranks' and steps'."""
+        return f"{self.config.seed}/{self.step}/{n * self.ranks.world + self.ranks.rank}"
 
-    def rectify(self, groups, locate):
-        """Phase 5, re-reason: repair failed rollouts; each success takes the place of another wrong rollout
-        of its group, beside its parent. Returns the new groups and all repairs."""
-        c, parents, medians = self.config, [], []
-        for group in filter(self.rectifies, groups):
+    def rectify(self, groups, chosen: list[int], locate):
+        """Phase 5, re-reason: repair failed rollouts of the chosen groups; each success takes the place of
+        another wrong rollout of its group, beside its parent. Returns the new groups and all repairs."""
+        c, parents, medians, keys = self.config, [], [], []
+        for n in chosen:
+            group = groups[n]
             mixed = any(t.rewards["accuracy"] for t in group)
             doubts = lambda t: (sum(1 for x in t.checks if x and x.same < attribute.DOUBT),
                                 -(rereason.doubted(t) or 0))
-            chosen = sorted(attribute.flawed(group), key=doubts)[:1 if mixed else c.parents]
-            parents += chosen
-            medians += [sorted(len(t.ids) for t in group)[len(group) // 2]] * len(chosen)
+            best = sorted(attribute.flawed(group), key=doubts)[:1 if mixed else c.parents]
+            parents += best
+            medians += [sorted(len(t.ids) for t in group)[len(group) // 2]] * len(best)
+            keys += [f"rectify/{self.slot(n)}/{i}" for i in range(len(best))]
         rules = rereason.Rules(failures=c.failures, min_log_w=c.min_log_w, relook=c.relook)
-        repairs = rereason.rectify(self.model, self.codec, parents, medians, locate, c.max_new_tokens,
-                                   f"rectify/{c.seed}/{self.step}", rules)
+        repairs = rereason.rectify(self.model, self.codec, parents, medians, keys, locate, c.max_new_tokens,
+                                   rules)
         of_group = {id(t): n for n, group in enumerate(groups) for t in group}
         groups = [list(group) for group in groups]
         for r in (r for r in repairs if r.outcome == "repaired"):
@@ -373,7 +380,6 @@ class Trainer:
             spare = [n for n, t in enumerate(group) if t.rewards["accuracy"] == 0
                      and not any(t is p for p in parents)]
             if spare:
-                r.chain.kept = r.changed
                 self.score([[r.chain]])
                 group[spare[-1]] = r.chain
         return groups, repairs
@@ -398,13 +404,14 @@ class Trainer:
             elif c.step_credit and t.rewards["accuracy"] == 0:
                 if not t.finished:                          # cut off: neither right nor wrong
                     t.weights = [0.0] * len(t.ids)
-                elif t.checks and rereason.doubted(t) is not None:
+                elif t.advantage < 0 and t.rewards["format"] and t.checks and rereason.doubted(t) is not None:
                     t.weights = grpo.step_credit(len(t.ids), t.steps, [x is None or x.same < attribute.DOUBT
                                                                        for x in t.checks])
 
-    def update(self, groups, prompts) -> dict:
+    def update(self, groups, prompts, progress: float) -> dict:
         """Phase 7, policy update: `updates_per_batch` optimiser steps, each over its share of the groups."""
         c, sums, norms = self.config, {}, []
+        lr = learning_rate(c, self.step, progress)
         self.model.train()
         share = len(groups) // c.updates_per_batch
         for u in range(c.updates_per_batch):
@@ -416,21 +423,21 @@ class Trainer:
             for at in range(0, len(rows), c.micro_rows):
                 for name, value in self.backward(rows[at:at + c.micro_rows], prompts, normaliser).items():
                     sums[name] = sums.get(name, 0.0) + value
-            norms.append(self.optimizer.step(learning_rate(c, self.step), self.ranks))
+            norms.append(self.optimizer.step(lr, self.ranks))
         names = ("loss", "tokens", "entropy", "clip_fraction", "kl_ref", "kl_old", "ratio")
         total = self.ranks.sum(torch.tensor([float(sums.get(n, 0.0)) for n in names], dtype=torch.float64))
         figures = dict(zip(names, total.tolist()))
         tokens = max(figures.pop("tokens"), 1.0)
         loss = figures.pop("loss") / c.updates_per_batch
         return {"loss": loss, **{n: v / tokens for n, v in figures.items()},
-                "grad_norm": sum(norms) / len(norms), "lr": learning_rate(c, self.step)}
+                "grad_norm": sum(norms) / len(norms), "lr": lr}
 
     def backward(self, rows, prompts, normaliser: float) -> dict:
         """Loss and gradients of some rows. rows: (index of the prompt, trajectory)."""
         c = self.config
         used = sorted({i for i, _ in rows})
         inputs = ([prompts[i] for i in used], [used.index(i) for i, _ in rows], [t.ids for _, t in rows])
-        logps, entropy, _ = rollout.completion_logps(self.model, *inputs, self.codec, entropy=True)    # (R, T)
+        logps, entropy, _ = rollout.completion_logps(self.model, *inputs, self.codec, entropy=True)   # (R, T)
         ref_logps = None
         if c.beta > 0:
             with torch.no_grad():
@@ -442,7 +449,7 @@ class Trainer:
         rectified = torch.tensor([t.provenance != "policy" for _, t in rows], device=self.device)[:, None]
         loss, stats = grpo.policy_loss(logps, old_logps, advantages, weights, normaliser, c.clip_low,
                                        c.clip_high, c.dual_clip, c.beta, ref_logps, rectified,
-                                       self.lambda_r(), c.gamma)
+                                       c.lambda_r, c.gamma)
         loss.backward()
         self.optimizer.collect()
         return {"loss": loss.item(), "entropy": (entropy * (weights > 0)).sum().item(),
@@ -466,7 +473,7 @@ class Trainer:
         self.tokens += spent
         done = [r for r in rows if r[0]]
         return {"parents": len(rows), "repaired": len(done), "repair_tokens": spent,
-                "looks": sum(r[2] for r in done) / max(1, len(done)), "lambda_r": self.lambda_r()}
+                "looks": sum(r[2] for r in done) / max(1, len(done))}
 
     # ---- supervised
 
@@ -488,7 +495,7 @@ class Trainer:
     def sft_step(self) -> dict:
         """Imitate demonstrations: cross-entropy of their tokens, the mean over the global batch."""
         c = self.config
-        problems = self.draw(self.step)
+        problems, lr = self.draw(self.step), learning_rate(c, self.step, self.progress())
         completions = [self.demonstration_ids(p) for p in problems]
         prompts = [rollout.encode_prompt(p, self.codec, c.max_prompt_tokens) for p in problems]
         total = self.ranks.sum(torch.tensor(float(sum(map(len, completions))))).item()
@@ -504,11 +511,11 @@ class Trainer:
             self.optimizer.collect()
             loss_sum += loss.item()
             right += ((logps.exp() > 0.5) & mask).sum().item()
-        norm = self.optimizer.step(learning_rate(c, self.step), self.ranks)
+        norm = self.optimizer.step(lr, self.ranks)
         figures = self.ranks.sum(torch.tensor([loss_sum, right / total], dtype=torch.float64)).tolist()
         self.tokens += int(total)
         return {"loss": figures[0], "likely_tokens": figures[1], "grad_norm": norm,
-                "lr": learning_rate(c, self.step)}
+                "lr": lr}
 
     # ---- looking at it, keeping it
 
@@ -553,8 +560,7 @@ def show(groups) -> str:
     group = max(groups, key=lambda g: (any(id(t) in mended for t in g),
                                        len({t.rewards["accuracy"] for t in g})))
     y = next((t for t in group if id(t) in mended), None)
-    t = next((t for t in group if y and t.provenance == "policy" and t.ids[:y.kept] == y.ids[:y.kept]
-              and t.rewards["accuracy"] == 0 and t.checks), group[0])
+    t = y.parent if y else group[0]
     lines = [f"  question  {t.problem.question!r}", f"  gold      {t.problem.answer!r}",
              f"  sampled   {t.text!r}"]
     if t.problem.oracle:

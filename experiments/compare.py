@@ -24,17 +24,18 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
-BUDGET = {3: 150_000, 6: 300_000, 9: 500_000, 12: 400_000, 20: 800_000}   # generated tokens a run, by horizon
+BUDGET = {3: 80_000, 6: 150_000, 9: 250_000, 12: 250_000, 20: 400_000}   # generated tokens a run, by horizon
 KINDS = "tiles+path+bars"                   # what the warm start can read; it can not count
 WARM = ("--stage sft --data tiny:steps=3-20,forms=free+check+free+relook+free --batch 48 "
         "--max_new_tokens 256 --max_steps 100 --lr 3e-4 --lr_end 0.2 --erosion_first 0.2 --erosion_ninth 0.7 "
         "--freeze_vision --eval_problems 0 --save_every 0 --device cpu")
-COMMON = ("--batch 16 --group_size 8 --lr 1e-4 --freeze_vision --save_every 0 --keep 1 --print_every 0 "
-          "--eval_problems 150 --eval_samples 4 --device cpu")
+COMMON = ("--batch 16 --group_size 8 --lr 2e-4 --warmup_steps 1 --freeze_vision --save_every 0 --keep 1 "
+          "--print_every 0 --eval_problems 150 --eval_samples 4 --device cpu")
 ARMS = {"grpo": "--algo grpo", "grpo_large": "--algo grpo --group_size 12", "stepgrpo": "--algo stepgrpo",
         "ivr": "--algo ivr"}
 ABLATED = 9                                # the horizon of the ablations
@@ -127,49 +128,42 @@ def at(curve: list, tokens: float) -> float:
     return curve[-1][1]
 
 
-def smooth(curve: list, width: int = 5) -> list:
-    """Running mean of the accuracies over `width` points: each is measured on few problems."""
-    half, last = width // 2, len(curve) - 1
-    mean = lambda part: sum(y for _, y in part) / len(part)
-    return [[x, mean(curve[max(0, n - min(half, n, last - n)):n + min(half, n, last - n) + 1])]
-            for n, (x, _) in enumerate(curve)]
-
-
-def mean_at(runs: list, tokens: float) -> float:
-    return sum(at(smooth(r["curve"]), tokens) for r in runs) / len(runs)
-
-
-def reached(runs: list, accuracy: float, budget: int) -> float:
-    """The tokens after which the mean curve of some runs stays at an accuracy for the first time; inf if
-    never."""
+def mean_curve(runs: list, budget: int) -> list:
+    """The mean over runs on a grid of 200 budgets, smoothed over a twentieth of the budget to either side
+    (less at the ends): a point is one sample of each of 150 problems."""
     grid = [budget * n / 200 for n in range(201)]
-    return next((x for x in grid if mean_at(runs, x) >= accuracy), float("inf"))
+    raw = [sum(at(r["curve"], x) for r in runs) / len(runs) for x in grid]
+    half = [min(10, n, 200 - n) for n in range(201)]
+    return [[x, sum(raw[n - w:n + w + 1]) / (2 * w + 1)] for n, (x, w) in enumerate(zip(grid, half))]
+
+
+def reached(curve: list, accuracy: float) -> float:
+    """The tokens from which on a curve is never more than two points below an accuracy it has then reached;
+    inf if it never does."""
+    for n, (x, y) in enumerate(curve):
+        if y >= accuracy and min(y for _, y in curve[n:]) >= accuracy - 0.02:
+            return x
+    return float("inf")
 
 
 def bootstrap(groups: list, statistic, times: int = 1000) -> tuple[float, float]:
     """95 % interval of `statistic` (of a list like `groups`, drawn with replacement), percentile
-    bootstrap."""
+    bootstrap. With few seeds it is on the narrow side."""
     rng = random.Random(0)
     values = sorted(statistic([rng.choice(groups) for _ in groups]) for _ in range(times))
     return values[int(0.025 * times)], values[int(0.975 * times) - 1]
 
 
-def paired(a: list, b: list) -> list:
-    """Differences of held-out accuracy, problem by problem and seed by seed, of two arms' runs."""
-    b = {r["seed"]: r for r in b}
-    return [[x - y for x, y in zip(r["problems"], b[r["seed"]]["problems"])] for r in a if r["seed"] in b]
-
-
-def difference(a: list, b: list) -> str:
-    """Mean paired difference in points with its interval: seeds are drawn, then problems within each."""
-    pairs = paired(a, b)
-    if not pairs:
-        return ""
-    rng = random.Random(1)
-    draw = lambda part: (lambda p: sum(p[rng.randrange(len(p))] for _ in p) / len(p))(part)
-    low, high = bootstrap(pairs, lambda ps: 100 * sum(map(draw, ps)) / len(ps))
-    mean = 100 * sum(sum(p) / len(p) for p in pairs) / len(pairs)
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+def difference(pairs: list, times: int = 1000) -> str:
+    """Mean difference of final held-out accuracy in points, paired by seed and problem, with its interval.
+    pairs: (run, baseline run) of the same seed. All runs have the same problems, so seeds and problems are
+    drawn separately."""
+    gaps = np.array([np.subtract(a["problems"], b["problems"]) for a, b in pairs])      # (seeds, problems)
+    rng, (seeds, problems) = np.random.default_rng(0), gaps.shape
+    drawn = [gaps[rng.integers(seeds, size=seeds)][:, rng.integers(problems, size=problems)].mean()
+             for _ in range(times)]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return f"{100 * gaps.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def table(results: list, baseline: str) -> str:
@@ -191,15 +185,18 @@ def table(results: list, baseline: str) -> str:
             end, when, half = "", "", ""
             if base:
                 budget = min(r["curve"][-1][0] for r in runs + base)
-                goal, start = mean_at(base, budget), sum(r["warm_accuracy"] for r in base) / len(base)
-                when = million(reached(runs, goal, budget))
-            if base and arm != baseline:
-                end, middle = difference(runs, base), reached(base, (start + goal) / 2, budget)
-                gaps = [(r, b) for r in runs for b in base if r["seed"] == b["seed"]]
-                gap = lambda ps: 100 * sum(at(smooth(r["curve"]), middle) - at(smooth(b["curve"]), middle)
-                                           for r, b in ps) / len(ps)
-                half = (f"{gap(gaps):+.1f} [{', '.join(f'{x:+.1f}' for x in bootstrap(gaps, gap))}]"
-                        if gaps else "")
+                goal = mean_curve(base, budget)[-1][1]
+                start = sum(r["warm_accuracy"] for r in base) / len(base)
+                climbs = goal > start + 0.02               # a baseline that stays at the bottom has no way up
+                when = million(reached(mean_curve(runs, budget), goal)) if climbs else ""
+            pairs = [(r, b) for r in runs for b in base if r["seed"] == b["seed"]]
+            if pairs and arm != baseline:
+                end = difference(pairs)
+            if pairs and arm != baseline and climbs:
+                middle = next(x for x, y in mean_curve(base, budget) if y >= (start + goal) / 2)
+                height = lambda r: at(mean_curve([r], budget), middle)
+                gap = lambda ps: 100 * sum(height(r) - height(b) for r, b in ps) / len(ps)
+                half = f"{gap(pairs):+.1f} [{', '.join(f'{x:+.1f}' for x in bootstrap(pairs, gap, 100))}]"
             lines.append(f"| {h} | {arm} | {len(runs)} | {100 * mean('warm_accuracy'):.1f} % | "
                          f"{100 * mean('accuracy'):.1f} % [{low:.1f}, {high:.1f}] | {end} | {when} | "
                          f"{half} | {mean('generated_tokens') / 1e6:.2f} M | {mean('wall_s'):.0f} s |")
@@ -249,11 +246,11 @@ def plot(results: list, file: Path, width: int = 330, height: int = 250):
             for arm, colour in COLOURS.items():
                 mine = [r for r in runs if r["algo"] == arm]
                 for r in mine:
-                    points = [place(stretch(r, x), y) for x, y in smooth(r["curve"])]
+                    points = [place(stretch(r, x), y) for x, y in r["curve"]]
                     pen.line(points, fill=tuple((c + 2 * 255) // 3 for c in colour), width=1)
                 if mine:
                     end = min(stretch(r, r["curve"][-1][0]) for r in mine)
-                    curves = [[[stretch(r, x), y] for x, y in smooth(r["curve"])] for r in mine]
+                    curves = [[[stretch(r, x), y] for x, y in r["curve"]] for r in mine]
                     grid = [end * n / 60 for n in range(61)]
                     points = [place(x, sum(at(c, x) for c in curves) / len(curves)) for x in grid]
                     pen.line(points, fill=colour, width=3)

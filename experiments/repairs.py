@@ -76,7 +76,8 @@ def main():
             cuts = [rereason.doubted(t) for t, _ in part]
             locate.tokens = 0
             repairs = rereason.rectify(model, codec, [t for t, _ in part], [len(t.ids) for t, _ in part],
-                                       locate, 256, "repairs", rereason.Rules(relook=relook))
+                                       [f"repairs/{at + n}" for n in range(len(part))], locate, 256,
+                                       rereason.Rules(relook=relook))
             for r, kind, k, (t, true) in zip(repairs, kinds, cuts, part):
                 off = ("none" if k is None else "4 or more" if abs(k - true) > 3 else
                        f"{k - true:+d}" if k != true else "0")
