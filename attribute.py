@@ -109,6 +109,15 @@ class Check:
     same: float
     token: int
 
+    @property
+    def doubted(self) -> bool:
+        return self.same < DOUBT
+
+
+def first_doubt(checks: list) -> int | None:
+    """The first step (0-based) at fault by its check; None where none is. A check may be None: unknown."""
+    return next((k for k, c in enumerate(checks) if c and c.doubted), None)
+
 
 @torch.no_grad()
 def pristine_check(model, codec, claims: list[tuple], budget: int = 16384) -> list[Check]:
@@ -116,7 +125,7 @@ def pristine_check(model, codec, claims: list[tuple], budget: int = 16384) -> li
     own with the pristine image, repeats the very same step. Forward only; the steps of a problem share its
     image and question; at most `budget` tokens of steps go together. Low = the image (or a conclusion drawn
     from it) says otherwise."""
-    tokens = lambda text: codec.tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens = lambda text: rollout.token_ids(text, codec)
     texts = [rollout.plain(text, codec) for _, text in claims]
     replies = [tokens(text) for text in texts]
     order = sorted(range(len(claims)), key=lambda i: (claims[i][0].id, len(replies[i])))
@@ -150,14 +159,14 @@ def answer_margins(model, codec, trajectories: list, last: bool = False,
     answer, teacher-forced after the first k steps and the cue that opens an answer. Positive: from there the
     policy would still prefer the right answer. The gold answer only scores here. last: M_T alone."""
     work = []                                           # (trajectory, k, sign, tokens before, answer tokens)
-    tokens = lambda text: codec.tokenizer(text, add_special_tokens=False)["input_ids"]
     for n, t in enumerate(trajectories):
-        cue = "</think><answer>" if "<think>" in t.text else "\nThe answer is "
+        cue = rollout.token_ids("</think><answer>" if "<think>" in t.text else "\nThe answer is ", codec)
         own = reward.extract_answer(t.text, t.problem.choices) or ""
-        for sign, answer in ((1, t.problem.answer), (-1, own)):
+        for sign, text in ((1, t.problem.answer), (-1, own)):
+            answer = rollout.token_ids(rollout.plain(text, codec), codec)
             for k in range(len(t.steps) if last else 0, len(t.steps) + 1):
                 end = t.steps[k].start if k < len(t.steps) else t.steps[-1].stop
-                work.append((n, k, sign, t.ids[:end] + tokens(cue), tokens(rollout.plain(answer, codec))))
+                work.append((n, k, sign, t.ids[:end] + cue, answer))
     margins = [[0.0] * (1 if last else len(t.steps) + 1) for t in trajectories]
     for chunk in rollout.chunks([len(before) + len(answer) for *_, before, answer in work], budget):
         part = [work[n] for n in chunk]
@@ -353,8 +362,7 @@ class Locator:
 
 def settled(checks: list) -> bool:
     """Whether the first fault is known: no unknown check before the first doubted one."""
-    first = next((c for c in checks if c is None or c.same < DOUBT), 0)
-    return first is not None
+    return None not in checks[:first_doubt(checks)]
 
 
 @dataclass
@@ -371,7 +379,7 @@ def localise(checks: list[Check], margins: list[float] | None = None, d: list[fl
     step with the largest drop of A2's margin (the last step without margins). Kind by A3 (d, with steps):
     reasoning where no step is doubted, or where the doubted token hardly depends on the image; else
     eroded where the dependence of the step fell behind (e_k > 1); else misread."""
-    k = next((k for k, c in enumerate(checks) if c.same < DOUBT), None)
+    k = first_doubt(checks)
     trust = math.prod(c.same for c in checks[:k])
     if k is None:
         return Fault(margin_drop(margins) if margins else len(checks) - 1, "reasoning", trust)

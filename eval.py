@@ -265,7 +265,7 @@ def planted_kinds(model, codec, stream, count: int) -> list[tuple[str, str]]:
             continue                                    # counting and following dots conclude nothing
         answer = shapes.answer_from_steps(p.oracle, steps)
         text = f"<think>{chr(10).join(steps)}</think><answer>{answer}</answer>"
-        ids = codec.tokenizer(text, add_special_tokens=False)["input_ids"] + [codec.eos_ids[0]]
+        ids = rollout.token_ids(text, codec) + [codec.eos_ids[0]]
         t = rollout.Trajectory(p, ids, [1] * len(ids), [0.0] * len(ids), True, text)
         t.steps = attribute.split_steps(ids, codec)
         chains.append(t)

@@ -85,8 +85,8 @@ def guessable(problem, options: int = 5) -> bool:
 
 
 def doubted(chain) -> int | None:
-    """The first step (0-based) that is at fault by its checks; None where none is."""
-    return next((k for k, c in enumerate(chain.checks) if c and c.same < attribute.DOUBT), None)
+    """The first step (0-based) of a chain that is at fault by its checks; None where none is."""
+    return attribute.first_doubt(chain.checks)
 
 
 def says(text: str, words: str) -> bool:
@@ -227,7 +227,7 @@ def put_step(r: Repair, k: int, ids: list, logps: list, text: str, codec):
     if "\n" in codec.tokenizer.decode(ids[-1:]):
         gap = [], [], []
     elif k + 1 < len(c.steps) and cut == step.stop:
-        newline = codec.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        newline = rollout.token_ids("\n", codec)
         gap = newline, [0.0] * len(newline), [0] * len(newline)
     put = lambda old, new: old[:step.start] + new + old[step.stop:]
     shift = len(ids) + len(gap[0]) - (step.stop - step.start)
@@ -253,10 +253,10 @@ def still_holds(model, codec, mended: list, rules: Rules) -> list:
         c, start = r.chain, r.chain.steps[-1].stop
         for s, check in zip(c.steps[k + 1:], c.checks[k + 1:]):
             unlikely = min(log_w[s.start:s.stop]) < 2 * rules.min_log_w
-            if check is None or (check.same >= attribute.DOUBT and unlikely):
+            if check is None or (unlikely and not check.doubted):
                 start = s.start
                 break
-            if check.same < attribute.DOUBT:
+            if check.doubted:
                 start = None
                 break
         if start == c.steps[-1].stop:                       # what still holds of the answer stays as well

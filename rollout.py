@@ -318,6 +318,11 @@ def plain(text: str, codec: Codec) -> str:
     return text
 
 
+def token_ids(text: str, codec: Codec) -> list[int]:
+    """The tokens of a text as it stands, nothing added."""
+    return codec.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def render(problem: Problem, codec: Codec) -> str:
     """Chat template around the turns of the question, up to where the assistant begins to write. Each <image>
     is one image token yet."""
@@ -337,14 +342,14 @@ def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None,
     replaced by its image tokens. DataError where the prompt is longer than `max_tokens` (it is never cut: a
     cut image would not match its features). pixels False: the ids and grids alone, without reading the
     images' content."""
-    tok, text = codec.tokenizer, render(problem, codec) if text is None else text
+    text = render(problem, codec) if text is None else text
     where = problem.where or f"problem {problem.id}"
     try:
         grids = [image_grid(image, codec.image_config) for image in problem.images]
     except ValueError as e:
         raise DataError(f"{where}: field 'images': {e}") from None
     ids, image = [], 0
-    for token in tok(text, add_special_tokens=False)["input_ids"]:
+    for token in token_ids(text, codec):
         if token == codec.image_token_id and image < len(grids):
             ids += [token] * (grids[image][1] * grids[image][2] // codec.image_config.merge_size ** 2)
         else:

@@ -364,8 +364,7 @@ class Trainer:
         for n in chosen:
             group = groups[n]
             mixed = any(t.rewards["accuracy"] for t in group)
-            doubts = lambda t: (sum(1 for x in t.checks if x and x.same < attribute.DOUBT),
-                                -(rereason.doubted(t) or 0))
+            doubts = lambda t: (sum(1 for x in t.checks if x and x.doubted), -(rereason.doubted(t) or 0))
             best = sorted(attribute.flawed(group), key=doubts)[:1 if mixed else c.parents]
             parents += best
             medians += [sorted(len(t.ids) for t in group)[len(group) // 2]] * len(best)
@@ -405,8 +404,8 @@ class Trainer:
                 if not t.finished:                          # cut off: neither right nor wrong
                     t.weights = [0.0] * len(t.ids)
                 elif t.advantage < 0 and t.rewards["format"] and t.checks and rereason.doubted(t) is not None:
-                    t.weights = grpo.step_credit(len(t.ids), t.steps, [x is None or x.same < attribute.DOUBT
-                                                                       for x in t.checks])
+                    at_fault = [x is None or x.doubted for x in t.checks]
+                    t.weights = grpo.step_credit(len(t.ids), t.steps, at_fault)
 
     def update(self, groups, prompts, progress: float) -> dict:
         """Phase 7, policy update: `updates_per_batch` optimiser steps, each over its share of the groups."""
@@ -487,7 +486,7 @@ class Trainer:
         where = f"{problem.where or problem.id}: field 'demonstration'"
         if not isinstance(text, str):
             raise rollout.DataError(f"{where} is missing or not text, --stage sft needs it")
-        ids = self.codec.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.codec.eos_ids[0]]
+        ids = rollout.token_ids(text, self.codec) + [self.codec.eos_ids[0]]
         if len(ids) > c.max_new_tokens:
             raise rollout.DataError(f"{where} has {len(ids)} tokens, --max_new_tokens is {c.max_new_tokens}")
         return ids
