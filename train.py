@@ -520,9 +520,10 @@ class Trainer:
 
     def evaluate(self, short: bool = False) -> dict | None:
         """Held-out figures of the policy as it is; None where there is nothing to evaluate on. short: one
-        sample a problem, nothing greedy."""
-        c, mine = self.config, self.held_out[self.ranks.rank::self.ranks.world]
-        if not self.held_out:
+        sample of each of the first half of the problems, nothing greedy."""
+        c, problems = self.config, self.held_out[:-(-len(self.held_out) // 2)] if short else self.held_out
+        mine = problems[self.ranks.rank::self.ranks.world]
+        if not problems:
             return None
         self.model.eval()
         records = evaluate(self.model, self.codec, mine, not short, 1 if short else c.eval_samples,

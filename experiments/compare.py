@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
-BUDGET = {3: 80_000, 6: 150_000, 9: 250_000, 12: 250_000, 20: 400_000}   # generated tokens a run, by horizon
+BUDGET = {3: 30_000, 6: 60_000, 9: 180_000, 12: 240_000, 20: 300_000}    # generated tokens a run, by horizon
 KINDS = "tiles+path+bars"                   # what the warm start can read; it can not count
 WARM = ("--stage sft --data tiny:steps=3-20,forms=free+check+free+relook+free --batch 48 "
         "--max_new_tokens 256 --max_steps 100 --lr 3e-4 --lr_end 0.2 --erosion_first 0.2 --erosion_ninth 0.7 "
@@ -130,7 +130,7 @@ def at(curve: list, tokens: float) -> float:
 
 def mean_curve(runs: list, budget: int) -> list:
     """The mean over runs on a grid of 200 budgets, smoothed over a twentieth of the budget to either side
-    (less at the ends): a point is one sample of each of 150 problems."""
+    (less at the ends): a point is one sample of each of 75 problems."""
     grid = [budget * n / 200 for n in range(201)]
     raw = [sum(at(r["curve"], x) for r in runs) / len(runs) for x in grid]
     half = [min(10, n, 200 - n) for n in range(201)]
