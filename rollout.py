@@ -45,7 +45,7 @@ class Problem:
     question: str | list                # text with an <image> tag where each image goes; or turns of such
                                         # texts: user, assistant, user, ...
     answer: str                         # gold answer, unwrapped
-    images: list                        # PIL images, or paths opened when the prompt is built
+    images: list                        # PIL images, or paths or bytes of files, opened for the prompt
     choices: list | None = None         # option texts; `answer` is then a letter (or an option's text)
     key_steps: list | None = None       # phrases a right chain contains (StepGRPO's rewards)
     task: str = ""                      # what results are grouped by
@@ -81,17 +81,19 @@ class DataError(ValueError):
     """Bad input data; the message names file, line and field."""
 
 
-ALIASES = {"images": ("images", "image", "image_path", "img"),
-           "problem": ("problem", "question", "query", "prompt"),
-           "answer": ("answer", "solution", "ground_truth"),
+# Field names of Geometry3K/EasyR1, verl, VLM-R1, TRL and open-r1, MM-Eureka and MMK12, R1-VL-10K, ViRL39K
+ALIASES = {"id": ("id", "qid"),
+           "images": ("images", "image", "image_path", "img"),
+           "problem": ("problem", "question", "query", "prompt", "message", "conversations"),
+           "answer": ("answer", "solution", "ground_truth", "reward_model", "conversations"),
            "demonstration": ("demonstration", "response", "completion", "solution"),
-           "task": ("task", "category", "subject", "source")}
+           "task": ("task", "category", "subject", "source", "data_source")}
 
 
 def _first(row: dict, kind: str, where: str = "", default=None):
     """The first present alias of a field; DataError where there is neither one nor a default."""
     for name in ALIASES[kind]:
-        if row.get(name) is not None:
+        if row.get(name) is not None and row[name] != "":
             return row[name]
     if default is None:
         raise DataError(f"{where}: field '{kind}' is missing (looked for {', '.join(ALIASES[kind])})")
@@ -110,6 +112,31 @@ def unwrap_gold(text: str) -> str:
     return text.strip()
 
 
+def _turn(chat, roles: tuple):
+    """The content of the last turn of a chat, [{"role", "content"}] or [{"from", "value"}], that one of
+    `roles` wrote; None where there is none."""
+    turns = [m.get("content", m.get("value")) for m in chat
+             if isinstance(m, dict) and m.get("role", m.get("from")) in roles]
+    return turns[-1] if turns else None
+
+
+def _question(value, images: list) -> tuple:
+    """The text of a question, with <image> tags, and its images: from a text, from a chat (also one written
+    as JSON in a string), or from a turn's parts; images named in the parts come before none given."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return value, images
+    value = _turn(value, ("user", "human")) if isinstance(value, list) else value
+    if isinstance(value, list):                                     # parts of a turn
+        parts = [p if isinstance(p, dict) else {"text": p} for p in value]
+        named = [p["image"] for p in parts if p.get("image") is not None]
+        value = "".join("<image>" if p.get("type") == "image" else str(p.get("text") or "") for p in parts)
+        return value, images or named
+    return value, images
+
+
 def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Problem:
     """One JSON object -> Problem with image paths resolved against `folder`. DataError names `where` and the
     field."""
@@ -117,13 +144,14 @@ def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Pro
         raise DataError(f"{where}: a JSON object is expected, found {type(row).__name__}")
     images = _first(row, "images", default=[])
     images = images if isinstance(images, list) else [images]
-    question = _first(row, "problem", where)
-    if isinstance(question, list):                                  # chat messages: the last user turn
-        turns = [m.get("content") for m in question if isinstance(m, dict) and m.get("role") == "user"]
-        question = turns[-1] if turns else None
+    question, images = _question(_first(row, "problem", where), images)
     if not isinstance(question, str) or not question.replace("<image>", "").strip():
         raise DataError(f"{where}: field 'problem' is empty or not text")
     gold = _first(row, "answer", where)
+    if isinstance(gold, list):
+        gold = _turn(gold, ("assistant", "gpt"))
+    elif isinstance(gold, dict):
+        gold = gold.get("ground_truth")
     gold = (unwrap_gold(str(gold)) if isinstance(gold, (str, int, float)) and not isinstance(gold, bool)
             else "")
     if not gold:
@@ -151,76 +179,131 @@ def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Pro
     if instruction:
         question += "\n" + instruction
     question.encode("utf-8")                                        # ValueError for a lone surrogate
-    name = row.get("id") if row.get("id") not in (None, "") else where
-    return Problem(id=str(name), question=question, answer=gold, choices=choices, key_steps=key_steps,
+    return Problem(id=str(_first(row, "id", default=where)), question=question, answer=gold, choices=choices, key_steps=key_steps,
                    task=str(_first(row, "task", default="")), where=where,
                    demonstration=_first(row, "demonstration", default="") or None,
                    images=[_image_source(im, folder, where) for im in images])
 
 
 def _image_source(image, folder: Path, where: str):
-    """A path under `folder`, or the image inside a data: url."""
+    """A path under `folder`, or the bytes of an image: from a data: url, or as parquet files hold them."""
     if isinstance(image, dict):
-        image = image.get("path")
+        image = image.get("bytes") or image.get("path")
     if isinstance(image, str) and image.startswith("data:"):
         try:
-            return Image.open(io.BytesIO(base64.b64decode(image.split(",", 1)[-1], validate=True)))
-        except (OSError, ValueError) as e:
+            return base64.b64decode(image.split(",", 1)[-1], validate=True)
+        except ValueError as e:
             raise DataError(f"{where}: field 'images': the data: image can not be decoded ({e})") from None
-    if not isinstance(image, str) or not image:
+    if not isinstance(image, (str, bytes)) or not image:
         raise DataError(f"{where}: field 'images' must hold file names or data: urls")
-    return folder / image
+    return image if isinstance(image, bytes) else folder / image.removeprefix("file://")
+
+
+def image_file(image) -> Image.Image:
+    """A path, the bytes of an image file, or a PIL image -> PIL image, perhaps not decoded yet."""
+    image = io.BytesIO(image) if isinstance(image, bytes) else image
+    return image if isinstance(image, Image.Image) else Image.open(image)
 
 
 def open_image(image) -> Image.Image:
-    """Path or PIL image -> upright RGB image, fully decoded (OSError if it is truncated)."""
-    image = Image.open(image) if isinstance(image, (str, Path)) else image
+    """As `image_file` -> upright RGB image, fully decoded (OSError if it is truncated)."""
+    image = image_file(image)
     image.load()
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def load_problems(path, image_dir=None, instruction: str = "") -> list[Problem]:
-    """Read and check a whole JSONL file: every line, every image. Raises DataError with one line a bad row
-    (the first 20), so nothing is trained on or scored before all of it is known to be good."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"--data {path}: no such file")
-    folder, problems, errors = Path(image_dir or path.parent), {}, []
-    for n, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+def _parquet_rows(path: Path):
+    """The rows of a parquet file, one after the other."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"--data {path}: parquet files need one more package: pip install pyarrow") from None
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256):
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as e:                                  # pyarrow's own errors are ValueErrors
+        raise DataError(f"--data {path}: not a readable parquet file: {e}") from None
+
+
+def read_rows(path: Path):
+    """(where, row or the error in reading it) of each row: a JSON object a line; in a .json file, a list of
+    them; in a .parquet file, with pyarrow."""
+    if path.suffix == ".parquet":
+        yield from ((f"{path}: row {n}", row) for n, row in enumerate(_parquet_rows(path), start=1))
+        return
+    data = path.read_bytes()
+    whole = path.suffix == ".json" and data.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[")
+    for n, line in enumerate([data] if whole else data.split(b"\n"), start=1):
+        where = f"{path}:{n}"
         if not line.strip():
             continue
-        where = f"{path}:{n}"
         try:
-            problem = parse_row(json.loads(line.decode("utf-8-sig")), where, folder, instruction)
-            if problem.id in problems:
-                raise DataError(f"{where}: field 'id': {problem.id} is taken by {problems[problem.id].where}")
-            problems[problem.id] = problem
+            row = json.loads(line.decode("utf-8-sig"))
         except json.JSONDecodeError as e:
-            errors.append(f"{where}: not JSON: {e.msg} at column {e.colno}")
-        except DataError as e:
-            errors.append(str(e))
+            row = DataError(f"{where}: not JSON: {e.msg} at column {e.colno}")
         except (ValueError, RecursionError) as e:       # not UTF-8, a number of 5000 digits, 10,000 brackets
-            errors.append(f"{where}: not readable: {e}")
+            row = DataError(f"{where}: not readable: {e}")
+        if isinstance(row, list) and whole:
+            yield from ((f"{path}: row {k}", part) for k, part in enumerate(row, start=1))
+        else:
+            yield where, row
 
-    def bad_image(problem):
+
+def check_problems(problems: list[Problem], measure=None) -> tuple[list, list[str]]:
+    """Open every image of every problem, in parallel -> (measure(problem) of the good ones, one line a bad
+    one)."""
+    def check(problem):
         for image in problem.images:
             try:
                 open_image(image)
             except Exception as e:    # Pillow raises many kinds: OSError, SyntaxError, DecompressionBombError
                 reason = "no such file" if isinstance(e, FileNotFoundError) else f"not readable: {e}"
-                return f"{problem.where}: field 'images': {getattr(image, 'filename', image)}: {reason}"
-        return None
+                name = f"{image}: " if isinstance(image, (str, Path)) else ""
+                return None, f"{problem.where}: field 'images': {name}{reason}"
+        try:
+            return measure(problem) if measure else None, None
+        except DataError as e:
+            return None, str(e)
 
     with ThreadPoolExecutor() as pool:
-        checks = tqdm(pool.map(bad_image, problems.values()), total=len(problems), desc="checking images",
-                      leave=False, disable=len(problems) < 1000)
-        errors += [e for e in checks if e]
+        found = list(tqdm(pool.map(check, problems), total=len(problems), desc="checking rows", leave=False,
+                          disable=None if measure or len(problems) >= 1000 else True))
+    return [value for value, error in found if not error], [error for _, error in found if error]
+
+
+def read_problems(path, image_dir=None, instruction: str = "") -> tuple[list[Problem], list[str]]:
+    """The good rows of a whole file, and one line a bad one. Images are not opened yet. DataError where there
+    is no such file."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"--data {path}: no such file")
+    folder, problems, errors = Path(image_dir or path.parent), {}, []
+    for where, row in read_rows(path):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            problem = parse_row(row, where, folder, instruction)
+            if problem.id in problems:
+                raise DataError(f"{where}: field 'id': {problem.id} is taken by {problems[problem.id].where}")
+            problems[problem.id] = problem
+        except DataError as e:
+            errors.append(str(e))
+        except ValueError as e:                                         # a lone surrogate
+            errors.append(f"{where}: not readable: {e}")
+    if not problems and not errors:
+        raise DataError(f"--data {path}: the file has no rows")
+    return list(problems.values()), errors
+
+
+def load_problems(path, image_dir=None, instruction: str = "") -> list[Problem]:
+    """Read and check a whole file: every row, every image. Raises DataError with one line a bad row (the
+    first 20), so nothing is trained on or scored before all of it is known to be good."""
+    problems, errors = read_problems(path, image_dir, instruction)
+    errors += check_problems(problems)[1]
     if errors:
         more = f"\n... and {len(errors) - 20} more" if len(errors) > 20 else ""
         raise DataError("\n".join(errors[:20]) + more)
-    if not problems:
-        raise DataError(f"--data {path}: the file has no rows")
-    return list(problems.values())
+    return problems
 
 
 def is_tiny(data: str) -> bool:
@@ -303,8 +386,8 @@ def load_codec(path_or_id: str, max_pixels: int = 0) -> Codec:
 
 
 def image_grid(image, config: ImageConfig) -> tuple[int, int, int]:
-    """(1, rows, cols) in patches of a path or PIL image after resizing, from the file's header alone."""
-    image = Image.open(image) if isinstance(image, (str, Path)) else image
+    """(1, rows, cols) in patches of an image after resizing, from the file's header alone."""
+    image = image_file(image)
     width, height = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size  # EXIF: sideways
     p, m = config.patch_size, config.merge_size
     height, width = smart_resize(height, width, p * m, config.min_pixels, config.max_pixels)

@@ -555,6 +555,124 @@ def test_bad_rows_are_named_all_at_once():
         raises(rollout.DataError, "no such file", rollout.load_problems, folder / "nothing.jsonl")
 
 
+def test_rows_of_other_projects():
+    """One row a source, as the data sets people have are laid out."""
+    with scratch() as folder:
+        Image.new("RGB", (40, 30), "red").save(folder / "a.png")
+        png, name = (folder / "a.png").read_bytes(), str(folder / "a.png")
+        chat = [{"role": "user", "content": [{"type": "image", "image": f"file://{name}"},
+                                             {"type": "text", "text": "How many?"}]}]
+        tail = "You FIRST think about the reasoning process. The final answer MUST BE put in \\boxed{}."
+        sources = {
+            "EasyR1, Geometry3K": {"images": [{"bytes": png, "path": None}], "problem": "<image>Find x.",
+                                   "answer": "48", "choices": None, "ground_truth": "A"},
+            "EasyR1, text only": {"images": [], "problem": "Find x.", "answer": "48"},
+            "verl": {"data_source": "hiyouga/geometry3k", "images": [{"bytes": png}], "ability": "math",
+                     "prompt": [{"role": "system", "content": "Be brief."},
+                                {"role": "user", "content": f"<image>Find x. {tail}"}],
+                     "reward_model": {"style": "rule", "ground_truth": "48"}, "extra_info": {"index": 3}},
+            "VLM-R1": {"id": 1, "image": "a.png", "conversations": [
+                {"from": "human", "value": "<image>How many?"}, {"from": "gpt", "value": "3"}]},
+            "TRL": {"prompt": [{"role": "user", "content": "How many?"}], "image": {"bytes": png},
+                    "solution": "$3$"},
+            "TRL with parts": {"prompt": [{"role": "user", "content": [
+                                   {"type": "image"}, {"type": "text", "text": "How many?"}]}],
+                               "images": [{"bytes": png}], "solution": "3"},
+            "open-r1-multimodal": {"image": {"bytes": png, "path": "x.png"}, "problem": "How many?",
+                                   "solution": "<think>One, two, three.</think>\n\n<answer>3</answer>",
+                                   "original_question": "How many?", "original_answer": "3"},
+            "MM-Eureka": {"id": "0", "message": json.dumps(chat), "answer": "3"},
+            "MMK12": {"id": "k", "question": "As shown ..", "answer": "60", "subject": "math",
+                      "image": {"bytes": png, "path": None}},
+            "R1-VL-10K": {"image_path": "a.png", "problem": "How many?",
+                          "solution": "### Image Description: dots. ### Rationales: count. ### Step 1: two "
+                                      "and one. ### The final answer is: 3",
+                          "key_steps": {"Steps": ["two and one", ["3 dots", "three"]]}},
+            "ViRL39K": {"qid": "q1", "question": "<image><image>Which ..", "answer": "\\boxed{A}",
+                        "image": ["a.png", "a.png"], "category": "charts", "source": "x",
+                        "PassRate_32BTrained": 0.5}}
+        codec = rollout.load_codec(TINY)
+        for source, row in sources.items():
+            p = rollout.parse_row(row, source, folder, "Think.")
+            assert p.answer in ("48", "3", "$3$", "60", "A"), (source, p.answer)
+            images = {"EasyR1, text only": 0, "ViRL39K": 2}.get(source, 1)
+            assert len(p.images) == p.question.count("<image>") == images, source
+            assert p.question.endswith("\nThink.") and "Be brief" not in p.question
+            prompt = rollout.encode_prompt(p, codec)
+            assert images == 0 or prompt.pixel_values is not None, source
+        named = lambda source: rollout.parse_row(sources[source], "here", folder)
+        assert named("ViRL39K").id == "q1" and named("TRL").id == "here" and named("VLM-R1").id == "1"
+        assert named("ViRL39K").task == "charts" and named("verl").task == "hiyouga/geometry3k"
+        assert named("R1-VL-10K").key_steps == ["two and one", ["3 dots", "three"]]
+        assert named("R1-VL-10K").demonstration.startswith("### Image")
+        assert named("MM-Eureka").question == "<image>How many?"
+        for row, words in ((dict(message="[{bad json", answer="1"), None),
+                           (dict(prompt=[{"role": "system", "content": "x"}], answer="1"), "'problem'"),
+                           (dict(conversations=[{"from": "human", "value": "x"}]), "'answer'"),
+                           (dict(problem="x", reward_model={"style": "rule"}), "'answer'")):
+            if words:
+                raises(rollout.DataError, ["here", words], rollout.parse_row, row, "here", folder)
+            else:
+                assert rollout.parse_row(row, "here", folder).question == "[{bad json"
+
+
+def test_parquet_and_json_files():
+    with scratch() as folder:
+        rows = [{"images": ["a.png"], "problem": f"<image>Find {i}.", "answer": i} for i in range(3)]
+        path = write_rows(folder, rows)
+        whole = folder / "data.json"
+        whole.write_text(json.dumps(rows))
+        same = lambda a, b: [(p.question, p.answer) for p in a] == [(p.question, p.answer) for p in b]
+        assert same(rollout.load_problems(path), rollout.load_problems(whole))
+        whole.write_text(json.dumps(rows[:1] + [{"problem": "x"}]))
+        raises(rollout.DataError, ["data.json: row 2", "'answer'"], rollout.load_problems, whole)
+        table = folder / "data.parquet"
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            table.write_bytes(b"PAR1")
+            assert "\n" not in raises(rollout.DataError, "pip install pyarrow", rollout.load_problems, table)
+            return
+        png = (folder / "a.png").read_bytes()
+        rows = [{**r, "images": [{"bytes": png, "path": None}]} for r in rows]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+        assert same(rollout.load_problems(table), rollout.load_problems(path))
+        table.write_bytes(table.read_bytes()[:-9])
+        raises(rollout.DataError, "not a readable parquet", rollout.load_problems, table)
+
+
+def test_check_names_all_bad_rows_and_counts_tokens():
+    """--check: more bad rows than the loader would name, every one of them; exit code 1, or 0 without."""
+    with scratch() as folder:
+        good = {"images": ["a.png"], "problem": "<image>Find x.", "answer": "48", "demonstration": "x is 48"}
+        bad = [{**good, "images": ["none.png"]}, {**good, "answer": ""}, '{"half',
+               {**good, "problem": "x " * 400}]
+        write_rows(folder, [good] * 5 + bad * 8)
+        path = folder / "data.jsonl"
+        flags = ["--check", "--data", str(path), "--model", TINY, "--max_prompt_tokens", "300"]
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            raises(SystemExit, "1", train.main, flags)
+        lines = out.getvalue().splitlines()
+        assert "5 good rows, 32 bad ones" in lines[0]
+        named = [x for x in lines if x.startswith(str(folder))][1:]
+        assert sorted(int(x[len(str(folder)):].split(":")[1]) for x in named) == list(range(6, 38))
+        write_rows(folder, [good])
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            raises(SystemExit, "0", train.main, flags)
+        p, codec = rollout.load_problems(path, None, rollout.INSTRUCTION)[0], rollout.load_codec(TINY)
+        prompt = rollout.encode_prompt(p, codec)
+        table = [x.split("|") for x in out.getvalue().splitlines() if "|" in x]
+        cells = {x[1].strip(): x[2].strip() for x in table}
+        assert cells["prompt tokens"] == str(len(prompt.ids)) and cells["images"] == "1"
+        assert int(cells["of these image tokens"]) * codec.image_config.merge_size ** 2 == \
+            len(prompt.pixel_values)
+        assert cells["demonstration tokens"] == str(len(rollout.token_ids("x is 48", codec)))
+        raises(SystemExit, "--check", train.main, ["--check"])
+
+
 def test_chunks_hold_what_fits():
     for lengths in ([], [5], [3, 3, 3, 3], [1, 9, 1, 1], [50, 1, 1], list(range(20))):
         found = list(rollout.chunks(lengths, 10))

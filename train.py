@@ -53,6 +53,7 @@ class TrainConfig:
     instruction: str = rollout.INSTRUCTION  # text appended to each question of a JSONL file (may be empty)
     out: str = ""                       # run folder ("" = runs/<stage>-<time>)
     resume: str = ""                    # run folder or checkpoint to go on from, with its saved flags
+    check: bool = False                 # only read --data: open images, count tokens, name all bad rows
     # how long
     max_steps: int = 80                 # rollout batches (rl) or optimiser steps (sft)
     max_tokens: int = 0                 # rl: end when so many tokens are generated, all kinds (0 = by steps)
@@ -105,7 +106,7 @@ class TrainConfig:
     device: str = "auto"                # cpu, cuda (auto = cuda where there is one)
     dtype: str = "auto"                 # float32, bfloat16 (auto = bfloat16 on cuda, float32 on cpu)
 
-    def check(self, ranks: int):
+    def validate(self, ranks: int):
         """ValueError names the flag that can not be."""
         if self.stage not in ("rl", "sft"):
             raise ValueError(f"--stage {self.stage}: must be rl or sft")
@@ -243,7 +244,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, checkpoint: Path | None = None):
         device, dtype = device_and_dtype(config.device, config.dtype)
         self.ranks, self.device = start_ranks(device)
-        config.check(self.ranks.world)
+        config.validate(self.ranks.world)
         self.config, self.step = config, 0
         self.codec = rollout.load_codec(config.model, config.max_pixels)
         self.data, self.held_out = self.load_data()
@@ -658,6 +659,28 @@ def run(trainer: Trainer) -> dict:
     return figures
 
 
+def check_data(config: TrainConfig) -> tuple[str, list[str]]:
+    """--check: (what a data file holds, one line a bad row). Every row is read, every image decoded, every
+    prompt and demonstration tokenised."""
+    problems, errors = rollout.read_problems(config.data, config.image_dir, config.instruction)
+    codec = rollout.load_codec(config.model, config.max_pixels)
+
+    def measure(p):
+        prompt = rollout.encode_prompt(p, codec, config.max_prompt_tokens, pixels=False)
+        demonstration = rollout.token_ids(p.demonstration, codec) if isinstance(p.demonstration, str) else []
+        return (len(prompt.ids), prompt.ids.count(codec.image_token_id), len(prompt.grids),
+                len(demonstration), len(p.choices or []))
+
+    rows, bad = rollout.check_problems(problems, measure)
+    names = ("prompt tokens", "of these image tokens", "images", "demonstration tokens", "options")
+    lines = [f"{config.data}: {len(rows)} good rows, {len(errors + bad)} bad ones",
+             f"| {'a row':21} | least | median | 95 % | most |", "|---" * 5 + "|"]
+    for name, values in zip(names, map(sorted, zip(*rows))):
+        cells = [values[round(q * (len(values) - 1))] for q in (0, 0.5, 0.95, 1)]
+        lines.append(f"| {name:21} | " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines), errors + bad
+
+
 PRESETS = {"stepgrpo": {"use_std": True, "beta": 0.04}}  # what an algorithm is published with; flags go first
 
 
@@ -666,6 +689,12 @@ def main(argv=None):
     try:
         given = parse_flags(TrainConfig, argv)
         given = parse_flags(TrainConfig, argv, PRESETS.get(given.algo))
+        if given.check:
+            if rollout.is_tiny(given.data):
+                raise ValueError("--check: give a file with --data")
+            summary, bad = check_data(given)
+            print(summary, *bad, sep="\n")
+            sys.exit(1 if bad else 0)
         if not given.resume:
             config, checkpoint = given, None
             if config.out and (Path(config.out) / "metrics.jsonl").exists():
