@@ -1,13 +1,13 @@
-"""Evaluation: greedy accuracy, avg@k, pass@k, format and parse-fail rates, with intervals, by task and by
-steps.
+"""Evaluation: greedy accuracy, avg@k, pass@k, format and parse-fail rates, with intervals, by group.
 
     python eval.py --model tiny --data tiny:steps=5 --greedy --samples 4 --out results.jsonl
-    python eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --data my_benchmark.jsonl --greedy
+    python eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --bench MMStar.tsv --greedy
+    torchrun --nproc_per_node 8 eval.py --model runs/x/checkpoint-000200 --bench MathVista_MINI.tsv --greedy
     python eval.py --localise --data tiny:steps=9          # how well attribute.py finds the first wrong step
 
 Place in the pipeline: before and after training (`train.py` calls `evaluate` and `summarise`). Reads from
-model.py, rollout.py, reward.py. The paper names no evaluation protocol; the definitions are the field's usual
-ones:
+model.py, rollout.py, reward.py and benchmarks/. The paper names no evaluation protocol; the definitions are
+the field's usual ones:
   avg@k   mean accuracy of k samples at temperature 1, averaged over problems
   pass@k  chance that at least one of k samples is right, unbiased from n >= k (Chen et al., arXiv 2107.03374)
   interval  95 %, Wilson's; the k samples of a problem are not independent, so they count as one problem
@@ -16,23 +16,27 @@ Worked example: two problems with 4 samples each, 4 and 0 of them right: avg@4 =
 0.5, and the interval is that of 1 success in 2, not of 4 in 8.
 """
 import argparse
+import contextlib
+import hashlib
 import inspect
 import json
 import math
-import random
+import os
 import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-import attribute
 import rollout
-from model import load_model
-from reward import answers_match, extract_answer, format_ok, reward_parts
-from tiny import shapes
+from benchmarks.formats import PROMPTS, Item, load_benchmark
+from benchmarks.localisation import localisation
+from benchmarks.rules import RULES, grade
+from model import load_model, resolve
+from reward import answers_match, extract_answer, format_ok
 
 
 @dataclass
@@ -40,12 +44,16 @@ class EvalConfig:
     """Flags of `python eval.py`; without --greedy and --samples it does both, with 4 samples."""
     model: str = "tiny"                 # folder or hub id of the checkpoint
     data: str = "tiny"       # JSONL file, or "tiny" (held-out split), e.g. "tiny:steps=3-9,forms=free+choice"
-    image_dir: str = ""                 # folder that image paths are relative to ("" = the folder of --data)
-    instruction: str = rollout.INSTRUCTION  # text appended to each question of a JSONL file (may be empty)
+    bench: str = ""         # benchmark file instead: MathVista, MathVerse, MathVision, MMMU, MMMU-Pro, MMStar
+    rules: str = "strict"               # when a benchmark's answer is right: strict | vlmeval | official
+    prompt: str = "own"         # a benchmark's wording: own (with --instruction) | direct | cot (its own two)
+    image_dir: str = ""                # folder that image paths are relative to ("" = the folder of the file)
+    instruction: str = rollout.INSTRUCTION  # text appended to each question of a file (may be empty)
     problems: int = 0                   # evaluate the first so many problems (0 = all of a file, 256 of tiny)
     greedy: bool = False                # greedy accuracy, one completion a problem
     localise: bool = False              # score every localiser of attribute.py against the step oracle (tiny)
     flawed: int = 2000                  # flawed rollouts to score them on
+    planted: int = 600                  # chains with a planted error, for the confusion of kinds
     samples: int = 0                    # k: samples a problem at temperature 1, for avg@k and pass@k
     max_new_tokens: int = 0             # length limit of a completion (0 = 2048 for a file, 256 for tiny)
     max_prompt_tokens: int = 16384      # a longer prompt is an error
@@ -54,7 +62,20 @@ class EvalConfig:
     seed: int = 0                       # random numbers of the samples
     device: str = "auto"                # cpu, cuda, cuda:1 ... (auto = cuda where there is one)
     dtype: str = "auto"                 # float32, bfloat16 (auto = bfloat16 on cuda, float32 on cpu)
-    out: str = ""                       # JSONL file for one row a completion
+    out: str = ""         # JSONL file, a row a completion, as they come ("" = none; runs/eval/.. for --bench)
+
+    def validate(self):
+        """ValueError names the flag that can not be."""
+        for name in ("problems", "samples", "max_new_tokens", "max_pixels"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
+        for name, known in (("rules", RULES), ("prompt", PROMPTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}")
+        if self.localise and not rollout.is_tiny(self.data):
+            raise ValueError("--localise: only tiny has a step oracle")
+        if self.batch < 1:
+            raise ValueError(f"--batch {self.batch}: must be at least 1")
 
 
 def parse_flags(config_class, argv=None, defaults: dict | None = None):
@@ -84,43 +105,134 @@ def device_and_dtype(device: str, dtype: str):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Ranks
+
+
+@dataclass
+class Ranks:
+    """This process among the others. With one process every method is the identity."""
+    rank: int = 0
+    world: int = 1
+
+    def sum(self, tensor):
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, rows: list) -> list:
+        """The rows of all ranks, on every rank."""
+        if self.world == 1:
+            return rows
+        parts = [None] * self.world
+        dist.all_gather_object(parts, rows)
+        return [r for part in parts for r in part]
+
+    def same(self, value):
+        """Rank 0's value, on every rank."""
+        return self.gather([value])[0]
+
+
+def start_ranks(device: torch.device) -> tuple[Ranks, torch.device]:
+    """Join torchrun's process group, if there is one (gloo on CPU, nccl on CUDA, one GPU a local rank)."""
+    if "WORLD_SIZE" not in os.environ:
+        return Ranks(), device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size()), device
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Running a model
 
 
 def evaluate(model, codec, problems, greedy: bool, samples: int, max_new_tokens: int, seed: int = 0,
-             batch: int = 32, progress: bool = True) -> list[dict]:
-    """One record a completion: id, task, steps, mode, completion, extracted, gold, correct, format, finished,
+             batch: int = 32, progress: bool = True, rules: str = "strict", done: list = (),
+             keep=lambda records: None) -> list[dict]:
+    """One record a completion: id, groups, mode, completion, extracted, gold, correct, format, finished,
     tokens. A problem's random numbers depend on `seed` and its id alone, so the same problem gives the same
-    samples in any company."""
+    samples in any company. done: records there are already; keep(records): called with new ones as they
+    come."""
     lengths = [len(rollout.encode_prompt(p, codec, pixels=False).ids) for p in problems]
     order = sorted(range(len(problems)), key=lengths.__getitem__)                   # similar lengths together
-    records = [[] for _ in problems]
+    records, have = list(done), {(r["id"], r["mode"]) for r in done}
     modes = [("greedy", 1, 0.0)] * greedy + [("sample", samples, 1.0)] * (samples > 0)
     total = len(modes) * len(problems)
     bar = tqdm(total=total, desc="evaluating", leave=False, disable=None if progress else True)
     for mode, group_size, temperature in modes:
-        for at in range(0, len(order), batch):
-            part = order[at:at + batch]
+        todo = [i for i in order if (problems[i].id, mode) not in have]
+        bar.update(len(order) - len(todo))
+        for at in range(0, len(todo), batch):
+            part = todo[at:at + batch]
             numbers = [rollout.uniforms(f"eval/{seed}/{problems[i].id}", group_size, max_new_tokens)
                        for i in part]
             groups = rollout.sample(model, [problems[i] for i in part], codec, group_size, max_new_tokens,
                                     temperature, torch.cat(numbers))
-            for i, group in zip(part, groups):
-                records[i] += [{**judge(t), "mode": mode, "sample": k} for k, t in enumerate(group)]
+            new = [{**judge(t.problem, t.text, t.finished, rules), "tokens": len(t.ids), "mode": mode,
+                    "sample": k} for group in groups for k, t in enumerate(group)]
+            keep(new)
+            records += new
+            rows = [r["correct"] for r in records if r["mode"] == mode]
+            bar.set_postfix_str(f"{mode} {100 * sum(rows) / len(rows):.1f} %")
             bar.update(len(part))
     bar.close()
-    return [r for rows in records for r in rows]
+    place = {p.id: n for n, p in enumerate(problems)}
+    return sorted(records, key=lambda r: (place[r["id"]], r["mode"], r["sample"]))
 
 
-def judge(trajectory) -> dict:
+def judge(problem, text: str, finished: bool, rules: str = "strict") -> dict:
     """What one completion is worth."""
-    problem = trajectory.problem
-    extracted = extract_answer(trajectory.text, problem.choices)
-    return {"id": problem.id, "task": problem.task, "steps": len(problem.key_steps or []),
-            "completion": trajectory.text, "extracted": extracted, "gold": problem.answer,
-            "correct": extracted is not None and answers_match(extracted, problem.answer, problem.choices),
-            "format": trajectory.finished and format_ok(trajectory.text), "finished": trajectory.finished,
-            "tokens": len(trajectory.ids)}
+    if isinstance(problem, Item):
+        (extracted, correct), groups = grade(problem, text, rules), problem.groups
+    else:
+        extracted = extract_answer(text, problem.choices)
+        correct = extracted is not None and answers_match(extracted, problem.answer, problem.choices)
+        groups = {"task": problem.task, "steps": len(problem.key_steps or [])}
+    return {"id": problem.id, "groups": groups, "completion": text, "extracted": extracted,
+            "gold": problem.answer, "correct": correct, "format": finished and format_ok(text),
+            "finished": finished}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Results on disk: FILE, while it grows one FILE.part<rank> a rank, and FILE.config.json
+
+
+def settings_of(config: EvalConfig) -> dict:
+    """What the completions depend on: rows of other settings must not be mixed with them."""
+    files = sorted(resolve(config.model).glob("*.safetensors"))
+    stamps = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    names = ("model", "data", "bench", "prompt", "image_dir", "instruction", "samples", "max_new_tokens",
+             "max_pixels", "seed")
+    return {**{n: getattr(config, n) for n in names},
+            "weights": hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]}
+
+
+def rows_on_disk(out: Path) -> dict:
+    """All rows of an evaluation, finished or not, by (id, mode, sample)."""
+    found = {}
+    for file in (f for f in (out, *sorted(out.parent.glob(f"{out.name}.part*"))) if f.is_file()):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):                   # a row that was cut off when it stopped
+                r = json.loads(line)
+                found[r["id"], r["mode"], r["sample"]] = r
+    return found
+
+
+def usable_rows(out: Path, settings: dict, problems: list, config: EvalConfig) -> list[dict]:
+    """The records an evaluation need not make again, judged anew (the rules may be others). ValueError where
+    the file holds those of other settings."""
+    found, saved = rows_on_disk(out), Path(f"{out}.config.json")
+    before = json.loads(saved.read_text()) if saved.is_file() else {}
+    if found and (other := [n for n in settings if before.get(n) != settings[n]]):
+        raise ValueError(f"--out {out}: holds rows made with other settings ({', '.join(other)}); "
+                         "choose another file, or delete it")
+    by_id, need = {p.id: p for p in problems}, {"greedy": int(config.greedy), "sample": config.samples}
+    whole = {(i, mode) for i, mode, _ in found if i in by_id and need[mode]
+             and all((i, mode, k) in found for k in range(need[mode]))}
+    return [{**r, **judge(by_id[i], r["completion"], r["finished"], config.rules)}
+            for (i, mode, _), r in found.items() if (i, mode) in whole]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -173,129 +285,19 @@ def summarise(records: list[dict]) -> dict:
 
 
 def report(records: list[dict]) -> str:
-    """The table people read: all problems, then by task and by steps. Percent, with 95 % intervals."""
+    """The table people read: all problems, then by group. Percent, with 95 % intervals."""
     groups = {"all": records}
-    for key in ("task", "steps"):
-        values = sorted({r[key] for r in records if r[key]})
+    for key in dict.fromkeys(k for r in records for k in r["groups"]):
+        of = lambda r: r["groups"][key] if isinstance(r["groups"][key], list) else [r["groups"][key]]
+        values = sorted({v for r in records for v in of(r) if v})
         if len(values) > 1:
-            groups.update({f"{key} {v}": [r for r in records if r[key] == v] for v in values})
+            groups.update({f"{key} {v}": [r for r in records if v in of(r)] for v in values})
     tables = {name: summarise(rows) for name, rows in groups.items()}
     columns = [c for c in tables["all"] if c != "n"]
     lines = [f"| {'':18} | n | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, table in tables.items():
         cells = [percent(table[c]) if c in table else "" for c in columns]
         lines.append(f"| {name:18} | {table['n']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Localisers against the step oracle of tiny
-
-
-def flawed_rollouts(model, codec, stream, count: int, max_new_tokens: int, seed: int, group_size: int = 8):
-    """Flawed rollouts of a tiny stream until there are `count` -> [(trajectory, its first wrong step,
-    0-based)]. Those whose steps are all right (the answer alone is wrong) have no such step: their number is
-    the second result."""
-    found, slips, at = [], 0, 0
-    bar = tqdm(total=count, desc="flawed rollouts", leave=False)
-    while len(found) < count and at < 32 * count:       # a policy may fail too seldom
-        problems = [stream[i] for i in range(at, at + 32)]
-        at += 32
-        numbers = [rollout.uniforms(f"localise/{seed}/{p.id}", group_size, max_new_tokens) for p in problems]
-        for group in rollout.sample(model, problems, codec, group_size, max_new_tokens, 1.0,
-                                    torch.cat(numbers)):
-            for t in group:
-                t.rewards = reward_parts(t.text, t.problem.answer, t.problem.choices, t.finished)
-                t.steps = attribute.split_steps(t.ids, codec)
-            for t in attribute.flawed(group):
-                verdicts = shapes.check_steps(t.problem, [s.text for s in t.steps])
-                wrong = next((k for k, v in enumerate(verdicts) if v != "true"), None)
-                slips += wrong is None
-                if wrong is not None and len(found) < count:
-                    found.append((t, wrong))
-                    bar.update()
-    bar.close()
-    return found, slips
-
-
-def score_localisers(model, codec, found: list, max_new_tokens: int, batch: int = 128) -> list[dict]:
-    """One record a localiser and rollout: signal, task, steps, off (steps between found and true), tokens."""
-    records = []
-
-    def note(signal, part, faults, tokens):
-        records.extend({"signal": signal, "task": t.problem.task, "steps": len(t.problem.key_steps),
-                        "off": abs(k - true), "tokens": tokens / len(part)}
-                       for (t, true), k in zip(part, faults))
-
-    for at in tqdm(range(0, len(found), batch), desc="localising", leave=False):
-        part = found[at:at + batch]
-        chains = [t for t, _ in part]
-        locate = attribute.Locator(model, codec)
-        locate(chains)
-        margins = attribute.answer_margins(model, codec, chains)
-        depends = attribute.visual_dependence(model, codec, chains)
-        faults = [attribute.localise(t.checks, m, d, t.steps) for t, m, d in zip(chains, margins, depends)]
-        note("A1, else A2 (default)", part, [f.step for f in faults], locate.tokens)
-        note("A1 check", part, [attribute.localise(t.checks).step for t in chains], locate.tokens)
-        note("A2 drop", part, [attribute.margin_drop(m) for m in margins], 0)
-        note("A2 no return", part, [attribute.no_return(m) for m in margins], 0)
-        note("A3 erosion", part, [attribute.most_eroded(d, t.steps) for t, d in zip(chains, depends)], 0)
-        deaths, tokens = attribute.monte_carlo(model, codec, chains, max_new_tokens)
-        note("A4 Monte Carlo", part, deaths, tokens)
-        note("random", part, [random.Random(f"{at}/{n}").randrange(len(t.steps))
-                              for n, t in enumerate(chains)], 0)
-        note("last step", part, [len(t.steps) - 1 for t in chains], 0)
-    return records
-
-
-def planted_kinds(model, codec, stream, count: int) -> list[tuple[str, str]]:
-    """(planted, found) kinds of error in chains with one planted error each: a wrong reading at the first two
-    steps, where the policy still looks (misread), or at the last third, where erosion has set in (eroded); a
-    wrong conclusion from a right reading (reasoning)."""
-    chains, planted, rng = [], [], random.Random(0)
-    for i in range(count):
-        p, kind = stream[i], ("misread", "eroded", "reasoning")[i // 4 % 3]
-        steps = shapes.true_steps(p.oracle)
-        k = rng.randrange(2) if kind == "misread" else rng.randrange(len(steps) * 2 // 3, len(steps))
-        if kind != "reasoning":
-            steps = shapes.corrupt(p.oracle, {k}, rng)
-        elif (slipped := shapes.slip(p.oracle, steps[k], rng)) != steps[k]:
-            steps[k] = slipped
-        else:
-            continue                                    # counting and following dots conclude nothing
-        answer = shapes.answer_from_steps(p.oracle, steps)
-        text = f"<think>{chr(10).join(steps)}</think><answer>{answer}</answer>"
-        ids = rollout.token_ids(text, codec) + [codec.eos_ids[0]]
-        t = rollout.Trajectory(p, ids, [1] * len(ids), [0.0] * len(ids), True, text)
-        t.steps = attribute.split_steps(ids, codec)
-        chains.append(t)
-        planted.append(kind)
-    found = []
-    for at in range(0, len(chains), 64):
-        part = chains[at:at + 64]
-        attribute.Locator(model, codec)(part)
-        depends = attribute.visual_dependence(model, codec, part)
-        found += [attribute.localise(t.checks, None, d, t.steps).kind for t, d in zip(part, depends)]
-    return list(zip(planted, found))
-
-
-def localisation_report(records: list[dict]) -> str:
-    """Exact hits, hits within one step, and tokens a rollout of each signal; exact hits by steps and by
-    task."""
-    columns = [("steps", n) for n in sorted({r["steps"] for r in records})]
-    columns += [("task", n) for n in sorted({r["task"] for r in records})]
-    columns = [c for c in columns if len({r[c[0]] for r in records}) > 1]
-    lines = ["| localiser | exact | within 1 | tokens | " + " | ".join(f"{v} {k}" if k == "steps" else str(v)
-                                                                         for k, v in columns) + " |",
-             "|---" * (len(columns) + 4) + "|"]
-    for signal in dict.fromkeys(r["signal"] for r in records):
-        rows = [r for r in records if r["signal"] == signal]
-        share = lambda rows, far: 100 * sum(r["off"] <= far for r in rows) / len(rows)
-        low, high = interval([float(r["off"] == 0) for r in rows])
-        cells = [f"{share([r for r in rows if r[k] == v], 0):.1f}" for k, v in columns]
-        lines.append(f"| {signal} | {share(rows, 0):.1f} % [{100 * low:.1f}, {100 * high:.1f}] | "
-                     f"{share(rows, 1):.1f} % | "
-                     f"{sum(r['tokens'] for r in rows) / len(rows):.1f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -308,51 +310,77 @@ def percent(figure: dict) -> str:
     return f"{100 * figure['mean']:.1f} % [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
 
 
+def run(config: EvalConfig, ranks: Ranks, device, dtype):
+    """The whole job, but for `--localise`."""
+    left_out, bench = "", config.bench
+    if bench:
+        problems, left_out = load_benchmark(bench, config.prompt, config.instruction, config.image_dir)
+        problems = problems[:config.problems or None]
+    else:
+        problems = rollout.load_data(config.data, "heldout", config.problems, config.image_dir,
+                                     config.instruction)
+    if not (config.greedy or config.samples):
+        config.greedy, config.samples = True, 4
+    codec = rollout.load_codec(config.model, config.max_pixels)
+    for p in problems:
+        rollout.encode_prompt(p, codec, config.max_prompt_tokens, pixels=False)
+    default = f"runs/eval/{Path(bench).stem}-{'-'.join(Path(config.model).parts[-2:])}.jsonl" if bench else ""
+    out, done = config.out or default, []
+    if out:                                             # before the work, not after it
+        out, settings = Path(out), settings_of(config)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        done = usable_rows(out, settings, problems, config)
+        ranks.gather([None])                            # all have read before the first one writes
+        if ranks.rank == 0:
+            Path(f"{out}.config.json").write_text(json.dumps(settings, indent=1))
+    mine = problems[ranks.rank::ranks.world]
+    ids = {p.id for p in mine}
+    model = load_model(config.model, device, dtype).eval()
+    with open(f"{out}.part{ranks.rank}" if out else os.devnull, "a", encoding="utf-8") as f:
+        def keep(records):
+            f.writelines(json.dumps(r) + "\n" for r in records)
+            f.flush()
+
+        limit = config.max_new_tokens or (256 if not bench and rollout.is_tiny(config.data) else 2048)
+        records = evaluate(model, codec, mine, config.greedy, config.samples, limit, config.seed,
+                           config.batch, ranks.rank == 0, config.rules,
+                           [r for r in done if r["id"] in ids], keep)
+    records = ranks.gather(records)
+    if ranks.rank:
+        return
+    if out:
+        rows = {**rows_on_disk(out), **{(r["id"], r["mode"], r["sample"]): r for r in records}}
+        Path(f"{out}.new").write_text("".join(json.dumps(r) + "\n" for r in rows.values()), encoding="utf-8")
+        os.replace(f"{out}.new", out)
+        for part in out.parent.glob(f"{out.name}.part*"):
+            part.unlink()
+    if bench:
+        splits = ", ".join(sorted({p.split for p in problems}))
+        print(f"{problems[0].benchmark}, split {splits}, rules {config.rules}, prompt {config.prompt}, "
+              f"{len(problems)} questions{'; ' * bool(left_out)}{left_out}; {config.model}, at most {limit} "
+              "tokens\n")
+    print(report(records))
+    if out:
+        print(f"\nrows: {out}")
+
+
 def main(argv=None):
     config = parse_flags(EvalConfig, argv)
     try:
-        for name in ("problems", "samples", "max_new_tokens", "max_pixels"):
-            if getattr(config, name) < 0:
-                raise ValueError(f"--{name} {getattr(config, name)}: must not be negative")
-        if config.localise and not rollout.is_tiny(config.data):
-            raise ValueError("--localise: only tiny has a step oracle")
-        if config.batch < 1:
-            raise ValueError(f"--batch {config.batch}: must be at least 1")
-        if config.out:                                  # before the work, not after it
-            Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-            open(config.out, "a").close()
-        if not (config.greedy or config.samples):
-            config.greedy, config.samples = True, 4
+        config.validate()
         device, dtype = device_and_dtype(config.device, config.dtype)
-        problems = rollout.load_data(config.data, "heldout", config.problems, config.image_dir,
-                                     config.instruction)
-        codec = rollout.load_codec(config.model, config.max_pixels)
-        for p in problems:
-            rollout.encode_prompt(p, codec, config.max_prompt_tokens, pixels=False)
-        model = load_model(config.model, device, dtype).eval()
+        ranks, device = start_ranks(device)
+        if config.localise:
+            codec, model = rollout.load_codec(config.model), load_model(config.model, device, dtype).eval()
+            print(localisation(model, codec, config.data, config.flawed, config.planted,
+                               config.max_new_tokens or 256, config.seed, interval))
+        else:
+            run(config, ranks, device, dtype)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    if config.localise:
-        stream = shapes.Stream(config.data, "heldout", config.seed)
-        found, slips = flawed_rollouts(model, codec, stream, config.flawed, config.max_new_tokens or 256,
-                                       config.seed)
-        length = sum(len(t.ids) for t, _ in found) / len(found)
-        print(f"{len(found)} flawed rollouts with a wrong step, {slips} more with only a wrong answer; "
-              f"{length:.1f} tokens a rollout\n")
-        print(localisation_report(score_localisers(model, codec, found, config.max_new_tokens or 256)))
-        kinds = ("eroded", "misread", "reasoning")
-        pairs = planted_kinds(model, codec, stream, 600)
-        print("\n| planted | found " + " | ".join(kinds) + " |\n|---|---|---|---|")
-        for kind in kinds:
-            print(f"| {kind} | " + " | ".join(str(pairs.count((kind, other))) for other in kinds) + " |")
-        return
-    limit = config.max_new_tokens or (256 if rollout.is_tiny(config.data) else 2048)
-    records = evaluate(model, codec, problems, config.greedy, config.samples, limit, config.seed,
-                       config.batch)
-    if config.out:
-        with open(config.out, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(r) + "\n" for r in records)
-    print(report(records))
+    if ranks.world > 1:
+        dist.barrier()                      # no rank leaves while another still talks
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

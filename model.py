@@ -686,7 +686,7 @@ def load_model(path_or_id: str, device="cpu", dtype=torch.float32) -> Qwen25VL:
     state = {}
     for path in sorted({path for path, _ in found.values()}):
         with safe_open(path, "pt", device=str(device)) as f:
-            # a copy: where a tensor lies in the file decides its alignment, and that the last bits of a matmul
+            # a copy: where a tensor lies in the file decides its alignment, that the last bits of a matmul
             state.update({k: f.get_tensor(k).to(dtype, copy=True) for k in f.keys() if k in expected})
     if copied:                                  # some tied checkpoints store the head as well
         with safe_open(copied[0], "pt", device=str(device)) as f:

@@ -36,7 +36,7 @@ PLAIN_NUMBER = re.compile(r"(?<![\w.)^_{\\+*/-])(?<![-+*/^] )"                  
 def extract_answer(text: str, choices: list | None = None) -> str | None:
     """The answer a completion gives, for benchmarks, or None. With choices a letter ("A") or None, no guess.
     Reads behind the last </think>; an open <think> or a malformed or empty tag or box is no answer."""
-    text, declared = _declared(text)
+    text, declared = declared_answer(text)
     if declared is not None:
         return (_choose(declared, choices) if choices else declared) or None
     text = text[-4000:].strip()
@@ -56,7 +56,7 @@ def extract_answer(text: str, choices: list | None = None) -> str | None:
     return line if 0 < len(line) <= 100 else None
 
 
-def _declared(text: str) -> tuple[str, str | None]:
+def declared_answer(text: str) -> tuple[str, str | None]:
     """The text behind the thoughts; what its last tag holds, else box: "" if malformed, None if absent."""
     close = text.rfind("</think>")
     text = "" if text.rfind("<think>") > close else text[close + 8:] if close >= 0 else text
@@ -280,6 +280,18 @@ def _value(text: str, point: int):
         return None
 
 
+def number(text: str) -> Fraction | float | None:
+    r"""The value of an answer without variables ("\frac{3}{4}" is 3/4), or None."""
+    text = _normalise(text) if len(text) <= MAX_LENGTH else ""
+    found = _value(text, 0) if _small(text) else None
+    return found[0] if found and not found[1] else None
+
+
+def _small(text: str) -> bool:
+    """Whether a normalised text may be evaluated at all."""
+    return len(TOKEN.findall(text)) <= MAX_TOKENS and sum(map(text.count, "([{")) <= MAX_BRACKETS
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Equality
 RELATIONS = "=<>≤≥≠"
@@ -294,11 +306,9 @@ def answers_match(prediction: str | None, gold: str, choices: list | None = None
     if choices:
         got, want = _choose(prediction, choices, strict=True), _choose(gold, choices, strict=True)
         text, right = (str(choices[ord(letter) - 65]) if letter else gold for letter in (got, want))
-        return got is not None and (got == want or text.strip() == right.strip())
+        return got is not None and (got == want or text.strip() == right.strip() != "")
     a, b = _normalise(prediction), _normalise(gold)
-    small = all(len(TOKEN.findall(s)) <= MAX_TOKENS and sum(map(s.count, "([{")) <= MAX_BRACKETS
-                for s in (a, b))
-    return a.lower() == b.lower() != "" or (small and _same(a, b))
+    return a.lower() == b.lower() != "" or (_small(a) and _small(b) and _same(a, b))
 
 
 def _split(text: str, separators: str) -> list[str]:
@@ -395,7 +405,7 @@ def reward_parts(text: str, gold: str, choices=None, finished=True, format_weigh
     """The training reward: accuracy and format (each 0.0 or 1.0) and total = (1 - w) accuracy + w format.
     Stricter than `extract_answer`: one answer block in the whole completion, behind the thoughts, or no tag
     and a box; several boxes in a block match nothing. A completion cut off (not `finished`) earns nothing."""
-    opened, closed, (tail, declared) = text.count("<answer>"), text.count("</answer>"), _declared(text)
+    opened, closed, (tail, declared) = text.count("<answer>"), text.count("</answer>"), declared_answer(text)
     single = opened == closed == 1 or (opened == closed == 0 and tail.count("\\boxed{") == 1)
     right = finished and single and answers_match(declared, gold, choices)
     parts = {"accuracy": float(right), "format": float(finished and format_ok(text))}
@@ -457,5 +467,5 @@ def step_reward_parts(text: str, gold: str, choices=None, finished=True, key_ste
     tagged = _chain(text)[1]
     parts = reward_parts(tagged, gold, choices, finished)
     rar, rvr = (step_rar(text, key_steps), step_rvr(text)) if finished else (0.0, 0.0)
-    total = parts["accuracy"] + (alpha * rar if _declared(tagged)[1] else 0.0) + rvr
+    total = parts["accuracy"] + (alpha * rar if declared_answer(tagged)[1] else 0.0) + rvr
     return {**parts, "rar": rar, "rvr": rvr, "total": total}

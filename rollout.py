@@ -179,7 +179,8 @@ def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Pro
     if instruction:
         question += "\n" + instruction
     question.encode("utf-8")                                        # ValueError for a lone surrogate
-    return Problem(id=str(_first(row, "id", default=where)), question=question, answer=gold, choices=choices, key_steps=key_steps,
+    return Problem(id=str(_first(row, "id", default=where)), question=question, answer=gold,
+                   choices=choices, key_steps=key_steps,
                    task=str(_first(row, "task", default="")), where=where,
                    demonstration=_first(row, "demonstration", default="") or None,
                    images=[_image_source(im, folder, where) for im in images])

@@ -35,7 +35,8 @@ import grpo
 import rereason
 import reward
 import rollout
-from eval import accuracies, device_and_dtype, evaluate, parse_flags, percent, report, summarise
+from eval import (Ranks, accuracies, device_and_dtype, evaluate, parse_flags, percent, report, start_ranks,
+                  summarise)
 from model import Qwen25VL, load_model, save_model
 from tiny import shapes
 
@@ -129,46 +130,6 @@ class TrainConfig:
             raise ValueError("--localiser oracle: only tiny has one")
         if self.stage == "rl" and self.group_size < 2:
             raise ValueError("--group_size 1: a group needs at least 2 completions to compare")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Ranks
-
-
-@dataclass
-class Ranks:
-    """This process among the others. With one process every method is the identity."""
-    rank: int = 0
-    world: int = 1
-
-    def sum(self, tensor):
-        """Sum over ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def gather(self, rows: list) -> list:
-        """The rows of all ranks, on every rank."""
-        if self.world == 1:
-            return rows
-        parts = [None] * self.world
-        dist.all_gather_object(parts, rows)
-        return [r for part in parts for r in part]
-
-    def same(self, value):
-        """Rank 0's value, on every rank."""
-        return self.gather([value])[0]
-
-
-def start_ranks(device: torch.device) -> tuple[Ranks, torch.device]:
-    """Join torchrun's process group, if there is one (gloo on CPU, nccl on CUDA, one GPU a local rank)."""
-    if "WORLD_SIZE" not in os.environ:
-        return Ranks(), device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return Ranks(dist.get_rank(), dist.get_world_size()), device
 
 
 # ------------------------------------------------------------------------------------------------------------

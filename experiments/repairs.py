@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT))
 import attribute  # noqa: E402
 import rereason  # noqa: E402
 import rollout  # noqa: E402
-from eval import flawed_rollouts, interval  # noqa: E402
+from benchmarks.localisation import flawed_rollouts  # noqa: E402
+from eval import interval  # noqa: E402
 from model import load_model  # noqa: E402
 from tiny import shapes  # noqa: E402
 
