@@ -1026,6 +1026,95 @@ def test_reward_hostile_text():
     assert time.perf_counter() - start < 60                 # a hang, on any machine
 
 
+def random_expression(rng, depth):
+    """A random tree: a number, a variable, or (operator, left, right)."""
+    if depth == 0 or rng.random() < 0.15:
+        return rng.choice((rng.randint(1, 12), rng.randint(2, 9), "x", "y"))
+    op = rng.choice("++--**/^r")
+    if op == "^":
+        return "^", random_expression(rng, depth - 1), rng.choice((2, 3))
+    if op == "r":                                       # a root of something positive
+        inner = random_expression(rng, depth - 1)
+        return "r", ("+", ("^", inner, 2), rng.randint(1, 9)), None
+    return op, random_expression(rng, depth - 1), random_expression(rng, depth - 1)
+
+
+def expression_value(tree, x, y):
+    """The slow, obvious evaluator."""
+    if not isinstance(tree, tuple):
+        return {"x": x, "y": y}.get(tree, tree)
+    op, a, b = tree[0], expression_value(tree[1], x, y), tree[2] and expression_value(tree[2], x, y)
+    return {"+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b,
+            "^": lambda: a ** b, "r": lambda: a ** 0.5}[op]()
+
+
+def expression_text(tree, rng):
+    """One of the ways to write it: LaTeX or plain, factors turned round, implicit products, decimals."""
+    if not isinstance(tree, tuple):
+        return rng.choice((str(tree), f"{tree}.0", f"({tree})")) if isinstance(tree, int) else tree
+    op, a, b = tree[0], expression_text(tree[1], rng), tree[2] and expression_text(tree[2], rng)
+    if op in "+*" and rng.random() < 0.5:
+        a, b = b, a
+    return rng.choice({
+        "+": (f"({a} + {b})", f"\\left({a}+{b}\\right)", f"({a}-(-({b})))"),
+        "-": (f"({a}-{b})", f"({a} + (-1)*({b}))", f"(-({b})+{a})"),
+        "*": (f"({a})*({b})", f"({a}) \\cdot ({b})", f"({a})({b})", f"({a}) \\times ({b})"),
+        "/": (f"\\frac{{{a}}}{{{b}}}", f"(({a})/({b}))", f"({a})*({b})^{{-1}}"),
+        "^": (f"({a})^{b}", f"({a})^{{{b}}}", f"({a})**({b})"),
+        "r": (f"\\sqrt{{{a}}}", f"({a})^(1/2)", f"sqrt({a})")}[op])
+
+
+def perturbed(tree, rng):
+    """One leaf or operator changed."""
+    if not isinstance(tree, tuple):
+        return tree + rng.choice((-1, 1, 10)) if isinstance(tree, int) else {"x": "y", "y": "x"}[tree]
+    op, a, b = tree
+    if op in "+-*/" and rng.random() < 0.3:
+        return rng.choice([o for o in "+-*/" if o != op]), a, b
+    if b is None or op == "^" or rng.random() < 0.5:
+        return op, perturbed(a, rng), b
+    return op, a, perturbed(b, rng)
+
+
+def test_reward_random_expressions():
+    """An expression equals itself rewritten and differs from itself perturbed; a for-loop over points is the
+    judge."""
+    rng, counts = random.Random(0), {True: 0, False: 0}
+    points = [(1.37, 2.21), (0.83, 3.19), (2.71, 0.57)]
+
+    def values(tree):
+        try:
+            found = [expression_value(tree, *p) for p in points]
+        except ZeroDivisionError:
+            return None
+        return found if all(isinstance(v, (int, float)) and 1e-3 < abs(v) < 1e6 for v in found) else None
+
+    while min(counts.values()) < 400:
+        tree = random_expression(rng, rng.choice((1, 2, 3)))
+        other = perturbed(tree, rng)
+        mine, its = values(tree), values(other)
+        if mine is None or its is None or not isinstance(tree, tuple):
+            continue
+        text = expression_text(tree, rng)
+        if len(text) < 200:
+            again = expression_text(tree, rng)
+            assert answers_match(text, again), (text, again)
+            counts[True] += 1
+        if all(abs(a - b) > 1e-3 * abs(a) for a, b in zip(mine, its)):
+            changed = expression_text(other, rng)
+            assert not answers_match(text, changed), (text, changed)
+            counts[False] += 1
+
+
+def test_reward_mutated_strings():
+    """No exception, no slow case; `experiments/matcher.py --fuzz 200000` tries more."""
+    from experiments import matcher
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        matcher.fuzz(matcher.read_pairs(""), 1500)
+    slowest = float(printed.getvalue().split("slowest: ")[1].split(" ms")[0])
+    assert "no exception" in printed.getvalue() and slowest < 2000, printed.getvalue()      # a hang
+
+
 def test_reward_parts_and_hacks():
     for text, gold, choices, accuracy, form in REWARD:
         parts = reward_parts(text, gold, choices)
