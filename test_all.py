@@ -235,8 +235,9 @@ def test_bad_checkpoints_are_named():
                broken({k: v for k, v in tensors.items() if k != name}))
         raises(ValueError, ["unexpected", "stray"], m.load_model, broken({**tensors, "stray": torch.ones(2)}))
         raises(ValueError, [name, "shape (3, 3)"], m.load_model, broken({**tensors, name: torch.ones(3, 3)}))
-        raises(ValueError, ["config.json", "model_type", "llama"], m.load_model,
-               broken(None, {"model_type": "llama"}))
+        for other in ("llama", "qwen2_vl", "qwen3_vl"):
+            raises(ValueError, ["config.json", "model_type", other], m.load_model,
+                   broken(None, {"model_type": other}))
         raises(ValueError, ["model.safetensors", "missing"], m.load_model, broken(write=False))
         bad = broken()
         (bad / "model.safetensors").write_bytes(b"not tensors at all")
@@ -3352,6 +3353,110 @@ def flags_of(config):
     for name, value in asdict(config).items():
         out += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     return out
+
+
+def hub_folder(folder, tied: bool):
+    """A folder laid out like Qwen2.5-VL-3B-Instruct (tied) or 7B (not): a flat config, bf16 shards with an
+    index, a byte-level tokenizer whose embedding has spare rows, generation config, and a chat template
+    beside the tokenizer's own that knows system messages and images. Random weights, reduced width."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: n for n, c in enumerate(alphabet)}
+    vocab.update({"\u0120t": 256, "he": 257, "\u0120the": 258})
+    merges = [("\u0120", "t"), ("h", "e"), ("\u0120t", "he")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+                "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
+    ids = {s: tokenizer.token_to_id(s) for s in specials}
+    end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+                "model_max_length": 131072, "clean_up_tokenization_spaces": False,
+                "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("\n".join(" ".join(pair) for pair in merges))
+    template = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\n"
+                "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n"
+                "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+                "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+                "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+                "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    (folder / "generation_config.json").write_text(json.dumps({
+        "bos_token_id": pad, "pad_token_id": pad, "do_sample": True, "eos_token_id": [end, pad],
+        "repetition_penalty": 1.05, "temperature": 1e-6}))
+    (folder / "preprocessor_config.json").write_text(json.dumps({
+        **json.loads((Path(TINY) / "preprocessor_config.json").read_text()), "min_pixels": 3136,
+        "max_pixels": 12845056, "processor_class": "Qwen2_5_VLProcessor"}))
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": len(tokenizer.get_vocab()) + 39}
+    vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+              "fullatt_block_indexes": [1, 3], "window_size": 112, "patch_size": 14}
+    marks = {"image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
+             "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"]}
+    torch.manual_seed(int(tied))
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    reference = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config={**shape, "rope_parameters": rope, "bos_token_id": pad, "eos_token_id": end},
+        vision_config=vision, tie_word_embeddings=tied, **marks))
+    reference.to(torch.bfloat16).save_pretrained(folder / "weights", max_shard_size="100KB")
+    for file in (folder / "weights").glob("model*"):
+        file.rename(folder / file.name)
+    (folder / "config.json").write_text(json.dumps({                    # flat, as the hub has it
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", **shape, **marks,
+        "bos_token_id": pad, "eos_token_id": end, "hidden_act": "silu", "max_position_embeddings": 128000,
+        "max_window_layers": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window": 32768,
+        "use_sliding_window": False, "tie_word_embeddings": tied, "torch_dtype": "bfloat16",
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "use_cache": True,
+        "vision_config": {**vision, "in_chans": 3, "spatial_merge_size": 2, "spatial_patch_size": 14,
+                          "temporal_patch_size": 2, "tokens_per_second": 2, "hidden_act": "silu"}}))
+    return folder
+
+
+def test_folders_like_the_hubs_train_and_open_again():
+    """Tied and untied: our prompts and greedy answers are those of transformers, a step of IVR-R1 runs on the
+    folder, and transformers opens the checkpoint, tokenizer and template with it."""
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    for tied in (True, False):
+        with scratch() as scratched:
+            folder = hub_folder(scratched / "Qwen2.5-VL-xB-Instruct", tied)
+            assert len(list(folder.glob("model-*.safetensors"))) > 1
+            rows = [{"images": ["a.png"], "problem": f"<image>What is the {i}?", "answer": str(i)}
+                    for i in range(4)]
+            data = write_rows(scratched, rows)
+            config = small_run(scratched / "run", model=str(folder), data=str(data), max_steps=1,
+                              max_new_tokens=12, batch=2, group_size=2)
+            saved = sorted(Path(config.out).glob("checkpoint-*"))[-1]
+            for name in ("tokenizer.json", "chat_template.json", "generation_config.json",
+                         "preprocessor_config.json", "vocab.json", "merges.txt"):
+                assert (saved / name).read_bytes() == (folder / name).read_bytes(), name
+            for place in (folder, saved):
+                p, codec = rollout.load_problems(data)[0], rollout.load_codec(str(place))
+                assert len(codec.eos_ids) == 2 and "You are a helpful assistant." in rollout.render(p, codec)
+                found = rollout.sample(m.load_model(place).eval(), [p], codec, 1, 12, 0.0)[0][0]
+                reference, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                    place, dtype=torch.float32, output_loading_info=True)
+                assert not any(info.values()), info
+                tokenizer = AutoTokenizer.from_pretrained(place)
+                processor = Qwen2VLImageProcessorPil.from_pretrained(place)
+                image = processor(images=[rollout.open_image(p.images[0])], return_tensors="pt")
+                text = rollout.render(p, codec).replace(
+                    "<|image_pad|>", "<|image_pad|>" * (len(image.pixel_values) // 4))
+                inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+                assert inputs.input_ids[0].tolist() == rollout.encode_prompt(p, codec).ids
+                marks = (inputs.input_ids == codec.image_token_id).int()
+                out = reference.eval().generate(
+                    **inputs, pixel_values=image.pixel_values, image_grid_thw=image.image_grid_thw,
+                    mm_token_type_ids=marks, max_new_tokens=12, do_sample=False, repetition_penalty=1.0,
+                    bad_words_ids=[[i] for i in (codec.logit_mask < 0).nonzero()[:, 0].tolist()])
+                assert out[0, inputs.input_ids.shape[1]:].tolist() == found.ids
 
 
 def test_two_ranks_equal_one():
