@@ -512,18 +512,8 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
         uniforms = torch.rand(rows, max_new_tokens) if uniforms is None else uniforms
         uniforms = uniforms.clamp(max=1 - 1e-6).to(device)
 
-    # prompt and vision once a prompt; then the forced prefixes, left-padded so all rows write the same column
     prompt = torch.arange(len(problems), device=device).repeat_interleave(group_size)   # (R,)
-    last, cache, start = prompt_rows(model, prompts, prompt, codec.pad_id)
-    length = torch.tensor([len(p) for p in prefixes], device=device)                    # completion so far
-    if int(length.max()):
-        ids, mask = (a.to(device) for a in pad(prefixes, codec.pad_id, left=True))
-        positions = start[:, None] + (torch.arange(ids.shape[1], device=device)
-                                      - ids.shape[1] + length[:, None]).clamp(min=0)
-        cache.extend(mask)
-        h = model.rows_hidden(ids, positions, cache)[:, -1]
-        last = torch.where((length > 0)[:, None], h, last)
-
+    last, cache, start, length = prefill(model, prompts, prompt, prefixes, codec.pad_id)
     limit = torch.tensor(limits or [max_new_tokens] * rows, device=device)
     tokens = torch.full((rows, max_new_tokens), codec.pad_id, device=device)
     logps = torch.zeros(rows, max_new_tokens, device=device)
@@ -551,17 +541,35 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
         cache.extend(torch.ones(len(alive), 1, dtype=torch.bool, device=device))
         last = model.rows_hidden(token[:, None], (start + length - 1)[:, None], cache)[:, 0]
 
-    tokens, logps, total = tokens.tolist(), logps.tolist(), total.tolist()
-    out = []
-    for r in range(rows):
-        forced = prefixes[r]
-        ids = list(forced) + tokens[r][len(forced):total[r]]
-        finished = ids[-1] in codec.eos_ids
-        text = codec.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
-        out.append(Trajectory(problems[r // group_size], ids,
-                              [0] * len(forced) + [1] * (len(ids) - len(forced)),
-                              [0.0] * len(forced) + logps[r][len(forced):total[r]], finished, text))
+    out = [trajectory(problems[r // group_size], prefixes[r], new[:n], mu[:n], codec)
+           for r, (new, mu, n) in enumerate(zip(tokens.tolist(), logps.tolist(), total.tolist()))]
     return [out[i:i + group_size] for i in range(0, rows, group_size)]
+
+
+def prefill(model: Qwen25VL, prompts: list[Prompt], prompt, prefixes: list, pad_id: int):
+    """Prompt and vision once a prompt; then the forced prefixes, left-padded so that all rows write the same
+    column. prompt (R,): which one each row continues. Returns the last hidden state (R, D), the rows'
+    context, the first position behind each prompt (R,) and the completions' lengths so far (R,)."""
+    last, cache, start = prompt_rows(model, prompts, prompt, pad_id)
+    length = torch.tensor([len(p) for p in prefixes], device=prompt.device)
+    if int(length.max()):
+        ids, mask = (a.to(prompt.device) for a in pad(prefixes, pad_id, left=True))
+        positions = start[:, None] + (torch.arange(ids.shape[1], device=prompt.device)
+                                      - ids.shape[1] + length[:, None]).clamp(min=0)
+        cache.extend(mask)
+        h = model.rows_hidden(ids, positions, cache)[:, -1]
+        last = torch.where((length > 0)[:, None], h, last)
+    return last, cache, start, length
+
+
+def trajectory(problem: Problem, forced: list, tokens: list, logps: list, codec: Codec) -> Trajectory:
+    """A sampled row, its forced prefix in place: tokens and logps have one entry a completion token, those of
+    the prefix without meaning."""
+    at = len(forced)
+    ids = list(forced) + tokens[at:]
+    finished = ids[-1] in codec.eos_ids
+    text = codec.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
+    return Trajectory(problem, ids, [0] * at + [1] * (len(ids) - at), [0.0] * at + logps[at:], finished, text)
 
 
 def prompt_rows(model: Qwen25VL, prompts: list[Prompt], prompt, pad_id: int, grow: bool = True):

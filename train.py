@@ -557,33 +557,39 @@ def headline(figures: dict) -> str:
     return ", ".join(parts) + f", {figures['n']} problems"
 
 
-def run(trainer: Trainer) -> dict:
-    """The whole job. Returns the held-out figures {"before": ..., "after": ...}, or None for each."""
-    config, ranks, resumed = trainer.config, trainer.ranks, trainer.step > 0
+def begin(trainer: Trainer, say) -> dict:
+    """The run folder with config, log and first checkpoint (a resumed run goes on from its checkpoint: later
+    rows of the log go), and the held-out figures before training, measured or as they were."""
+    config, ranks, lead = trainer.config, trainer.ranks, trainer.ranks.rank == 0
     config.out = ranks.same(config.out or f"runs/{config.stage}-{time.strftime('%Y%m%d-%H%M%S')}")
-    out, lead = Path(config.out), ranks.rank == 0
-    say = tqdm.write if lead else (lambda text: None)
+    out = Path(config.out)
     if lead:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
-        log = out / "metrics.jsonl"         # a resumed run goes on from its checkpoint; later rows go
+        log = out / "metrics.jsonl"
         rows = log.read_text().splitlines()[:trainer.step] if log.is_file() else []
         log.write_text("".join(r + "\n" for r in rows))
     say(json.dumps(dataclasses.asdict(config)))
     size = sum(p.numel() for p in trainer.model.parameters())
     say(f"{size:,} parameters on {ranks.world} x {trainer.device}, run folder {out}")
-    figures = {"before": None, "after": None}
-    if resumed:
+    if trainer.step:
         saved = json.loads((out / "heldout.json").read_text()) if lead else {}
-        figures["before"] = ranks.same(saved.get("before"))
+        before = ranks.same(saved.get("before"))
     else:
-        figures["before"] = trainer.evaluate()
-    if figures["before"]:
-        say(f"held-out before: {headline(figures['before'])}")
-    if lead:
-        (out / "heldout.json").write_text(json.dumps(figures))
-    if trainer.step == 0:
+        before = trainer.evaluate()
         trainer.save()
+    if before:
+        say(f"held-out before: {headline(before)}")
+    if lead:
+        (out / "heldout.json").write_text(json.dumps({"before": before, "after": None}))
+    return before
+
+
+def run(trainer: Trainer) -> dict:
+    """The whole job. Returns the held-out figures {"before": ..., "after": ...}, or None for each."""
+    config, ranks, lead = trainer.config, trainer.ranks, trainer.ranks.rank == 0
+    say = tqdm.write if lead else (lambda text: None)
+    figures, out = {"before": begin(trainer, say)}, Path(config.out)
     bar = tqdm(total=config.max_steps, initial=trainer.step, desc=config.stage,
                disable=None if lead else True)
     while trainer.progress() < 1:

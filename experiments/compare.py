@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
-BUDGET = {3: 30_000, 6: 60_000, 9: 180_000, 12: 240_000, 20: 300_000}    # generated tokens a run, by horizon
+BUDGET = {3: 30_000, 6: 60_000, 9: 180_000, 12: 240_000, 20: 500_000}    # generated tokens a run, by horizon
 KINDS = "tiles+path+bars"                   # what the warm start can read; it can not count
 WARM = ("--stage sft --data tiny:steps=3-20,forms=free+check+free+relook+free --batch 48 "
         "--max_new_tokens 256 --max_steps 100 --lr 3e-4 --lr_end 0.2 --erosion_first 0.2 --erosion_ninth 0.7 "

@@ -27,7 +27,7 @@ from eval import interval  # noqa: E402
 
 SHAPES = ("circle", "rectangle", "triangle")
 OUT = ROOT / "runs" / "easy-vqa"
-SFT = ("--stage sft --batch 64 --max_steps 120 --lr 1e-3 --lr_end 0.1 --max_new_tokens 48 --eval_problems 0 "
+SFT = ("--stage sft --batch 64 --max_steps 400 --lr 1e-3 --lr_end 0.1 --max_new_tokens 48 --eval_problems 0 "
        "--save_every 0 --keep 1")
 RL = ("--batch 16 --group_size 8 --max_new_tokens 48 --lr 1e-4 --max_tokens 60000 --eval_problems 300 "
       "--eval_samples 4 --save_every 0 --keep 1 --print_every 10")
@@ -114,7 +114,7 @@ def main():
     seeds = parser.parse_args().seeds
     images, rng = load("train"), random.Random(0)
     told = [i for i, answers in images.items() if facts(answers)]
-    taught = {i: images[i] for i in told[:len(told) // 2]}
+    taught = {i: images[i] for i in told[:len(told) * 3 // 4]}
     sft = write(OUT / "sft.jsonl", supervised(taught, rng))
     rl = write(OUT / "train.jsonl", rows_of({i: a for i, a in images.items() if i not in taught}, rng))
     test = [{"id": f"test-{n:03d}", **r} for n, r in enumerate(rows_of(load("test"), rng)[:300])]
