@@ -14,6 +14,8 @@ import json
 import math
 import os
 import random
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -3620,6 +3622,130 @@ def test_resumed_run_equals_uninterrupted():
             assert ({k: v for k, v in a.items() if k != "seconds"}
                     == {k: v for k, v in b.items() if k != "seconds"})
         assert json.loads((folder / "cut" / "config.json").read_text())["lr"] == whole.lr
+
+
+def started(out, *flags, **kwargs):
+    """A small run of train.py in a process of its own."""
+    defaults = dict(model=TINY, data="tiny:steps=3", stage="sft", out=str(out), max_steps=4, batch=4,
+                    max_new_tokens=60, eval_problems=0, lr=1e-3, warmup_steps=1, save_every=1, keep=3,
+                    device="cpu")
+    words = [w for k, v in {**defaults, **kwargs}.items() for w in (f"--{k}", str(v))]
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words, *flags], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def await_file(process, pattern, folder, seconds=120):
+    """Until a file of that pattern is there (or the process has ended)."""
+    for _ in range(seconds * 500):
+        if list(folder.glob(pattern)) or process.poll() is not None:
+            return
+        time.sleep(0.002)
+
+
+def test_killed_and_stopped_runs_go_on_bit_for_bit():
+    """SIGKILL while a checkpoint is being written, SIGTERM in the middle of the run: what is resumed ends
+    with the rows and weights of an uninterrupted run."""
+    with scratch() as folder:
+        whole, cut = folder / "whole", folder / "cut"
+        other, killed = started(whole), started(cut)
+        await_file(killed, "unfinished-checkpoint", cut)                    # the first checkpoint, of step 0
+        await_file(killed, "checkpoint-000001", cut)
+        await_file(killed, "unfinished-checkpoint", cut)
+        killed.kill()
+        killed.communicate()
+        assert other.wait(timeout=200) == 0, other.stdout.read()[-2000:]
+        done = len(metrics(cut))
+        assert 1 <= done < 4 and damage_free(cut), done
+        stopped = started(cut, "--resume", str(cut))
+        await_file(stopped, f"checkpoint-{done + 1:06d}", cut)
+        stopped.send_signal(signal.SIGTERM)
+        said = stopped.communicate(timeout=200)[0]
+        if stopped.returncode:                                              # else it was done already
+            assert stopped.returncode == 143 and f"--resume {cut}" in said, said[-2000:]
+            with contextlib.redirect_stdout(io.StringIO()):
+                train.main(["--resume", str(cut)])
+        strip = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+        assert strip(metrics(whole)) == strip(metrics(cut))
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            a, b = (load_file(run / "checkpoint-000004" / name) for run in (whole, cut))
+            assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+
+
+def damage_free(out):
+    return all(not train.damage(c) for c in out.glob("checkpoint-*"))
+
+
+def test_damaged_checkpoints_are_passed_over():
+    with scratch() as folder:
+        out = folder / "run"
+        small_run(out, stage="sft", max_new_tokens=60, save_every=1, keep=3)
+        last = sorted(out.glob("checkpoint-*"))[-1]
+        whole = (last / "model.safetensors").read_bytes()
+        for broken in (whole[:-1], whole[:5000] + bytes([whole[5000] ^ 4]) + whole[5001:]):
+            (last / "model.safetensors").write_bytes(broken)
+            assert "model.safetensors" in train.damage(last)
+            with contextlib.redirect_stderr(io.StringIO()) as warned:
+                assert train.intact(sorted(out.glob("checkpoint-*"))).name == "checkpoint-000002"
+            assert "model.safetensors" in warned.getvalue()
+        (last / "optimizer.safetensors").unlink()
+        (last / "model.safetensors").write_bytes(whole)
+        assert "optimizer.safetensors is missing" in train.damage(last)
+        (last / "trainer.json").write_text("{")
+        raises(ValueError, "no older", train.intact, [last])
+        raises(SystemExit, "no older", train.main, ["--resume", str(last)])
+
+
+def test_full_disk_leaves_the_last_checkpoint():
+    """A file-size limit stands for the full disk."""
+    with scratch() as folder:
+        config = train.TrainConfig(model=TINY, out=str(folder), device="cpu", eval_problems=0)
+        trainer = train.Trainer(config)
+        trainer.save()
+        good = folder / "checkpoint-000000"
+        before, limits = train.checksum(good / "model.safetensors"), resource.getrlimit(resource.RLIMIT_FSIZE)
+        trainer.step = 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+        try:
+            raises(OSError, ["checkpoint-000001", "could not be written"], trainer.save)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert [f.name for f in folder.iterdir()] == [good.name] and not train.damage(good)
+        assert train.checksum(good / "model.safetensors") == before
+
+
+def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run():
+    with scratch() as folder:
+        config = train.TrainConfig(model=TINY, data="tiny:steps=2", stage="sft", out=str(folder), batch=2,
+                                   max_steps=9, eval_problems=0, device="cpu", max_bad_steps=3,
+                                   max_new_tokens=60)
+        trainer = train.Trainer(config)
+        weights = [p.clone() for p in trainer.model.parameters()]
+        collect = trainer.optimizer.collect
+
+        def poisoned():
+            collect()
+            next(m for m in trainer.optimizer.masters if m.grad is not None).grad.fill_(math.nan)
+
+        trainer.optimizer.collect = poisoned
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            raises(train.Diverged, ["3 steps", "not-finite.json"], train.run, trainer)
+        assert said.getvalue().count("was skipped") == 3
+        assert all(torch.equal(a, b) for a, b in zip(weights, trainer.model.parameters()))
+        saved = json.loads((folder / "not-finite.json").read_text())
+        assert saved["steps"] == [1, 2, 3] and len(set(saved["problems"])) == 6
+
+
+def test_collapse_is_warned_of():
+    first = {"finished": 1.0, "format": 0.9, "entropy": 0.3, "accuracy": 0.2, "all_wrong": 0.4}
+    assert not train.warnings_of(first, first)
+    for change, kind in (({"finished": 0.4}, "cut off"), ({"format": 0.3}, "format"),
+                         ({"entropy": 0.001}, "entropy")):
+        found = train.warnings_of({**first, **change}, first)
+        assert list(found) == [kind] and "--" in found[kind]
+    wrong = {**first, "all_wrong": 1.0}
+    assert list(train.warnings_of(wrong, wrong)) == ["all wrong"] and not train.warnings_of(wrong, first)
+    assert not train.warnings_of({**first, "entropy": 0.001, "accuracy": 0.95}, first)
 
 
 def test_micro_batches_change_nothing():

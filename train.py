@@ -15,18 +15,22 @@ Random numbers belong to problems (`rollout.uniforms`), not to processes. So W r
 same, and a resumed run does the same as an uninterrupted one.
 """
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import random
 import shutil
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -103,6 +107,7 @@ class TrainConfig:
     print_every: int = 20               # show a decoded sample every so many steps (0 = never)
     save_every: int = 50                # checkpoint every so many steps, and at the end (0 = only then)
     keep: int = 2                       # checkpoints to keep
+    max_bad_steps: int = 5              # end after so many steps in a row without a finite gradient
     seed: int = 0                       # data order and random numbers
     device: str = "auto"                # cpu, cuda (auto = cuda where there is one)
     dtype: str = "auto"                 # float32, bfloat16 (auto = bfloat16 on cuda, float32 on cpu)
@@ -112,7 +117,7 @@ class TrainConfig:
         if self.stage not in ("rl", "sft"):
             raise ValueError(f"--stage {self.stage}: must be rl or sft")
         for name in ("max_steps", "batch", "group_size", "max_new_tokens", "updates_per_batch", "micro_rows",
-                     "keep"):
+                     "keep", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("eval_problems", "eval_samples", "eval_every", "print_every", "save_every",
@@ -206,7 +211,7 @@ class Trainer:
         device, dtype = device_and_dtype(config.device, config.dtype)
         self.ranks, self.device = start_ranks(device)
         config.validate(self.ranks.world)
-        self.config, self.step = config, 0
+        self.config, self.step, self.bad_steps = config, 0, 0
         self.codec = rollout.load_codec(config.model, config.max_pixels)
         self.data, self.held_out = self.load_data()
         if config.stage == "sft" and isinstance(self.data, list):
@@ -221,7 +226,7 @@ class Trainer:
         self.tokens = 0                                 # completion tokens generated so far, over all ranks
         if checkpoint:
             state = json.loads((checkpoint / "trainer.json").read_text())
-            self.step, self.tokens = state["step"], state["tokens"]
+            self.step, self.tokens, self.bad_steps = state["step"], state["tokens"], state["bad_steps"]
             self.optimizer.load(load_file(checkpoint / "optimizer.safetensors"))
 
     def load_data(self):
@@ -498,21 +503,103 @@ class Trainer:
                 "problems": [sum(v) / max(1, len(v)) for _, v in sorted(sampled.items())]}
 
     def save(self):
-        """out/checkpoint-<step>: the model in the hub's form, optimizer.safetensors, trainer.json. Written
-        beside and then renamed, so that a checkpoint is whole or not there; the oldest beyond `keep` are
-        removed."""
-        if self.ranks.rank == 0:
-            out = Path(self.config.out)
-            target, part = out / f"checkpoint-{self.step:06d}", out / "unfinished-checkpoint"
-            shutil.rmtree(part, ignore_errors=True)
+        """out/checkpoint-<step>: the model in the hub's form, optimizer.safetensors, trainer.json with a
+        checksum of every file. Written beside, flushed to disk, then renamed, so that a checkpoint is whole
+        or not there; the oldest beyond `keep` are removed. OSError where the disk is full: what was saved
+        before is untouched."""
+        if self.ranks.rank:
+            return
+        out = Path(self.config.out)
+        target, part = out / f"checkpoint-{self.step:06d}", out / "unfinished-checkpoint"
+        shutil.rmtree(part, ignore_errors=True)
+        try:
             save_model(self.model, part, self.config.model)
             state = {k: v.contiguous() for k, v in self.optimizer.state().items()}
             save_file(state, part / "optimizer.safetensors")
-            (part / "trainer.json").write_text(json.dumps({"step": self.step, "tokens": self.tokens}))
-            shutil.rmtree(target, ignore_errors=True)
-            part.rename(target)
-            for old in sorted(out.glob("checkpoint-*"))[:-self.config.keep]:
-                shutil.rmtree(old)
+            sums = {f.name: checksum(f, flush=True) for f in sorted(part.iterdir())}
+            (part / "trainer.json").write_text(json.dumps({"step": self.step, "tokens": self.tokens,
+                                                           "bad_steps": self.bad_steps, "sha256": sums}))
+            checksum(part / "trainer.json", flush=True)
+        except (OSError, SafetensorError) as e:
+            shutil.rmtree(part, ignore_errors=True)
+            raise OSError(f"{target}: the checkpoint could not be written: {e}") from None
+        shutil.rmtree(target, ignore_errors=True)
+        part.rename(target)
+        for old in sorted(out.glob("checkpoint-*"))[:-self.config.keep]:
+            shutil.rmtree(old)
+
+
+def checksum(file: Path, flush: bool = False) -> str:
+    """SHA-256 of a file; `flush`: and it is on the disk afterwards, not only in memory."""
+    digest = hashlib.sha256()
+    with open(file, "rb+" if flush else "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+        if flush:
+            os.fsync(f.fileno())
+    return digest.hexdigest()
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint: a missing, cut or changed file; "" for nothing."""
+    try:
+        sums = json.loads((checkpoint / "trainer.json").read_text())["sha256"]
+    except (OSError, ValueError, KeyError) as e:
+        return f"trainer.json is not readable ({e})"
+    for name, wanted in sums.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if checksum(checkpoint / name) != wanted:
+            return f"{name} is damaged: its checksum is another"
+    return ""
+
+
+def intact(checkpoints: list[Path]) -> Path:
+    """The last checkpoint without damage; the later ones are named. ValueError where there is none."""
+    for checkpoint in reversed(checkpoints):
+        if not (problem := damage(checkpoint)):
+            return checkpoint
+        print(f"warning: {checkpoint}: {problem}", file=sys.stderr)
+    raise ValueError(f"{checkpoints[-1]}: damaged, and there is no older checkpoint")
+
+
+class Stop:
+    """Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint; a second Ctrl-C at once."""
+
+    def __enter__(self):
+        self.asked, self.before = 0, {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = number
+
+    def __exit__(self, *error):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+def warnings_of(m: dict, first: dict) -> dict:
+    """What looks wrong in a step's figures, by kind, with the likely cause. first: those of the first
+    step."""
+    found, share = {}, lambda figures, name: f"{100 * figures[name]:.0f} %"
+    if m["finished"] < 0.5:
+        found["cut off"] = (f"only {share(m, 'finished')} of the rollouts end by themselves, the others earn "
+                            "nothing: raise --max_new_tokens, or teach shorter answers first (--stage sft)")
+    elif m["format"] < 0.5 * first["format"]:
+        found["format"] = (f"the form of answers is being lost ({share(first, 'format')} -> "
+                           f"{share(m, 'format')}): lower --lr or raise --format_weight")
+    if m["entropy"] < 0.005 and m["accuracy"] < 0.8:
+        found["entropy"] = (f"entropy fell to {m['entropy']:.4f} with {share(m, 'accuracy')} right: the "
+                            "rollouts of a group are the same; lower --lr, or --beta 0.01 to stay near "
+                            "the start")
+    if m["all_wrong"] == first["all_wrong"] == 1:
+        found["all wrong"] = ("no rollout is right: problems too hard, or answers in a form the reward does "
+                              "not read (see the printed samples)")
+    return found
 
 
 def show(groups) -> str:
@@ -585,14 +672,35 @@ def begin(trainer: Trainer, say) -> dict:
     return before
 
 
-def run(trainer: Trainer) -> dict:
-    """The whole job. Returns the held-out figures {"before": ..., "after": ...}, or None for each."""
-    config, ranks, lead = trainer.config, trainer.ranks, trainer.ranks.rank == 0
-    say = tqdm.write if lead else (lambda text: None)
-    figures, out = {"before": begin(trainer, say)}, Path(config.out)
-    bar = tqdm(total=config.max_steps, initial=trainer.step, desc=config.stage,
-               disable=None if lead else True)
-    while trainer.progress() < 1:
+class Diverged(RuntimeError):
+    """Too many steps in a row without a finite gradient."""
+
+
+def after_step(trainer: Trainer, m: dict, say):
+    """Count and tell of a step without a finite gradient (it changed nothing); Diverged after too many in a
+    row, with the ids of their problems in out/not-finite.json."""
+    c = trainer.config
+    trainer.bad_steps = 0 if math.isfinite(m["grad_norm"]) else trainer.bad_steps + 1
+    if trainer.bad_steps:
+        say(f"warning: step {trainer.step} was skipped, its gradient is not finite "
+            f"({trainer.bad_steps} in a row, --max_bad_steps {c.max_bad_steps})")
+    if trainer.bad_steps >= c.max_bad_steps:
+        steps = range(trainer.step - trainer.bad_steps, trainer.step)
+        found = trainer.ranks.gather([[p.id for n in steps for p in trainer.draw(n)]])
+        if trainer.ranks.rank == 0:
+            file = Path(c.out) / "not-finite.json"
+            file.write_text(json.dumps({"steps": [n + 1 for n in steps], "problems": sum(found, [])}))
+        raise Diverged(f"{trainer.bad_steps} steps in a row without a finite gradient; their problems are in "
+                       f"{c.out}/not-finite.json, the last checkpoints are untouched")
+
+
+def steps(trainer: Trainer, say, stop: Stop) -> bool:
+    """Step after step, logged, until the training is done or a signal asks to stop. Returns whether it is
+    done."""
+    config, lead, out = trainer.config, trainer.ranks.rank == 0, Path(trainer.config.out)
+    bar, warned, asked = tqdm(total=config.max_steps, initial=trainer.step, desc=config.stage,
+                              disable=None if lead else True), {}, 0
+    while trainer.progress() < 1 and not asked:
         started = time.time()
         m = trainer.sft_step() if config.stage == "sft" else trainer.rl_step()
         groups = m.pop("groups", None)
@@ -608,21 +716,46 @@ def run(trainer: Trainer) -> dict:
             say(line(trainer.step, config, m))
             if groups and config.print_every and trainer.step % config.print_every == 0:
                 say(show(groups))
+            if groups:
+                with open(out / "metrics.jsonl", encoding="utf-8") as f:
+                    first = json.loads(f.readline())
+                for kind, text in warnings_of(m, first).items():
+                    if trainer.step - warned.get(kind, -20) >= 20:
+                        warned[kind] = trainer.step
+                        say(f"warning: {text}")
+        after_step(trainer, m, say)
         bar.update()
-        if trainer.progress() >= 1 or (config.save_every and trainer.step % config.save_every == 0):
+        asked = trainer.ranks.sum(torch.tensor(float(stop.asked))).item()
+        done = trainer.progress() >= 1
+        if done or asked or (config.save_every and trainer.step % config.save_every == 0):
             trainer.save()
     bar.close()
-    figures["after"] = trainer.evaluate()
-    if figures["after"]:
-        if lead:
-            (out / "heldout.json").write_text(json.dumps(figures, indent=1))
-        say(f"\n{figures['after']['table']}\n")
-        for when, found in figures.items():
-            say(f"held-out {when + ':':7} {headline(found)}" if found else f"held-out {when}: not measured")
+    return trainer.progress() >= 1
+
+
+def run(trainer: Trainer) -> dict:
+    """The whole job. Returns the held-out figures {"before": ..., "after": ...}, or None for each. SystemExit
+    where a signal stopped it."""
+    config, ranks, lead = trainer.config, trainer.ranks, trainer.ranks.rank == 0
+    say = tqdm.write if lead else (lambda text: None)
+    figures, out = {"before": begin(trainer, say)}, Path(config.out)
+    with Stop() as stop:
+        done = steps(trainer, say, stop)
+    if done:
+        figures["after"] = trainer.evaluate()
+        if figures["after"]:
+            if lead:
+                (out / "heldout.json").write_text(json.dumps(figures, indent=1))
+            say(f"\n{figures['after']['table']}\n")
+            for when, found in figures.items():
+                say(f"held-out {when + ':':7} {headline(found) if found else 'not measured'}")
     say(f"checkpoint {out / f'checkpoint-{trainer.step:06d}'}")
     if ranks.world > 1:
         dist.barrier()                      # no rank leaves while another still talks
         dist.destroy_process_group()
+    if not done:
+        say(f"stopped after step {trainer.step}; go on with: python train.py --resume {out}")
+        sys.exit(128 + (stop.asked or signal.SIGTERM))
     return figures
 
 
@@ -671,14 +804,17 @@ def main(argv=None):
             found = [folder] if (folder / "trainer.json").is_file() else sorted(folder.glob("checkpoint-*"))
             if not found:
                 raise ValueError(f"--resume {folder}: no checkpoint in there")
-            checkpoint = found[-1]
+            checkpoint = intact(found)
             saved = json.loads((checkpoint.parent / "config.json").read_text())
             config = parse_flags(TrainConfig, argv, defaults=saved)
             config.out = str(checkpoint.parent)
         trainer = Trainer(config, checkpoint)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    run(trainer)
+    try:
+        run(trainer)
+    except (Diverged, OSError) as e:
+        sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":
