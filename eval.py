@@ -48,6 +48,7 @@ class EvalConfig:
     rules: str = "strict"               # when a benchmark's answer is right: strict | vlmeval | official
     prompt: str = "own"         # a benchmark's wording: own (with --instruction) | direct | cot (its own two)
     image_dir: str = ""                # folder that image paths are relative to ("" = the folder of the file)
+    outside_images: bool = False        # images may lie outside that folder
     instruction: str = rollout.INSTRUCTION  # text appended to each question of a file (may be empty)
     problems: int = 0                   # evaluate the first so many problems (0 = all of a file, 256 of tiny)
     greedy: bool = False                # greedy accuracy, one completion a problem
@@ -140,7 +141,10 @@ def start_ranks(device: torch.device) -> tuple[Ranks, torch.device]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    store, rank, world = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")     # addresses of an earlier one are dead
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank,
+                            world_size=world, store=dist.PrefixStore(f"attempt {attempt}", store))
     return Ranks(dist.get_rank(), dist.get_world_size()), device
 
 
@@ -318,7 +322,7 @@ def run(config: EvalConfig, ranks: Ranks, device, dtype):
         problems = problems[:config.problems or None]
     else:
         problems = rollout.load_data(config.data, "heldout", config.problems, config.image_dir,
-                                     config.instruction)
+                                     config.instruction, config.outside_images)
     if not (config.greedy or config.samples):
         config.greedy, config.samples = True, 4
     codec = rollout.load_codec(config.model, config.max_pixels)

@@ -19,6 +19,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -137,9 +138,9 @@ def _question(value, images: list) -> tuple:
     return value, images
 
 
-def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Problem:
-    """One JSON object -> Problem with image paths resolved against `folder`. DataError names `where` and the
-    field."""
+def parse_row(row: dict, where: str, folder: Path, instruction: str = "", outside: bool = False) -> Problem:
+    """One JSON object -> Problem with image paths resolved against `folder`, and within it unless `outside`.
+    DataError names `where` and the field."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: a JSON object is expected, found {type(row).__name__}")
     images = _first(row, "images", default=[])
@@ -183,11 +184,12 @@ def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Pro
                    choices=choices, key_steps=key_steps,
                    task=str(_first(row, "task", default="")), where=where,
                    demonstration=_first(row, "demonstration", default="") or None,
-                   images=[_image_source(im, folder, where) for im in images])
+                   images=[_image_source(im, folder, where, outside) for im in images])
 
 
-def _image_source(image, folder: Path, where: str):
-    """A path under `folder`, or the bytes of an image: from a data: url, or as parquet files hold them."""
+def _image_source(image, folder: Path, where: str, outside: bool):
+    """A path under `folder` (anywhere, if `outside`), or the bytes of an image: from a data: url, or as
+    parquet files hold them."""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, str) and image.startswith("data:"):
@@ -197,7 +199,13 @@ def _image_source(image, folder: Path, where: str):
             raise DataError(f"{where}: field 'images': the data: image can not be decoded ({e})") from None
     if not isinstance(image, (str, bytes)) or not image:
         raise DataError(f"{where}: field 'images' must hold file names or data: urls")
-    return image if isinstance(image, bytes) else folder / image.removeprefix("file://")
+    if isinstance(image, bytes):
+        return image
+    path = folder / image.removeprefix("file://")
+    if not outside and not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
+        raise DataError(f"{where}: field 'images': {image} lies outside {folder}; give --image_dir, or allow it "
+                        "with --outside_images")
+    return path
 
 
 def image_file(image) -> Image.Image:
@@ -207,9 +215,13 @@ def image_file(image) -> Image.Image:
 
 
 def open_image(image) -> Image.Image:
-    """As `image_file` -> upright RGB image, fully decoded (OSError if it is truncated)."""
+    """As `image_file` -> upright RGB image, fully decoded (OSError if it is truncated). Of an animation the
+    first frame; 16-bit grey keeps its upper 8 bits; what is transparent keeps its colour."""
     image = image_file(image)
     image.load()
+    if image.mode.startswith("I"):                          # Pillow would clip it at 255
+        grey = np.asarray(image)
+        image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
@@ -272,7 +284,8 @@ def check_problems(problems: list[Problem], measure=None) -> tuple[list, list[st
     return [value for value, error in found if not error], [error for _, error in found if error]
 
 
-def read_problems(path, image_dir=None, instruction: str = "") -> tuple[list[Problem], list[str]]:
+def read_problems(path, image_dir=None, instruction: str = "",
+                  outside: bool = False) -> tuple[list[Problem], list[str]]:
     """The good rows of a whole file, and one line a bad one. Images are not opened yet. DataError where there
     is no such file."""
     path = Path(path)
@@ -283,7 +296,7 @@ def read_problems(path, image_dir=None, instruction: str = "") -> tuple[list[Pro
         try:
             if isinstance(row, DataError):
                 raise row
-            problem = parse_row(row, where, folder, instruction)
+            problem = parse_row(row, where, folder, instruction, outside)
             if problem.id in problems:
                 raise DataError(f"{where}: field 'id': {problem.id} is taken by {problems[problem.id].where}")
             problems[problem.id] = problem
@@ -296,10 +309,10 @@ def read_problems(path, image_dir=None, instruction: str = "") -> tuple[list[Pro
     return list(problems.values()), errors
 
 
-def load_problems(path, image_dir=None, instruction: str = "") -> list[Problem]:
+def load_problems(path, image_dir=None, instruction: str = "", outside: bool = False) -> list[Problem]:
     """Read and check a whole file: every row, every image. Raises DataError with one line a bad row (the
     first 20), so nothing is trained on or scored before all of it is known to be good."""
-    problems, errors = read_problems(path, image_dir, instruction)
+    problems, errors = read_problems(path, image_dir, instruction, outside)
     errors += check_problems(problems)[1]
     if errors:
         more = f"\n... and {len(errors) - 20} more" if len(errors) > 20 else ""
@@ -312,15 +325,15 @@ def is_tiny(data: str) -> bool:
     return data.partition(":")[0] == "tiny"
 
 
-def load_data(data: str, split: str, count: int = 0, image_dir: str = "",
-              instruction: str = "") -> list[Problem]:
+def load_data(data: str, split: str, count: int = 0, image_dir: str = "", instruction: str = "",
+              outside: bool = False) -> list[Problem]:
     """The first `count` problems of a JSONL file (0 = all), or of a tiny spec such as "tiny:steps=5"
     (0 = 256)."""
     if is_tiny(data):
         from tiny.shapes import Stream          # here, since shapes.py needs Problem
         stream = Stream(data, split)
         return [stream[i] for i in range(count or 256)]
-    return load_problems(data, image_dir, instruction)[:count or None]
+    return load_problems(data, image_dir, instruction, outside)[:count or None]
 
 
 # ------------------------------------------------------------------------------------------------------------

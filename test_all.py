@@ -561,6 +561,59 @@ def test_bad_rows_are_named_all_at_once():
         raises(rollout.DataError, "no such file", rollout.load_problems, folder / "nothing.jsonl")
 
 
+def test_images_of_every_kind():
+    """16-bit, CMYK, palette, transparent, animated and turned images become the RGB picture a viewer shows;
+    truncated and huge ones are errors that name the row."""
+    ramp = np.linspace(0, 255, 64).astype(np.uint8)
+    grey = np.tile(ramp, (48, 1))                                                       # (H 48, W 64)
+    colour = Image.merge("RGB", [Image.fromarray(np.ascontiguousarray(x)) for x in (grey, grey[:, ::-1], 255 - grey)])
+
+    def through(image, kind, **options):
+        out = io.BytesIO()
+        image.save(out, kind, **options)
+        return np.asarray(rollout.open_image(out.getvalue())).astype(int)
+
+    close(torch.tensor(through(Image.fromarray(grey.astype(np.uint16) * 257), "PNG")[..., 0]), torch.tensor(grey), 1)
+    assert np.abs(through(colour.convert("CMYK"), "TIFF") - np.asarray(colour)).max() <= 2
+    assert np.abs(through(colour.quantize(64), "PNG") - np.asarray(colour)).mean() < 12
+    clear = colour.copy()
+    clear.putalpha(0)
+    assert (through(clear, "PNG") == np.asarray(colour)).all()
+    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
+    assert through(frames[0], "GIF", save_all=True, append_images=frames[1:])[0, 0].tolist() == [255, 0, 0]
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                                    # turned by 90 degrees
+    turned = through(colour, "PNG", exif=exif)
+    assert turned.shape == (64, 48, 3) and (turned == np.asarray(colour.rotate(-90, expand=True))).all()
+    assert rollout.image_grid(colour, m.ImageConfig())[1:] == (4, 4)
+    with scratch() as folder:
+        noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8))
+        for name in ("cut.png", "cut.jpg"):
+            noise.save(folder / name)
+            (folder / name).write_bytes((folder / name).read_bytes()[:-400])
+        Image.new("1", (15000, 15000)).save(folder / "bomb.png")
+        rows = [{"image": n, "problem": "x?", "answer": "1"} for n in ("cut.png", "cut.jpg", "bomb.png", "a.png")]
+        message = raises(rollout.DataError, [], rollout.load_problems, write_rows(folder, rows))
+        assert len(message.splitlines()) == 3 and all(f"data.jsonl:{n}: " in message for n in (1, 2, 3))
+        assert "bomb" in message.splitlines()[2]
+
+
+def test_images_outside_the_folder_are_refused():
+    with scratch() as folder:
+        data = folder / "data"
+        data.mkdir()
+        Image.new("RGB", (40, 30)).save(folder / "b.png")
+        for name in ("../b.png", str(folder / "b.png"), "file://" + str(folder / "b.png"), "x/../../b.png"):
+            path = write_rows(data, [{"image": name, "problem": "x?", "answer": "1"}])
+            raises(rollout.DataError, ["data.jsonl:1", "outside", "--outside_images"], rollout.load_problems, path)
+        (data / "x").mkdir()
+        assert rollout.load_problems(path, outside=True)
+        path = write_rows(data, [{"image": "x/../a.png", "problem": "x?", "answer": "1"}])
+        assert rollout.load_problems(path) and rollout.load_problems(path, image_dir=data)
+        path = write_rows(data, [{"image": str(folder / "b.png"), "problem": "x?", "answer": "1"}])
+        assert rollout.load_problems(path, image_dir=folder)
+
+
 def test_rows_of_other_projects():
     """One row a source, as the data sets people have are laid out."""
     with scratch() as folder:
@@ -3746,6 +3799,47 @@ def test_collapse_is_warned_of():
     wrong = {**first, "all_wrong": 1.0}
     assert list(train.warnings_of(wrong, wrong)) == ["all wrong"] and not train.warnings_of(wrong, first)
     assert not train.warnings_of({**first, "entropy": 0.001, "accuracy": 0.95}, first)
+
+
+def torchrun(folder, script, *flags, restarts=0):
+    """Two gloo processes of a script that changes train.py before it runs it."""
+    file = folder / "script.py"
+    file.write_text(f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
+                    f"rank, count = int(os.environ['RANK']), int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+                    f"step = train.Trainer.rl_step\n{script}\ntrain.main()\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               "--max-restarts", str(restarts), str(file), "--model", TINY, "--data", "tiny:steps=2", "--batch",
+               "4", "--group_size", "2", "--max_new_tokens", "30", "--eval_problems", "0", "--device", "cpu",
+               "--save_every", "1", "--max_steps", "3", "--print_every", "0", "--lr", "1e-4", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_torchrun_restarts_from_the_last_checkpoint():
+    """A rank killed in the middle of a step: the job comes back and ends as if nothing had been."""
+    with scratch() as folder:
+        kill = ("def rl_step(self):\n    if self.step == 2 and rank == 1 and count == 0:\n"
+                "        os.kill(os.getpid(), signal.SIGKILL)\n    return step(self)\n"
+                "train.Trainer.rl_step = rl_step")
+        done = torchrun(folder, kill, "--out", str(folder / "run"), restarts=1)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert [r["step"] for r in metrics(folder / "run")] == [1, 2, 3]
+        one = small_run(folder / "one", data="tiny:steps=2", group_size=2, max_new_tokens=30, lr=1e-4,
+                        warmup_steps=5)
+        for a, b in zip(metrics(folder / "run"), metrics(one.out), strict=True):
+            close(a["loss"], b["loss"], 1e-5), close(a["generated_tokens"], b["generated_tokens"], 0)
+
+
+def test_a_rank_that_raises_ends_the_job():
+    with scratch() as folder:
+        fail = ("def rl_step(self):\n    if self.step == 1 and rank == 1:\n"
+                "        raise ValueError('a fault on rank one')\n    return step(self)\n"
+                "train.Trainer.rl_step = rl_step")
+        begun = time.time()
+        done = torchrun(folder, fail, "--out", str(folder / "run"))
+        last = (folder / "run" / "metrics.jsonl").stat().st_mtime
+        assert done.returncode != 0 and "a fault on rank one" in done.stderr and "Traceback" in done.stderr
+        assert time.time() - last < 90 and last > begun                    # 30 s, on an idle machine
 
 
 def test_micro_batches_change_nothing():

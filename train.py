@@ -55,6 +55,7 @@ class TrainConfig:
     data: str = "tiny"            # JSONL file, or "tiny" (drawn afresh), e.g. "tiny:steps=5,kinds=tiles+path"
     eval_data: str = ""      # JSONL file or tiny spec ("" = held-out split of the same spec; none for a file)
     image_dir: str = ""                # folder that image paths are relative to ("" = the folder of the file)
+    outside_images: bool = False        # images may lie outside that folder
     instruction: str = rollout.INSTRUCTION  # text appended to each question of a JSONL file (may be empty)
     out: str = ""                       # run folder ("" = runs/<stage>-<time>)
     resume: str = ""                    # run folder or checkpoint to go on from, with its saved flags
@@ -235,11 +236,12 @@ class Trainer:
         if rollout.is_tiny(c.data):
             data = shapes.Stream(c.data, "train", c.seed, run=c.batch)
         else:
-            data = rollout.load_problems(c.data, c.image_dir, c.instruction)
+            data = rollout.load_problems(c.data, c.image_dir, c.instruction, c.outside_images)
         name = c.eval_data or (c.data if rollout.is_tiny(c.data) else "")
         held_out = []
         if name and c.eval_problems:
-            held_out = rollout.load_data(name, "heldout", c.eval_problems, c.image_dir, c.instruction)
+            held_out = rollout.load_data(name, "heldout", c.eval_problems, c.image_dir, c.instruction,
+                                         c.outside_images)
         for p in (data if isinstance(data, list) else [data[0]]) + held_out:
             rollout.encode_prompt(p, self.codec, c.max_prompt_tokens, pixels=False)
         return data, held_out
@@ -762,7 +764,8 @@ def run(trainer: Trainer) -> dict:
 def check_data(config: TrainConfig) -> tuple[str, list[str]]:
     """--check: (what a data file holds, one line a bad row). Every row is read, every image decoded, every
     prompt and demonstration tokenised."""
-    problems, errors = rollout.read_problems(config.data, config.image_dir, config.instruction)
+    problems, errors = rollout.read_problems(config.data, config.image_dir, config.instruction,
+                                             config.outside_images)
     codec = rollout.load_codec(config.model, config.max_pixels)
 
     def measure(p):
@@ -795,9 +798,12 @@ def main(argv=None):
             summary, bad = check_data(given)
             print(summary, *bad, sep="\n")
             sys.exit(1 if bad else 0)
+        begun = bool(given.out) and list(Path(given.out).glob("checkpoint-*"))
+        if begun and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            given.resume = given.out                        # torchrun --max-restarts began anew
         if not given.resume:
             config, checkpoint = given, None
-            if config.out and (Path(config.out) / "metrics.jsonl").exists():
+            if begun:
                 raise ValueError(f"--out {config.out}: holds a run already; --resume it, or choose another")
         else:
             folder = Path(given.resume)

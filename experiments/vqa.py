@@ -93,7 +93,8 @@ def write(path: Path, rows: list[dict]) -> Path:
 def train(out: Path, *flags):
     """One `train.py`; nothing where the run is there already."""
     if not list(out.glob("checkpoint-*[1-9]*")):
-        command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), "--instruction", ""]
+        command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), "--instruction", "",
+                   "--outside_images"]
         subprocess.run([*command, *flags], check=True)
     return sorted(out.glob("checkpoint-*"))[-1]
 
