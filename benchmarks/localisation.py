@@ -75,10 +75,10 @@ def score_localisers(model, codec, found: list, max_new_tokens: int, batch: int 
     return records
 
 
-def planted_kinds(model, codec, stream, count: int) -> list[tuple[str, str]]:
-    """(planted, found) kinds of error in chains with one planted error each: a wrong reading at the first two
-    steps, where the policy still looks (misread), or at the last third, where erosion has set in (eroded); a
-    wrong conclusion from a right reading (reasoning)."""
+def planted_kinds(model, codec, stream, count: int) -> list[tuple[str, str, bool]]:
+    """(planted kind, found kind, whether the step is found) of chains with one planted error each: a wrong
+    reading at the first two steps, where the policy still looks (misread), or at the last third, where
+    erosion has set in (eroded); a wrong conclusion from a right reading (reasoning)."""
     chains, planted, rng = [], [], random.Random(0)
     for i in range(count):
         p, kind = stream[i], ("misread", "eroded", "reasoning")[i // 4 % 3]
@@ -90,20 +90,23 @@ def planted_kinds(model, codec, stream, count: int) -> list[tuple[str, str]]:
             steps[k] = slipped
         else:
             continue                                    # counting and following dots conclude nothing
+        wrong = next((n for n, v in enumerate(shapes.check_steps(p, steps)) if v != "true"), None)
+        if wrong is None:
+            continue
         answer = shapes.answer_from_steps(p.oracle, steps)
         text = f"<think>{chr(10).join(steps)}</think><answer>{answer}</answer>"
         ids = rollout.token_ids(text, codec) + [codec.eos_ids[0]]
         t = rollout.Trajectory(p, ids, [1] * len(ids), [0.0] * len(ids), True, text)
         t.steps = attribute.split_steps(ids, codec)
         chains.append(t)
-        planted.append(kind)
+        planted.append((kind, wrong))
     found = []
     for at in range(0, len(chains), 64):
         part = chains[at:at + 64]
         attribute.Locator(model, codec)(part)
         depends = attribute.visual_dependence(model, codec, part)
-        found += [attribute.localise(t.checks, None, d, t.steps).kind for t, d in zip(part, depends)]
-    return list(zip(planted, found))
+        found += [attribute.localise(t.checks, None, d, t.steps) for t, d in zip(part, depends)]
+    return [(kind, fault.kind, fault.step == k) for (kind, k), fault in zip(planted, found)]
 
 
 def localisation_report(records: list[dict], interval) -> str:
@@ -137,7 +140,10 @@ def localisation(model, codec, data: str, count: int, planted: int, max_new_toke
     lines = [f"{len(found)} flawed rollouts with a wrong step, {slips} more with only a wrong answer; "
              f"{length:.1f} tokens a rollout", "",
              localisation_report(score_localisers(model, codec, found, max_new_tokens), interval), "",
-             "| planted | found " + " | ".join(kinds) + " |", "|---|---|---|---|"]
-    lines += [f"| {kind} | " + " | ".join(str(pairs.count((kind, other))) for other in kinds) + " |"
-              for kind in kinds]
+             "| planted | found " + " | ".join(kinds) + " | exact step |", "|---|---|---|---|---|"]
+    for kind in kinds:
+        hits = [hit for planted, _, hit in pairs if planted == kind]
+        counts = [sum(pair[:2] == (kind, other) for pair in pairs) for other in kinds]
+        lines.append(f"| {kind} | " + " | ".join(map(str, counts))
+                     + f" | {100 * sum(hits) / max(1, len(hits)):.1f} % |")
     return "\n".join(lines)

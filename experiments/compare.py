@@ -170,7 +170,7 @@ def table(results: list, baseline: str) -> str:
     """By horizon and arm: accuracy before and after; at the end, the paired difference from the baseline; the
     tokens after which the arm's mean curve is where the baseline ends (with those of the baseline's own
     curve); and the difference at the budget where the baseline is half-way up."""
-    million = lambda x: "never" if x == float("inf") else f"{x / 1e6:.2f} M"
+    thousand = lambda x: "never" if x == float("inf") else f"{x / 1e3:.0f} k"
     lines = [f"| steps | arm | seeds | before | after | points over {baseline} at the end | "
              f"tokens to {baseline}'s end | points over {baseline} at its half-way | tokens | wall |",
              "|---" * 10 + "|"]
@@ -186,9 +186,12 @@ def table(results: list, baseline: str) -> str:
             if base:
                 budget = min(r["curve"][-1][0] for r in runs + base)
                 goal = mean_curve(base, budget)[-1][1]
+                own = reached(mean_curve(base, budget), goal)
                 start = sum(r["warm_accuracy"] for r in base) / len(base)
                 climbs = goal > start + 0.02               # a baseline that stays at the bottom has no way up
-                when = million(reached(mean_curve(runs, budget), goal)) if climbs else ""
+                it = reached(mean_curve(runs, budget), goal)
+                when = f"{thousand(it)} ({it / own:.2f} x)" if climbs and it < float("inf") else \
+                    "never" if climbs else ""
             pairs = [(r, b) for r in runs for b in base if r["seed"] == b["seed"]]
             if pairs and arm != baseline:
                 end = difference(pairs)
@@ -199,7 +202,7 @@ def table(results: list, baseline: str) -> str:
                 half = f"{gap(pairs):+.1f} [{', '.join(f'{x:+.1f}' for x in bootstrap(pairs, gap, 100))}]"
             lines.append(f"| {h} | {arm} | {len(runs)} | {100 * mean('warm_accuracy'):.1f} % | "
                          f"{100 * mean('accuracy'):.1f} % [{low:.1f}, {high:.1f}] | {end} | {when} | "
-                         f"{half} | {mean('generated_tokens') / 1e6:.2f} M | {mean('wall_s'):.0f} s |")
+                         f"{half} | {thousand(mean('generated_tokens'))} | {mean('wall_s'):.0f} s |")
     return "\n".join(lines)
 
 
