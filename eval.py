@@ -121,6 +121,17 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def reduce(self, tensor, to: int):
+        """Sum over ranks, in place, on rank `to`; elsewhere its content is lost."""
+        if self.world > 1:
+            dist.reduce(tensor, to)
+        return tensor
+
+    def spread(self, tensor, source: int):
+        """The tensor of rank `source`, in place, on every rank."""
+        if self.world > 1:
+            dist.broadcast(tensor, source)
+
     def gather(self, rows: list) -> list:
         """The rows of all ranks, on every rank."""
         if self.world == 1:

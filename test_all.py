@@ -566,14 +566,15 @@ def test_images_of_every_kind():
     truncated and huge ones are errors that name the row."""
     ramp = np.linspace(0, 255, 64).astype(np.uint8)
     grey = np.tile(ramp, (48, 1))                                                       # (H 48, W 64)
-    colour = Image.merge("RGB", [Image.fromarray(np.ascontiguousarray(x)) for x in (grey, grey[:, ::-1], 255 - grey)])
+    colour = Image.fromarray(np.stack((grey, grey[:, ::-1], 255 - grey), axis=-1))
 
     def through(image, kind, **options):
         out = io.BytesIO()
         image.save(out, kind, **options)
         return np.asarray(rollout.open_image(out.getvalue())).astype(int)
 
-    close(torch.tensor(through(Image.fromarray(grey.astype(np.uint16) * 257), "PNG")[..., 0]), torch.tensor(grey), 1)
+    deep = through(Image.fromarray(grey.astype(np.uint16) * 257), "PNG")
+    assert np.abs(deep - grey[..., None]).max() <= 1
     assert np.abs(through(colour.convert("CMYK"), "TIFF") - np.asarray(colour)).max() <= 2
     assert np.abs(through(colour.quantize(64), "PNG") - np.asarray(colour)).mean() < 12
     clear = colour.copy()
@@ -592,7 +593,8 @@ def test_images_of_every_kind():
             noise.save(folder / name)
             (folder / name).write_bytes((folder / name).read_bytes()[:-400])
         Image.new("1", (15000, 15000)).save(folder / "bomb.png")
-        rows = [{"image": n, "problem": "x?", "answer": "1"} for n in ("cut.png", "cut.jpg", "bomb.png", "a.png")]
+        rows = [{"image": n, "problem": "x?", "answer": "1"}
+                for n in ("cut.png", "cut.jpg", "bomb.png", "a.png")]
         message = raises(rollout.DataError, [], rollout.load_problems, write_rows(folder, rows))
         assert len(message.splitlines()) == 3 and all(f"data.jsonl:{n}: " in message for n in (1, 2, 3))
         assert "bomb" in message.splitlines()[2]
@@ -605,7 +607,8 @@ def test_images_outside_the_folder_are_refused():
         Image.new("RGB", (40, 30)).save(folder / "b.png")
         for name in ("../b.png", str(folder / "b.png"), "file://" + str(folder / "b.png"), "x/../../b.png"):
             path = write_rows(data, [{"image": name, "problem": "x?", "answer": "1"}])
-            raises(rollout.DataError, ["data.jsonl:1", "outside", "--outside_images"], rollout.load_problems, path)
+            raises(rollout.DataError, ["data.jsonl:1", "outside", "--outside_images"],
+                   rollout.load_problems, path)
         (data / "x").mkdir()
         assert rollout.load_problems(path, outside=True)
         path = write_rows(data, [{"image": "x/../a.png", "problem": "x?", "answer": "1"}])
@@ -3720,7 +3723,7 @@ def test_killed_and_stopped_runs_go_on_bit_for_bit():
                 train.main(["--resume", str(cut)])
         strip = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
         assert strip(metrics(whole)) == strip(metrics(cut))
-        for name in ("model.safetensors", "optimizer.safetensors"):
+        for name in ("model.safetensors", "optimizer-00001-of-00001.safetensors"):
             a, b = (load_file(run / "checkpoint-000004" / name) for run in (whole, cut))
             assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
 
@@ -3741,9 +3744,9 @@ def test_damaged_checkpoints_are_passed_over():
             with contextlib.redirect_stderr(io.StringIO()) as warned:
                 assert train.intact(sorted(out.glob("checkpoint-*"))).name == "checkpoint-000002"
             assert "model.safetensors" in warned.getvalue()
-        (last / "optimizer.safetensors").unlink()
+        (last / "optimizer-00001-of-00001.safetensors").unlink()
         (last / "model.safetensors").write_bytes(whole)
-        assert "optimizer.safetensors is missing" in train.damage(last)
+        assert "optimizer-00001-of-00001.safetensors is missing" in train.damage(last)
         (last / "trainer.json").write_text("{")
         raises(ValueError, "no older", train.intact, [last])
         raises(SystemExit, "no older", train.main, ["--resume", str(last)])
@@ -3778,7 +3781,7 @@ def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run():
 
         def poisoned():
             collect()
-            next(m for m in trainer.optimizer.masters if m.grad is not None).grad.fill_(math.nan)
+            next(p for p in trainer.optimizer.params if p.grad is not None).grad.fill_(math.nan)
 
         trainer.optimizer.collect = poisoned
         with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -3808,8 +3811,9 @@ def torchrun(folder, script, *flags, restarts=0):
                     f"rank, count = int(os.environ['RANK']), int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
                     f"step = train.Trainer.rl_step\n{script}\ntrain.main()\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               "--max-restarts", str(restarts), str(file), "--model", TINY, "--data", "tiny:steps=2", "--batch",
-               "4", "--group_size", "2", "--max_new_tokens", "30", "--eval_problems", "0", "--device", "cpu",
+               "--max-restarts", str(restarts), str(file), "--model", TINY, "--data", "tiny:steps=2",
+               "--batch", "4", "--group_size", "2", "--max_new_tokens", "30", "--eval_problems", "0",
+               "--device", "cpu",
                "--save_every", "1", "--max_steps", "3", "--print_every", "0", "--lr", "1e-4", *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -3859,14 +3863,14 @@ def test_first_update_is_the_plain_policy_gradient():
                                    device="cpu", eval_problems=0, max_grad_norm=1e9, out=str(folder))
         trainer = train.Trainer(config)
         trainer.model = random_model(spread=0.2)
-        trainer.optimizer = train.Optimizer(trainer.model, config)
+        trainer.optimizer = train.Optimizer(trainer.model, config, train.Ranks())
         problems = trainer.draw(0)
         prompts = [rollout.encode_prompt(p, trainer.codec) for p in problems]
         groups = trainer.roll_out(problems, prompts)
         for i, t in enumerate(t for g in groups for t in g):
             t.advantage = math.sin(i + 1)
         net, seen = trainer.model, {}
-        trainer.optimizer.step = lambda lr, ranks: seen.update(
+        trainer.optimizer.step = lambda lr: seen.update(
             {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}) or 0.0
         stats = trainer.update(groups, prompts, 0.0)
         assert abs(stats["ratio"] - 1) < 1e-4 and stats["clip_fraction"] == 0 and abs(stats["kl_old"]) < 1e-6
@@ -3908,28 +3912,56 @@ def test_bf16_master_weights():
     """In bfloat16 a small update would be lost in rounding; the fp32 masters keep it."""
     config = train.TrainConfig(lr=1e-6, weight_decay=0.0, max_grad_norm=1e9)
     net = random_model().to(torch.bfloat16)
-    optimizer = train.Optimizer(net, config)
-    start = [x.clone() for x in optimizer.masters]
+    optimizer = train.Optimizer(net, config, train.Ranks())
+    start = [x.clone() for x in optimizer.masters.values()]
     for _ in range(3):
         for part in (1.0, 2 ** -9):                     # two micro-batches; their sum is no bfloat16 number
             for p in net.parameters():
                 p.grad = torch.full_like(p, part)
             optimizer.collect()
         assert all(p.grad is None for p in net.parameters())
-        assert all((x.grad == 1 + 2 ** -9).all() for x in optimizer.masters)
-        optimizer.step(1e-6, train.Ranks())
-    for a, b, p in zip(start, optimizer.masters, net.parameters()):
+        assert all((x == 1 + 2 ** -9).all() for x in optimizer.sums)
+        optimizer.step(1e-6)
+    for a, b, p in zip(start, optimizer.masters.values(), net.parameters()):
         close(b, a - 3e-6, 1e-6)
         assert torch.equal(p, b.to(torch.bfloat16))
 
 
+def test_optimizer_state_is_sharded():
+    """Three ranks, one after the other: each parameter has one owner, shares are even, and a rank takes its
+    share out of the files of one rank or of three."""
+    net, config = random_model(), train.TrainConfig(lr=1e-3)
+    one = train.Optimizer(net, config, train.Ranks())
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    one.step(1e-3)
+    shards = [train.Optimizer(net, config, train.Ranks(r, 3)) for r in range(3)]
+    owned = [sorted(s.masters) for s in shards]
+    assert sorted(sum(owned, [])) == list(range(len(one.params)))
+    sizes = [sum(m.numel() for m in s.masters.values()) for s in shards]
+    assert max(sizes) - min(sizes) <= max(p.numel() for p in net.parameters())
+    with scratch() as folder:
+        whole = {k: v.clone() for k, v in one.state().items()}
+        save_file(whole, folder / "optimizer-00001-of-00001.safetensors")
+        for r, shard in enumerate(shards):
+            shard.load(sorted(folder.glob("*")))
+        for file in folder.glob("*"):
+            file.unlink()
+        for r, shard in enumerate(shards):
+            save_file({k: v.clone() for k, v in shard.state().items()}, folder / f"optimizer-{r}.safetensors")
+        again = train.Optimizer(net, config, train.Ranks())
+        again.load(sorted(folder.glob("*")))
+        found, wanted = again.state(), one.state()
+        assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
+
+
 def test_gradient_that_is_not_finite_is_skipped():
     net = random_model()
-    optimizer = train.Optimizer(net, train.TrainConfig())
+    optimizer = train.Optimizer(net, train.TrainConfig(), train.Ranks())
     before = [p.clone() for p in net.parameters()]
     for p in net.parameters():
         p.grad = torch.full_like(p, torch.nan)
-    assert math.isnan(optimizer.step(1e-2, train.Ranks()))
+    assert math.isnan(optimizer.step(1e-2))
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
 
 

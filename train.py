@@ -10,7 +10,8 @@ Loop repairs the trajectory, and GRPO learns from it. We chose: one update a rol
 at a constant rate after a short warm-up, fp32 master weights where the model is bfloat16.
 
 Data parallelism is one line of arithmetic: each rank takes every W-th problem of the global batch, divides
-its loss by the *global* normaliser, and gradients are summed over ranks, in fp32, once an optimiser step.
+its loss by the *global* normaliser, and gradients are summed over ranks, in fp32, once an optimiser step, to
+the rank that keeps the optimiser state of a parameter (ZeRO-1).
 Random numbers belong to problems (`rollout.uniforms`), not to processes. So W ranks and one process do the
 same, and a resumed run does the same as an uninterrupted one.
 """
@@ -30,8 +31,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import attribute
@@ -143,55 +144,85 @@ class TrainConfig:
 
 
 class Optimizer:
-    """AdamW on fp32 master weights. Gradients are added up in fp32, summed over ranks, clipped."""
+    """AdamW on fp32 master weights, its state sharded over ranks (ZeRO-1): each parameter has one owner, who
+    alone holds its master and moments. Gradients are added up in fp32, summed to their owner once an
+    optimiser step, and clipped by the norm of all of them; the owner updates and sends the parameter to the
+    others. Source: Rajbhandari et al. (arXiv 1910.02054)."""
 
-    def __init__(self, model: Qwen25VL, config: TrainConfig):
+    def __init__(self, model: Qwen25VL, config: TrainConfig, ranks: Ranks):
         self.names, self.params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-                        for p in self.params]
-        groups = [{"params": [m for m in self.masters if m.dim() > 1], "weight_decay": config.weight_decay},
-                  {"params": [m for m in self.masters if m.dim() <= 1], "weight_decay": 0.0}]
+        self.ranks, self.max_grad_norm = ranks, config.max_grad_norm
+        self.owners, load = [0] * len(self.params), [0] * ranks.world
+        for i in sorted(range(len(self.params)), key=lambda i: -self.params[i].numel()):
+            self.owners[i] = load.index(min(load))          # the largest first, to who holds least
+            load[self.owners[i]] += self.params[i].numel()
+        self.sums = [None] * len(self.params)               # fp32 gradients of parameters that are not
+        self.masters = {i: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+                        for i, p in enumerate(self.params) if self.owners[i] == ranks.rank}
+        mine = list(self.masters.values())
+        groups = [{"params": [m for m in mine if m.dim() > 1], "weight_decay": config.weight_decay},
+                  {"params": [m for m in mine if m.dim() <= 1], "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
-        self.max_grad_norm = config.max_grad_norm
 
     def collect(self):
-        """After each backward pass: add bf16 gradients to the fp32 sums (fp32 ones sum up in place)."""
-        for p, m in zip(self.params, self.masters):
-            if p is not m and p.grad is not None:
-                m.grad = p.grad.float() if m.grad is None else m.grad.add_(p.grad)
+        """After each backward pass: add bf16 gradients to their fp32 sums (fp32 ones sum up in place)."""
+        for i, p in enumerate(self.params):
+            if p.dtype != torch.float32 and p.grad is not None:
+                self.sums[i] = p.grad.float() if self.sums[i] is None else self.sums[i].add_(p.grad)
                 p.grad = None
 
-    def step(self, lr: float, ranks: Ranks) -> float:
+    def step(self, lr: float) -> float:
         """One update. Returns the gradient norm before clipping; where that is not finite, nothing moves."""
-        for m in self.masters:
-            m.grad = ranks.sum(torch.zeros_like(m) if m.grad is None else m.grad)
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm).item()
+        squares = torch.zeros((), dtype=torch.float64)
+        for i, p in enumerate(self.params):
+            grad, p.grad, self.sums[i] = p.grad if self.sums[i] is None else self.sums[i], None, None
+            grad = self.ranks.reduce(torch.zeros_like(p, dtype=torch.float32) if grad is None else grad,
+                                     self.owners[i])
+            if i in self.masters:
+                self.masters[i].grad = grad
+                squares += grad.norm().double().cpu() ** 2
+        norm = self.ranks.sum(squares).sqrt().item()
         if math.isfinite(norm):
+            for m in self.masters.values():
+                m.grad.mul_(min(1.0, self.max_grad_norm / (norm + 1e-6)))
             for group in self.adamw.param_groups:
                 group["lr"] = lr
             self.adamw.step()
             with torch.no_grad():
-                for p, m in zip(self.params, self.masters):
-                    if p is not m:
-                        p.copy_(m)
+                for i, p in enumerate(self.params):
+                    if i in self.masters and self.masters[i] is not p:
+                        p.copy_(self.masters[i])
+                    self.ranks.spread(p.data, self.owners[i])
         self.adamw.zero_grad()
         return norm
 
     def state(self) -> dict:
-        """Everything a resumed run needs, as named tensors."""
+        """Everything of this rank's that a resumed run needs, as named tensors."""
         out = {}
-        for name, p, m in zip(self.names, self.params, self.masters):
+        for i, m in self.masters.items():
+            name = self.names[i]
             out.update({f"{name}/{key}": value for key, value in self.adamw.state[m].items()})
-            if p is not m:
+            if m is not self.params[i]:
                 out[f"{name}/master"] = m.detach()
         return out
 
-    def load(self, state: dict):
-        for name, p, m in zip(self.names, self.params, self.masters):
-            if p is not m:
-                m.data.copy_(state[f"{name}/master"])
+    def load(self, files: list[Path]):
+        """This rank's share out of the files of all ranks, however many they were."""
+        state = {}
+        for file in files:
+            with safe_open(file, "pt") as f:
+                state.update(dict.fromkeys(f.keys(), file))
+
+        def found(key):
+            with safe_open(state[key], "pt") as f:
+                return f.get_tensor(key)
+
+        for i, m in self.masters.items():
+            name = self.names[i]
+            if m is not self.params[i]:
+                m.data.copy_(found(f"{name}/master"))
             keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{k}" in state]
-            self.adamw.state[m] = {k: state[f"{name}/{k}"].to("cpu" if k == "step" else m.device)
+            self.adamw.state[m] = {k: found(f"{name}/{k}").to("cpu" if k == "step" else m.device)
                                    for k in keys}
 
 
@@ -222,13 +253,13 @@ class Trainer:
         self.model.remat = config.remat
         if config.freeze_vision:
             self.model.visual.requires_grad_(False)
-        self.optimizer = Optimizer(self.model, config)
+        self.optimizer = Optimizer(self.model, config, self.ranks)
         self.reference = load_model(config.model, self.device, dtype).eval() if config.beta > 0 else None
         self.tokens = 0                                 # completion tokens generated so far, over all ranks
         if checkpoint:
             state = json.loads((checkpoint / "trainer.json").read_text())
             self.step, self.tokens, self.bad_steps = state["step"], state["tokens"], state["bad_steps"]
-            self.optimizer.load(load_file(checkpoint / "optimizer.safetensors"))
+            self.optimizer.load(sorted(checkpoint.glob("optimizer-*.safetensors")))
 
     def load_data(self):
         """Training data (a Stream or a list) and held-out problems, checked before anything is computed."""
@@ -391,7 +422,7 @@ class Trainer:
             for at in range(0, len(rows), c.micro_rows):
                 for name, value in self.backward(rows[at:at + c.micro_rows], prompts, normaliser).items():
                     sums[name] = sums.get(name, 0.0) + value
-            norms.append(self.optimizer.step(lr, self.ranks))
+            norms.append(self.optimizer.step(lr))
         names = ("loss", "tokens", "entropy", "clip_fraction", "kl_ref", "kl_old", "ratio")
         total = self.ranks.sum(torch.tensor([float(sums.get(n, 0.0)) for n in names], dtype=torch.float64))
         figures = dict(zip(names, total.tolist()))
@@ -479,7 +510,7 @@ class Trainer:
             self.optimizer.collect()
             loss_sum += loss.item()
             right += ((logps.exp() > 0.5) & mask).sum().item()
-        norm = self.optimizer.step(lr, self.ranks)
+        norm = self.optimizer.step(lr)
         figures = self.ranks.sum(torch.tensor([loss_sum, right / total], dtype=torch.float64)).tolist()
         self.tokens += int(total)
         return {"loss": figures[0], "likely_tokens": figures[1], "grad_norm": norm,
@@ -505,19 +536,22 @@ class Trainer:
                 "problems": [sum(v) / max(1, len(v)) for _, v in sorted(sampled.items())]}
 
     def save(self):
-        """out/checkpoint-<step>: the model in the hub's form, optimizer.safetensors, trainer.json with a
-        checksum of every file. Written beside, flushed to disk, then renamed, so that a checkpoint is whole
-        or not there; the oldest beyond `keep` are removed. OSError where the disk is full: what was saved
-        before is untouched."""
-        if self.ranks.rank:
-            return
-        out = Path(self.config.out)
+        """out/checkpoint-<step>: the model in the hub's form, each rank's optimizer-*.safetensors, and
+        trainer.json with a checksum of every file. Written beside, flushed to disk, then renamed, so that a
+        checkpoint is whole or not there; the oldest beyond `keep` are removed. OSError where the disk is
+        full: what was saved before is untouched. (All ranks write to one file system.)"""
+        out, (rank, world) = Path(self.config.out), (self.ranks.rank, self.ranks.world)
         target, part = out / f"checkpoint-{self.step:06d}", out / "unfinished-checkpoint"
-        shutil.rmtree(part, ignore_errors=True)
         try:
-            save_model(self.model, part, self.config.model)
+            if rank == 0:
+                shutil.rmtree(part, ignore_errors=True)
+                save_model(self.model, part, self.config.model)
+            self.ranks.gather([])                                       # the folder is there
             state = {k: v.contiguous() for k, v in self.optimizer.state().items()}
-            save_file(state, part / "optimizer.safetensors")
+            save_file(state, part / f"optimizer-{rank + 1:05d}-of-{world:05d}.safetensors")
+            self.ranks.gather([])                                       # all have written
+            if rank:
+                return
             sums = {f.name: checksum(f, flush=True) for f in sorted(part.iterdir())}
             (part / "trainer.json").write_text(json.dumps({"step": self.step, "tokens": self.tokens,
                                                            "bad_steps": self.bad_steps, "sha256": sums}))
