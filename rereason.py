@@ -63,6 +63,7 @@ class Repair:
     stalled: int = 0                    # times it was sampled on without completing a step
     tokens: int = 0                     # generated for it (what locating costs is counted there)
     cuts: list = field(default_factory=list)        # steps (0-based) looked at or restarted from, in order
+    turns: list = field(default_factory=list)       # for people: what, at which step, text before and after
     outcome: str = ""                   # "" = at work; "repaired"; else why it was given up
 
 
@@ -177,6 +178,7 @@ def rewrite(model, codec, plans: list, turn: int, rules: Rules) -> list:
         for (r, k), s, before, reply in zip(part, spans, forced, replies):
             r.tokens += sum(reply.sampled)
             text, n = new_step(reply.ids[len(before):], "\n" in s.text, codec)
+            r.turns.append({"what": what, "step": k, "before": s.text, "after": text or "nothing"})
             answer = r.chain.problem.answer
             leaks = k + 1 < len(r.chain.steps) and says(text, answer) and not says(s.text, answer)
             if not text or text == s.text or HINT_TALK.search(text) or leaks:
@@ -294,6 +296,8 @@ def go_on(model, codec, anew: list, max_new_tokens: int, turn: int, rules: Rules
     for (r, at), new in zip(anew, found):
         old = r.chain
         r.tokens += sum(new.sampled)
+        r.turns.append({"what": "go on", "step": sum(s.stop <= at for s in old.steps), "before": "",
+                        "after": codec.tokenizer.decode(new.ids[at:])})
         new.logps[:at], new.sampled[:at] = old.logps[:at], old.sampled[:at]
         new.steps = attribute.split_steps(new.ids, codec)
         if not new.finished and new.steps and new.steps[-1].stop == len(new.ids):

@@ -8,6 +8,7 @@ import base64
 import contextlib
 import csv
 import functools
+import html
 import io
 import itertools
 import json
@@ -15,6 +16,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +44,7 @@ from benchmarks import formats, rules
 from reward import (answers_match, extract_answer, format_ok, reward_parts, step_rar, step_reward_parts,
                     step_rvr)
 from tiny import shapes
+from viewer import trace
 
 ROOT = Path(__file__).resolve().parent
 TINY = str(ROOT / "tiny")
@@ -4031,6 +4034,95 @@ def test_the_readme_run_improves():
         assert figures["before"]["n"] == figures["after"]["n"] == 12
         assert 0.2 < figures["before"]["greedy"]["mean"] > figures["before"]["avg@4"]["mean"] - 0.2
         assert [r["step"] for r in metrics(folder / "run")] == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# viewer/
+
+
+def traced_run(folder):
+    """A small run with its trace, and one more group whose every text is hostile."""
+    out = folder / "run"
+    small_run(out, data="tiny:steps=5,kinds=tiles+bars", max_steps=2, batch=4, group_size=4, max_new_tokens=80,
+              trace_every=1)
+    assert len((out / "groups.jsonl").read_text().splitlines()) == 2
+    hostile = "</script><img src=x onerror=\"document.title='pwned'\"><script>document.title='pwned'</script>"
+    row = json.loads((out / "groups.jsonl").read_text().splitlines()[0])
+    row.update(step=3, question=hostile, gold=hostile, task=hostile, id=hostile,
+               images=["javascript:alert(1)", hostile])
+    for r in row["rollouts"]:
+        r.update(tokens=[hostile] * len(r["tokens"]), answer=hostile, provenance=hostile)
+    with open(out / "groups.jsonl", "a") as f:
+        f.write(json.dumps(row) + "\n")
+    trace.write(out)
+    return out, hostile
+
+
+def test_trace_holds_the_run_and_no_markup_of_others():
+    with scratch() as folder:
+        out, hostile = traced_run(folder)
+        page = (out / "trace.html").read_text()
+        start = page.index('id="data">') + len('id="data">')
+        data = page[start:page.index("</script>", start)]
+        assert "<" not in data and page.count("<script") == 2 and "http-equiv" in page
+        assert not any(f"{how}=\"http" in page or f"{how}='http" in page for how in ("src", "href"))
+        data = json.loads(data)
+        assert [m["step"] for m in data["metrics"]] == [1, 2] and len(data["groups"]) == 3
+        assert data["groups"][2]["rollouts"][0]["tokens"][0] == hostile
+        for g in data["groups"][:2]:
+            assert len(g["rollouts"]) == 4 and g["images"][0].startswith("data:image/png;base64,")
+            for r in g["rollouts"]:
+                sizes = {len(r[k]) for k in ("tokens", "weights", "mu", "ratio", "sampled")}
+                assert len(sizes) == 1 and "".join(r["tokens"]).startswith("<think>")
+                for s in r["steps"]:
+                    assert 0 <= s["start"] < s["stop"] <= len(r["tokens"])
+                if r["rewards"]["accuracy"] == 0 and r["steps"]:
+                    assert all(s["margin"] is not None and s["dependence"] >= 0 for s in r["steps"])
+        # signals are those of attribute.py, behind the step: the last margin is that of the whole chain
+        records = [r for g in data["groups"][:2] for r in g["rollouts"] if r["fault"]]
+        assert records and all(r["fault"]["kind"] in ("eroded", "misread", "reasoning") for r in records)
+        rows = (out / "groups.jsonl").read_text().splitlines()
+        (out / "groups.jsonl").write_text("\n".join(rows * 40) + "\n")
+        limit, trace.MAX_BYTES = trace.MAX_BYTES, 20 * len(rows[0])
+        try:
+            trace.write(out)
+        finally:
+            trace.MAX_BYTES = limit
+        assert (out / "trace.html").stat().st_size < 25 * len(rows[0]) + 40_000
+
+
+def test_trace_in_a_browser():
+    """Where Chromium is installed: the page opens without console errors, filters work, a hostile completion
+    stays text."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if not browser:
+        return
+    with scratch() as folder:
+        out, hostile = traced_run(folder)
+        page = (out / "trace.html").read_text()
+        acts = """<script>
+          const many = what => document.querySelectorAll(what).length;
+          const press = key => document.dispatchEvent(new KeyboardEvent("keydown", { key }));
+          const seen = { charts: many(".chart polyline"), groups: shown.length };
+          $("right").value = "0"; refilter(); seen.wrong = many(".rollout"); seen.right = many(".rollout.right");
+          $("right").value = ""; refilter(); go(-9);
+          press("t"); seen.tokens = many("table tr"); press("ArrowRight"); seen.at = at;
+          go(9); seen.images = document.images.length; seen.scripts = document.scripts.length;
+          seen.text = document.querySelector("#problem pre").textContent; seen.title = document.title;
+          document.body.replaceChildren(JSON.stringify(seen)); </script></body>"""
+        (out / "act.html").write_text(page.replace("</body>", acts))
+        flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+                 "--disable-background-networking --disable-component-update --enable-logging=stderr --dump-dom")
+        done = subprocess.run([browser, *flags.split(), f"--user-data-dir={folder}/profile",
+                               f"file://{out}/act.html"], capture_output=True, text=True, timeout=120)
+        assert "CONSOLE" not in done.stderr, [x for x in done.stderr.splitlines() if "CONSOLE" in x]
+        seen = json.loads(html.unescape(done.stdout[done.stdout.index("{\"charts"):done.stdout.rindex("}") + 1]))
+        first = json.loads((out / "groups.jsonl").read_text().splitlines()[0])
+        assert seen["charts"] > 8 and seen["groups"] == 3 and seen["at"] == 1
+        assert seen["right"] == 0 < seen["wrong"]
+        assert seen["tokens"] == len(first["rollouts"][0]["tokens"]) + 1
+        assert seen["images"] == 0 and seen["text"] == hostile and seen["title"] == "Training trace"
+        assert seen["scripts"] == 3
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ from eval import (Ranks, accuracies, device_and_dtype, evaluate, parse_flags, pe
                   summarise)
 from model import Qwen25VL, load_model, save_model
 from tiny import shapes
+from viewer import trace
 
 
 @dataclass
@@ -107,6 +108,7 @@ class TrainConfig:
     eval_samples: int = 4               # k of avg@k
     eval_every: int = 0                 # a short evaluation every so many steps too (0 = no)
     print_every: int = 20               # show a decoded sample every so many steps (0 = never)
+    trace_every: int = 10           # write trace.html, with one more group, every so many steps (0 = never)
     save_every: int = 50                # checkpoint every so many steps, and at the end (0 = only then)
     keep: int = 2                       # checkpoints to keep
     max_bad_steps: int = 5              # end after so many steps in a row without a finite gradient
@@ -122,8 +124,8 @@ class TrainConfig:
                      "keep", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("eval_problems", "eval_samples", "eval_every", "print_every", "save_every",
-                     "max_pixels"):
+        for name in ("eval_problems", "eval_samples", "eval_every", "print_every", "trace_every",
+                     "save_every", "max_pixels"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
         if self.batch % (ranks * self.updates_per_batch):
@@ -297,7 +299,7 @@ class Trainer:
         prompts = [rollout.encode_prompt(p, self.codec, c.max_prompt_tokens) for p in problems]
         groups = self.roll_out(problems, prompts)
         self.score(groups)
-        figures = self.describe(groups)
+        figures, repairs = self.describe(groups), []
         if c.algo == "ivr":
             chosen = self.to_rectify(groups, progress)
             locate = self.localise(groups, chosen)
@@ -306,7 +308,7 @@ class Trainer:
         self.assign_advantages(groups)
         self.assign_credit(groups)
         stats = self.update(groups, prompts, progress)
-        return {**figures, "generated_tokens": self.tokens, **stats, "groups": groups}
+        return {**figures, "generated_tokens": self.tokens, **stats, "groups": groups, "repairs": repairs}
 
     def roll_out(self, problems, prompts) -> list:
         """Phase 2, rollout: G completions a problem, at temperature 1: stored log-probs are the policy."""
@@ -468,10 +470,12 @@ class Trainer:
     def describe_repairs(self, repairs, locate) -> dict:
         """What the Re-Reasoning Loop did, over all ranks; its tokens are counted here."""
         rows = self.ranks.gather([(r.outcome == "repaired", r.tokens, r.looks) for r in repairs])
+        by_looks = [sum(done and min(looks, 3) == n for done, _, looks in rows) for n in range(4)]
         spent = sum(r[1] for r in rows) + sum(self.ranks.gather([locate.tokens]))
         self.tokens += spent
         done = [r for r in rows if r[0]]
-        return {"parents": len(rows), "repaired": len(done), "repair_tokens": spent,
+        return {"parents": len(rows), "repaired": len(done), "repaired_by_looks": by_looks,
+                "repair_tokens": spent,
                 "looks": sum(r[2] for r in done) / max(1, len(done))}
 
     # ---- supervised
@@ -638,13 +642,16 @@ def warnings_of(m: dict, first: dict) -> dict:
     return found
 
 
-def show(groups) -> str:
+def telling(groups) -> list:
+    """The group to show to people: one with a rectified trajectory, else one with right and wrong ones."""
+    return max(groups, key=lambda g: (any(t.provenance != "policy" for t in g),
+                                      len({t.rewards["accuracy"] for t in g})))
+
+
+def show(group) -> str:
     """One decoded sample: question, gold, completion, reward; on tiny, the oracle's word on each step; where
     a rollout of the group was repaired, that one with its checks and what it became."""
-    mended = {id(t): t for g in groups for t in g if t.provenance != "policy"}
-    group = max(groups, key=lambda g: (any(id(t) in mended for t in g),
-                                       len({t.rewards["accuracy"] for t in g})))
-    y = next((t for t in group if id(t) in mended), None)
+    y = next((t for t in group if t.provenance != "policy"), None)
     t = y.parent if y else group[0]
     lines = [f"  question  {t.problem.question!r}", f"  gold      {t.problem.answer!r}",
              f"  sampled   {t.text!r}"]
@@ -689,9 +696,10 @@ def begin(trainer: Trainer, say) -> dict:
     if lead:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
-        log = out / "metrics.jsonl"
-        rows = log.read_text().splitlines()[:trainer.step] if log.is_file() else []
-        log.write_text("".join(r + "\n" for r in rows))
+        for log in (out / "metrics.jsonl", out / "groups.jsonl"):
+            rows = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+            rows = [r for r in rows if json.loads(r)["step"] <= trainer.step]
+            log.write_text("".join(r + "\n" for r in rows), encoding="utf-8")
     say(json.dumps(dataclasses.asdict(config)))
     size = sum(p.numel() for p in trainer.model.parameters())
     say(f"{size:,} parameters on {ranks.world} x {trainer.device}, run folder {out}")
@@ -739,7 +747,7 @@ def steps(trainer: Trainer, say, stop: Stop) -> bool:
     while trainer.progress() < 1 and not asked:
         started = time.time()
         m = trainer.sft_step() if config.stage == "sft" else trainer.rl_step()
-        groups = m.pop("groups", None)
+        groups, repairs = m.pop("groups", None), m.pop("repairs", None)
         trainer.step += 1
         m = {"step": trainer.step, **m, "seconds": time.time() - started}
         due = config.eval_every and trainer.step % config.eval_every == 0
@@ -751,7 +759,7 @@ def steps(trainer: Trainer, say, stop: Stop) -> bool:
                 f.write(json.dumps(m) + "\n")
             say(line(trainer.step, config, m))
             if groups and config.print_every and trainer.step % config.print_every == 0:
-                say(show(groups))
+                say(show(telling(groups)))
             if groups:
                 with open(out / "metrics.jsonl", encoding="utf-8") as f:
                     first = json.loads(f.readline())
@@ -760,6 +768,13 @@ def steps(trainer: Trainer, say, stop: Stop) -> bool:
                         warned[kind] = trainer.step
                         say(f"warning: {text}")
         after_step(trainer, m, say)
+        if lead and config.trace_every and (trainer.step == 1 or trainer.step % config.trace_every == 0):
+            if groups:
+                record = trace.group_record(trainer.step, telling(groups), repairs, trainer.model,
+                                            trainer.codec)
+                with open(out / "groups.jsonl", "a", encoding="utf-8") as f:
+                    f.write(json.dumps(record) + "\n")
+            trace.write(out)
         bar.update()
         asked = trainer.ranks.sum(torch.tensor(float(stop.asked))).item()
         done = trainer.progress() >= 1
@@ -785,6 +800,9 @@ def run(trainer: Trainer) -> dict:
             say(f"\n{figures['after']['table']}\n")
             for when, found in figures.items():
                 say(f"held-out {when + ':':7} {headline(found) if found else 'not measured'}")
+    if lead and config.trace_every:
+        trace.write(out)
+        say(f"to look at: {out / 'trace.html'}")
     say(f"checkpoint {out / f'checkpoint-{trainer.step:06d}'}")
     if ranks.world > 1:
         dist.barrier()                      # no rank leaves while another still talks
