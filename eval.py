@@ -206,7 +206,8 @@ def judge(problem, text: str, finished: bool, rules: str = "strict") -> dict:
         correct = extracted is not None and answers_match(extracted, problem.answer, problem.choices)
         groups = {"task": problem.task, "steps": len(problem.key_steps or [])}
     return {"id": problem.id, "groups": groups, "completion": text, "extracted": extracted,
-            "gold": problem.answer, "correct": correct, "format": finished and format_ok(text),
+            "gold": problem.answer, "rules": rules, "correct": correct,
+            "format": finished and format_ok(text),
             "finished": finished}
 
 
@@ -219,27 +220,41 @@ def settings_of(config: EvalConfig) -> dict:
     files = sorted(resolve(config.model).glob("*.safetensors"))
     stamps = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     names = ("model", "data", "bench", "prompt", "image_dir", "instruction", "samples", "max_new_tokens",
-             "max_pixels", "seed")
-    return {**{n: getattr(config, n) for n in names},
+             "max_pixels", "seed", "dtype")
+    file, digest = Path(config.bench or config.data), hashlib.sha256()
+    if file.is_file():
+        with open(file, "rb") as f:
+            while block := f.read(1 << 20):
+                digest.update(block)
+    return {**{n: getattr(config, n) for n in names}, "file": digest.hexdigest()[:16],
             "weights": hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]}
 
 
 def rows_on_disk(out: Path) -> dict:
     """All rows of an evaluation, finished or not, by (id, mode, sample)."""
     found = {}
-    for file in (f for f in (out, *sorted(out.parent.glob(f"{out.name}.part*"))) if f.is_file()):
-        for line in file.read_text(encoding="utf-8").splitlines():
+    for file in (f for f in (out, *parts_of(out)) if f.is_file()):
+        for line in file.read_text(encoding="utf-8").split("\n"):
             with contextlib.suppress(ValueError):                   # a row that was cut off when it stopped
                 r = json.loads(line)
                 found[r["id"], r["mode"], r["sample"]] = r
     return found
 
 
+def parts_of(out: Path) -> list[Path]:
+    """The files that ranks write while an evaluation runs."""
+    return sorted(f for f in out.parent.iterdir() if re.fullmatch(re.escape(out.name) + r"\.part\d+", f.name))
+
+
 def usable_rows(out: Path, settings: dict, problems: list, config: EvalConfig) -> list[dict]:
     """The records an evaluation need not make again, judged anew (the rules may be others). ValueError where
     the file holds those of other settings."""
-    found, saved = rows_on_disk(out), Path(f"{out}.config.json")
-    before = json.loads(saved.read_text()) if saved.is_file() else {}
+    saved = Path(f"{out}.config.json")
+    if not saved.is_file():
+        if out.exists() and out.stat().st_size:
+            raise ValueError(f"--out {out}: is there already, and was not written by an evaluation")
+        return []
+    found, before = rows_on_disk(out), json.loads(saved.read_text())
     if found and (other := [n for n in settings if before.get(n) != settings[n]]):
         raise ValueError(f"--out {out}: holds rows made with other settings ({', '.join(other)}); "
                          "choose another file, or delete it")
@@ -261,7 +276,7 @@ def interval(values: list[float]) -> tuple[float, float]:
     is our choice."""
     n, mean = len(values), sum(values) / len(values)
     variance = sum((v - mean) ** 2 for v in values) / n ** 2
-    n = mean * (1 - mean) / variance if variance > 0 else n
+    n = mean * (1 - mean) / variance if variance > 1e-12 else n
     z = 1.96
     centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
@@ -329,7 +344,8 @@ def run(config: EvalConfig, ranks: Ranks, device, dtype):
     """The whole job, but for `--localise`."""
     left_out, bench = "", config.bench
     if bench:
-        problems, left_out = load_benchmark(bench, config.prompt, config.instruction, config.image_dir)
+        problems, left_out = load_benchmark(bench, config.prompt, config.instruction, config.image_dir,
+                                            config.outside_images)
         problems = problems[:config.problems or None]
     else:
         problems = rollout.load_data(config.data, "heldout", config.problems, config.image_dir,
@@ -364,10 +380,13 @@ def run(config: EvalConfig, ranks: Ranks, device, dtype):
     if ranks.rank:
         return
     if out:
-        rows = {**rows_on_disk(out), **{(r["id"], r["mode"], r["sample"]): r for r in records}}
+        by_id, rows = {p.id: p for p in problems}, rows_on_disk(out)
+        rows = {key: {**r, **judge(by_id[r["id"]], r["completion"], r["finished"], config.rules)}
+                if r["id"] in by_id else r for key, r in rows.items()}
+        rows.update({(r["id"], r["mode"], r["sample"]): r for r in records})
         Path(f"{out}.new").write_text("".join(json.dumps(r) + "\n" for r in rows.values()), encoding="utf-8")
         os.replace(f"{out}.new", out)
-        for part in out.parent.glob(f"{out.name}.part*"):
+        for part in parts_of(out):
             part.unlink()
     if bench:
         splits = ", ".join(sorted({p.split for p in problems}))
@@ -385,11 +404,11 @@ def main(argv=None):
         config.validate()
         device, dtype = device_and_dtype(config.device, config.dtype)
         ranks, device = start_ranks(device)
-        if config.localise:
+        if config.localise and ranks.rank == 0:
             codec, model = rollout.load_codec(config.model), load_model(config.model, device, dtype).eval()
             print(localisation(model, codec, config.data, config.flawed, config.planted,
                                config.max_new_tokens or 256, config.seed, interval))
-        else:
+        elif not config.localise:
             run(config, ranks, device, dtype)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")

@@ -77,7 +77,7 @@ def declared_answer(text: str) -> tuple[str, str | None]:
 OPENING = re.compile(r"(?:[Oo]ption|[Cc]hoice)? ?(?:\(([A-Z])\)|([A-Z])[).:]) ?(.+)", re.S)        # "B) 12"
 MENTION = re.compile(r"(?:\b(?:[Oo]ption|[Cc]hoice) ?\(?|(?<![\w'-])(?<!\d )\(?)([A-Z])(?![\w'-])"
                      r"(?!(?<!ion A)(?<!ice A)(?<=[AI]) (?!is\b)[a-z])")    # no "5 A", "A frog", "I think"
-REFUTED = re.compile(r"\(?\b[A-Z]\b\)?(?:,{1,2}\(?[A-Z]\b\)?){,11} ?(?:is|are)"     # "A is wrong.", "A,B are false,"
+REFUTED = re.compile(r"\(?\b[A-Z]\b\)?(?:,{1,2}\(?[A-Z]\b\)?){,11} ?(?:is|are)"     # "A is wrong."
                      r"(?: (?:also |clearly |ruled )?(?:wrong|incorrect|false|out)"
                      r"|(?:n't| not) (?:right|correct))\b[^.;,]*[.;,]?\s*")
 

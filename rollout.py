@@ -19,6 +19,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import grpo
+import reward
 from model import (Config, ImageConfig, Qwen25VL, Rows, load_image_config, preprocess_image, read_json,
                    resolve, smart_resize)
 
@@ -104,13 +106,8 @@ def _first(row: dict, kind: str, where: str = "", default=None):
 def unwrap_gold(text: str) -> str:
     """The bare answer out of a worked solution: <answer>x</answer>, '### The final answer is: x'
     or \\boxed{x}."""
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.S)
-    for pattern in (r"<answer>(.*?)</answer>", r"### The final answer is:\s*(.*)",
-                    r"^\s*\$?\\boxed\{(.*)\}\$?\s*$"):
-        found = re.search(pattern, text, re.S)
-        if found:
-            return found[1].strip()
-    return text.strip()
+    rest, declared = reward.declared_answer(text)
+    return declared or rest.rpartition("### The final answer is:")[2].strip()
 
 
 def _turn(chat, roles: tuple):
@@ -121,17 +118,21 @@ def _turn(chat, roles: tuple):
     return turns[-1] if turns else None
 
 
-def _question(value, images: list) -> tuple:
+def _question(value, images: list, where: str) -> tuple:
     """The text of a question, with <image> tags, and its images: from a text, from a chat (also one written
     as JSON in a string), or from a turn's parts; images named in the parts come before none given."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return value, images
     value = _turn(value, ("user", "human")) if isinstance(value, list) else value
     if isinstance(value, list):                                     # parts of a turn
-        parts = [p if isinstance(p, dict) else {"text": p} for p in value]
+        parts = [p if isinstance(p, dict) else {"type": "text", "text": p} for p in value]
+        for p in parts:
+            if p.get("type") not in ("text", "image"):
+                raise DataError(f"{where}: field 'problem': a part of type {p.get('type')!r}; known are text "
+                                "and image")
         named = [p["image"] for p in parts if p.get("image") is not None]
         value = "".join("<image>" if p.get("type") == "image" else str(p.get("text") or "") for p in parts)
         return value, images or named
@@ -145,7 +146,7 @@ def parse_row(row: dict, where: str, folder: Path, instruction: str = "", outsid
         raise DataError(f"{where}: a JSON object is expected, found {type(row).__name__}")
     images = _first(row, "images", default=[])
     images = images if isinstance(images, list) else [images]
-    question, images = _question(_first(row, "problem", where), images)
+    question, images = _question(_first(row, "problem", where), images, where)
     if not isinstance(question, str) or not question.replace("<image>", "").strip():
         raise DataError(f"{where}: field 'problem' is empty or not text")
     gold = _first(row, "answer", where)
@@ -153,8 +154,8 @@ def parse_row(row: dict, where: str, folder: Path, instruction: str = "", outsid
         gold = _turn(gold, ("assistant", "gpt"))
     elif isinstance(gold, dict):
         gold = gold.get("ground_truth")
-    gold = (unwrap_gold(str(gold)) if isinstance(gold, (str, int, float)) and not isinstance(gold, bool)
-            else "")
+    number = isinstance(gold, (int, float)) and not isinstance(gold, bool) and math.isfinite(gold)
+    gold = unwrap_gold(str(gold)) if number or isinstance(gold, str) else ""
     if not gold:
         raise DataError(f"{where}: field 'answer' is empty or not text")
     tags = question.count("<image>")
@@ -179,20 +180,22 @@ def parse_row(row: dict, where: str, folder: Path, instruction: str = "", outsid
         question += "".join(f"\n{a}. {c}" for a, c in labels)
     if instruction:
         question += "\n" + instruction
-    question.encode("utf-8")                                        # ValueError for a lone surrogate
-    return Problem(id=str(_first(row, "id", default=where)), question=question, answer=gold,
-                   choices=choices, key_steps=key_steps,
+    if not reward.answers_match(gold, gold, choices):
+        raise DataError(f"{where}: field 'answer': {gold[:40]!r} can never be right: too long, or no option")
+    name, demonstration = str(_first(row, "id", default=where)), _first(row, "demonstration", default="")
+    "\n".join([name, question, gold, str(demonstration)]).encode("utf-8")   # ValueError for a lone surrogate
+    return Problem(id=name, question=question, answer=gold, choices=choices, key_steps=key_steps,
                    task=str(_first(row, "task", default="")), where=where,
-                   demonstration=_first(row, "demonstration", default="") or None,
-                   images=[_image_source(im, folder, where, outside) for im in images])
+                   demonstration=demonstration or None,
+                   images=[image_source(im, folder, where, outside) for im in images])
 
 
-def _image_source(image, folder: Path, where: str, outside: bool):
-    """A path under `folder` (anywhere, if `outside`), or the bytes of an image: from a data: url, or as
-    parquet files hold them."""
+def image_source(image, folder: Path, where: str, outside: bool):
+    """A path under `folder` (anywhere, if `outside`), or the bytes of an image: from a data: url or base64,
+    or as parquet files hold them."""
     if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, str) and image.startswith("data:"):
+        image = image.get("bytes") or image.get("path") or image.get("image")
+    if isinstance(image, str) and (image.startswith("data:") or len(image) > 1000):     # no name is that long
         try:
             return base64.b64decode(image.split(",", 1)[-1], validate=True)
         except ValueError as e:
@@ -203,8 +206,8 @@ def _image_source(image, folder: Path, where: str, outside: bool):
         return image
     path = folder / image.removeprefix("file://")
     if not outside and not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
-        raise DataError(f"{where}: field 'images': {image} lies outside {folder}; give --image_dir, or allow it "
-                        "with --outside_images")
+        raise DataError(f"{where}: field 'images': {image} lies outside {folder}; give --image_dir, or allow "
+                        "it with --outside_images")
     return path
 
 
@@ -219,10 +222,11 @@ def open_image(image) -> Image.Image:
     first frame; 16-bit grey keeps its upper 8 bits; what is transparent keeps its colour."""
     image = image_file(image)
     image.load()
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):                          # Pillow would clip it at 255
         grey = np.asarray(image)
         image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
-    return ImageOps.exif_transpose(image).convert("RGB")
+    return image.convert("RGB")
 
 
 def _parquet_rows(path: Path):
@@ -234,18 +238,19 @@ def _parquet_rows(path: Path):
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256):
             yield from batch.to_pylist()
-    except (OSError, ValueError) as e:                                  # pyarrow's own errors are ValueErrors
+    except (OSError, ValueError, pyarrow.lib.ArrowException) as e:
         raise DataError(f"--data {path}: not a readable parquet file: {e}") from None
 
 
 def read_rows(path: Path):
     """(where, row or the error in reading it) of each row: a JSON object a line; in a .json file, a list of
-    them; in a .parquet file, with pyarrow."""
+    them or an object of them by id; in a .parquet file, with pyarrow."""
     if path.suffix == ".parquet":
         yield from ((f"{path}: row {n}", row) for n, row in enumerate(_parquet_rows(path), start=1))
         return
-    data = path.read_bytes()
-    whole = path.suffix == ".json" and data.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[")
+    data, whole = path.read_bytes(), False
+    if path.suffix == ".json":                              # else lines of objects, whatever it is called
+        whole = len(data.split(b"\n{", 1)) == 1 or data.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[")
     for n, line in enumerate([data] if whole else data.split(b"\n"), start=1):
         where = f"{path}:{n}"
         if not line.strip():
@@ -256,7 +261,9 @@ def read_rows(path: Path):
             row = DataError(f"{where}: not JSON: {e.msg} at column {e.colno}")
         except (ValueError, RecursionError) as e:       # not UTF-8, a number of 5000 digits, 10,000 brackets
             row = DataError(f"{where}: not readable: {e}")
-        if isinstance(row, list) and whole:
+        if whole and isinstance(row, dict) and all(isinstance(v, dict) for v in row.values()):
+            row = [{"id": key, **part} for key, part in row.items()]
+        if whole and isinstance(row, list):
             yield from ((f"{path}: row {k}", part) for k, part in enumerate(row, start=1))
         else:
             yield where, row
@@ -402,7 +409,8 @@ def load_codec(path_or_id: str, max_pixels: int = 0) -> Codec:
 def image_grid(image, config: ImageConfig) -> tuple[int, int, int]:
     """(1, rows, cols) in patches of an image after resizing, from the file's header alone."""
     image = image_file(image)
-    width, height = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size  # EXIF: sideways
+    sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8) and image.format != "TIFF"    # Pillow turns it
+    width, height = image.size[::-1] if sideways else image.size
     p, m = config.patch_size, config.merge_size
     height, width = smart_resize(height, width, p * m, config.min_pixels, config.max_pixels)
     return 1, height // p, width // p
@@ -459,7 +467,9 @@ def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None,
                         f"--max_prompt_tokens is {max_tokens}")
     if not (pixels and grids):
         return Prompt(ids, None, grids)
-    patches = [preprocess_image(open_image(image), codec.image_config)[0] for image in problem.images]
+    patches, found = zip(*(preprocess_image(open_image(i), codec.image_config) for i in problem.images))
+    if list(found) != grids:
+        raise DataError(f"{where}: field 'images': an image's header tells another size than its content")
     return Prompt(ids, torch.from_numpy(np.concatenate(patches)), grids)
 
 

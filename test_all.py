@@ -589,7 +589,16 @@ def test_images_of_every_kind():
     exif[0x0112] = 6                                                                    # turned by 90 degrees
     turned = through(colour, "PNG", exif=exif)
     assert turned.shape == (64, 48, 3) and (turned == np.asarray(colour.rotate(-90, expand=True))).all()
-    assert rollout.image_grid(colour, m.ImageConfig())[1:] == (4, 4)
+    config = replace(m.ImageConfig(), min_pixels=784)
+    for image, kind in ((colour, "PNG"), (colour, "TIFF"), (colour, "JPEG"),
+                        (Image.fromarray(grey.astype(np.uint16) * 257), "PNG")):
+        for orientation in (1, 3, 6, 8, 9):             # the header tells the size that the content has
+            exif[0x0112] = orientation
+            out = io.BytesIO()
+            image.resize((120, 60)).save(out, kind, exif=exif)
+            picture = rollout.open_image(out.getvalue())
+            assert rollout.image_grid(out.getvalue(), config) == m.preprocess_image(picture, config)[1]
+            assert (picture.height > picture.width) == (orientation in (6, 8)), (kind, orientation)
     with scratch() as folder:
         noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8))
         for name in ("cut.png", "cut.jpg"):
@@ -671,7 +680,22 @@ def test_rows_of_other_projects():
         assert named("R1-VL-10K").key_steps == ["two and one", ["3 dots", "three"]]
         assert named("R1-VL-10K").demonstration.startswith("### Image")
         assert named("MM-Eureka").question == "<image>How many?"
+        more = {"image as a dict of a path": {"images": [{"image": "a.png"}], "problem": "x?", "answer": "3"},
+                "base64": {"image": base64_png(size=(90, 90), noise=True), "problem": "x?", "answer": "3"},
+                "a spaced chat": {"message": json.dumps(chat, indent=1), "answer": "3"},
+                "a worked solution": {"problem": "x?", "image": "a.png",
+                                      "solution": "We get 3+4=7, so 7-4 is \\boxed{3}."}}
+        for name, row in more.items():
+            p = rollout.parse_row(row, name, folder)
+            assert p.answer == "3" and len(p.images) == 1 and p.question.startswith("<image>"), name
+            rollout.encode_prompt(p, codec)
         for row, words in ((dict(message="[{bad json", answer="1"), None),
+                           (dict(problem="x", answer="48", choices=["1", "2"]), "can never be right"),
+                           (dict(problem="x", answer="9" * 3000), "can never be right"),
+                           (dict(problem="x", answer=math.nan), "'answer'"),
+                           (dict(prompt=[{"role": "user", "content": [{"type": "image_url"}]}], answer="1"),
+                            "image_url"),
+                           (dict(problem="x", image="A" * 2001 + "!", answer="1"), "can not be decoded"),
                            (dict(prompt=[{"role": "system", "content": "x"}], answer="1"), "'problem'"),
                            (dict(conversations=[{"from": "human", "value": "x"}]), "'answer'"),
                            (dict(problem="x", reward_model={"style": "rule"}), "'answer'")):
@@ -734,7 +758,7 @@ def test_check_names_all_bad_rows_and_counts_tokens():
         assert cells["prompt tokens"] == str(len(prompt.ids)) and cells["images"] == "1"
         assert int(cells["of these image tokens"]) * codec.image_config.merge_size ** 2 == \
             len(prompt.pixel_values)
-        assert cells["demonstration tokens"] == str(len(rollout.token_ids("x is 48", codec)))
+        assert cells["demonstration tokens"] == str(len(rollout.token_ids("x is 48", codec)) + 1)
         raises(SystemExit, "--check", train.main, ["--check"])
 
 
@@ -2740,9 +2764,12 @@ def test_flags_of_a_dataclass():
 # benchmarks/
 
 
-def base64_png(colour="red", size=(40, 30)):
+def base64_png(colour="red", size=(40, 30), noise=False):
     out = io.BytesIO()
-    Image.new("RGB", size, colour).save(out, "PNG")
+    image = Image.new("RGB", size, colour)
+    if noise:
+        image = Image.effect_noise(size, 90)
+    image.save(out, "PNG")
     return base64.b64encode(out.getvalue()).decode()
 
 
@@ -3098,6 +3125,22 @@ def test_mmmu_pro_and_mmstar_files():
         unknown = write_tsv(folder / "unknown.tsv", [{"index": 1, "question": "x"}])
         raises(rollout.DataError, "which benchmark", load, unknown)
         raises(rollout.DataError, "stands twice", load, write_tsv(folder / "MMStar2.tsv", [star, star]))
+        Image.new("RGB", (9, 9)).save(folder / "o.png")
+        row = {"question": "Which?", "A": "red", "B": "blue", "answer": "B", "image": "o.png"}
+        rows = [{**row, "index": n} for n in range(3)]                                  # 0 is a name too
+        (folder / "mmstar.json").write_text(json.dumps(rows))
+        assert [i.id for i in load(folder / "mmstar.json")[0]] == ["0", "1", "2"]
+        for bad, words in (([1], "JSON object"), ('{"half', "not JSON"),
+                           ({**rows[0], "image": "../o.png"}, "outside"),
+                           ({**rows[0], "image": "none.png"}, "no such file")):
+            lines = [json.dumps(rows[1]), bad if isinstance(bad, str) else json.dumps(bad)]
+            (folder / "mmstar.jsonl").write_text("\n".join(lines))
+            raises(rollout.DataError, ["mmstar.jsonl:2", words], load, folder / "mmstar.jsonl")
+        (folder / "mmstar.tsv").write_bytes("index\tquestion\n1\t30\xb0?".encode("latin-1"))
+        raises(rollout.DataError, ["mmstar.tsv", "not a readable TSV"], load, folder / "mmstar.tsv")
+        bad = {"question": "x", "choices": "['1', '2']", "answer": "1", "answer_type": "float",
+               "question_type": "x", "precision": "two", "image": base64_png()}
+        raises(rollout.DataError, ["row 1", "MathVista"], load, write_tsv(folder / "MathVista_x.tsv", [bad]))
 
 
 RULES = r"""
@@ -3121,6 +3164,10 @@ MathVision | 1/2/3/4/5 | B | 2 | B+ | B+ | 2+
 MathVision | | \frac{1}{3} | 0.333 | 0.333- | 0.333- | 0.333+
 MathVision | | 7 | The answer is 7. | 7+ | 7+ | 7+
 MathVision | | 69 | \boxed{69^\circ} | 69^\circ+ | 69^\circ+ | 69+
+MathVista | Yes/None | B | B | B+ | B+ | None+
+MMMU | x//z | C | not B but C | - | C+ | C+
+MMMU | | x | the answer is x, as said | x, as said- | A+ | x, as said+
+MMMU-Pro | 1/2/3 | C | A is wrong, therefore C | C+ | - | C+
 MathVerse | 40°/60° | B | so B | B+ | B+ | B+
 MathVerse | | $$r=7.00$$ | <answer>7</answer> | 7+ | 7- | 7-
 """
@@ -3325,6 +3372,17 @@ def test_benchmark_run_resumes_and_ranks_share_it():
         finally:
             rollout.sample = sampler
         raises(SystemExit, ["other settings", "seed"], run, out, "--seed", "1")
+        raises(SystemExit, ["other settings", "dtype"], run, out, "--dtype", "float32")
+        write_tsv(path, [{**rows[0], "question": "What?"}, *rows[1:]])
+        raises(SystemExit, ["other settings", "file"], run, out)
+        write_tsv(path, rows)
+        notes = folder / "notes.txt"
+        notes.write_text("mine")
+        raises(SystemExit, ["notes.txt", "not written by an evaluation"], run, notes)
+        assert notes.read_text() == "mine"
+        assert {json.loads(r)["rules"] for r in run(out, "--problems", "2", "--rules", "vlmeval")[1]} == {
+            "vlmeval", "strict"}                        # the other three are not of this run
+        assert len(run(out)[1]) == 15
         two = folder / "two.jsonl"
         command = [
             sys.executable,
@@ -3535,7 +3593,9 @@ def test_two_ranks_equal_one():
             assert done.returncode == 0, done.stderr[-3000:]
             for a, b in zip(metrics(folder / "one"), metrics(folder / "two"), strict=True):
                 for key in a:
-                    if key != "seconds":
+                    if isinstance(a[key], list):
+                        assert a[key] == b[key], key
+                    elif key != "seconds":
                         assert abs(a[key] - b[key]) <= 1e-4 * max(1, abs(a[key])), (key, a[key], b[key])
             assert any(a["grad_norm"] > 0 for a in metrics(folder / "one"))
             assert "stage" in kwargs or any(0 < a["repaired"] < 4 for a in metrics(folder / "one"))
@@ -3751,8 +3811,44 @@ def test_damaged_checkpoints_are_passed_over():
         (last / "model.safetensors").write_bytes(whole)
         assert "optimizer-00001-of-00001.safetensors is missing" in train.damage(last)
         (last / "trainer.json").write_text("{")
-        raises(ValueError, "no older", train.intact, [last])
-        raises(SystemExit, "no older", train.main, ["--resume", str(last)])
+        raises(ValueError, ["no whole", "checkpoint-000003"], train.intact, [last])
+        raises(SystemExit, "no whole", train.main, ["--resume", str(last)])
+
+
+def test_going_on_from_an_earlier_checkpoint():
+    """What was later is laid aside, and pruning never takes the checkpoint just written."""
+    with scratch() as folder:
+        out = folder / "run"
+        small_run(out, stage="sft", max_new_tokens=60, save_every=1, keep=9)
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.main(["--resume", str(out / "checkpoint-000001"), "--max_steps", "2", "--keep", "1"])
+        assert {f.name for f in out.glob("*checkpoint*")} == {
+            "checkpoint-000002", "abandoned-checkpoint-000002", "abandoned-checkpoint-000003"}
+        assert [r["step"] for r in metrics(out)] == [1, 2] and not train.damage(out / "checkpoint-000002")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = (out / "config.json").read_text()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        try:
+            raises(OSError, [], train.rewrite, out / "config.json", before)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (out / "config.json").read_text() == before
+        net = random_model().to(torch.bfloat16)                 # from bfloat16 to float32: the masters go on
+        config, ranks = train.TrainConfig(), train.Ranks()
+        first = train.Optimizer(net, config, ranks)
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        first.collect()
+        first.step(1e-3)
+        save_file(first.state(), folder / "optimizer-x.safetensors")
+        wide = random_model()
+        again = train.Optimizer(wide, config, ranks)
+        again.load([folder / "optimizer-x.safetensors"])
+        assert all(torch.equal(a, b) for a, b in zip(first.masters.values(), wide.parameters()))
+        state = {k: v for k, v in first.state().items() if not k.startswith(first.names[3])}
+        save_file(state, folder / "optimizer-x.safetensors")
+        raises(ValueError, ["no optimiser state", first.names[3]], again.load,
+               [folder / "optimizer-x.safetensors"])
 
 
 def test_full_disk_leaves_the_last_checkpoint():
@@ -3796,13 +3892,13 @@ def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run():
 
 
 def test_collapse_is_warned_of():
-    first = {"finished": 1.0, "format": 0.9, "entropy": 0.3, "accuracy": 0.2, "all_wrong": 0.4}
+    first = {"finished": 1.0, "format": 0.9, "entropy": 0.3, "accuracy": 0.2, "all_wrong": 0.4, "mixed": 0.6}
     assert not train.warnings_of(first, first)
     for change, kind in (({"finished": 0.4}, "cut off"), ({"format": 0.3}, "format"),
                          ({"entropy": 0.001}, "entropy")):
         found = train.warnings_of({**first, **change}, first)
         assert list(found) == [kind] and "--" in found[kind]
-    wrong = {**first, "all_wrong": 1.0}
+    wrong = {**first, "all_wrong": 1.0, "mixed": 0.0, "entropy": 0.0}       # no token was trained on
     assert list(train.warnings_of(wrong, wrong)) == ["all wrong"] and not train.warnings_of(wrong, first)
     assert not train.warnings_of({**first, "entropy": 0.001, "accuracy": 0.95}, first)
 
@@ -4043,8 +4139,8 @@ def test_the_readme_run_improves():
 def traced_run(folder):
     """A small run with its trace, and one more group whose every text is hostile."""
     out = folder / "run"
-    small_run(out, data="tiny:steps=5,kinds=tiles+bars", max_steps=2, batch=4, group_size=4, max_new_tokens=80,
-              trace_every=1)
+    small_run(out, data="tiny:steps=5,kinds=tiles+bars", max_steps=2, batch=4, group_size=4,
+              max_new_tokens=80, trace_every=1)
     assert len((out / "groups.jsonl").read_text().splitlines()) == 2
     hostile = "</script><img src=x onerror=\"document.title='pwned'\"><script>document.title='pwned'</script>"
     row = json.loads((out / "groups.jsonl").read_text().splitlines()[0])
@@ -4104,19 +4200,22 @@ def test_trace_in_a_browser():
           const many = what => document.querySelectorAll(what).length;
           const press = key => document.dispatchEvent(new KeyboardEvent("keydown", { key }));
           const seen = { charts: many(".chart polyline"), groups: shown.length };
-          $("right").value = "0"; refilter(); seen.wrong = many(".rollout"); seen.right = many(".rollout.right");
+          $("right").value = "0"; refilter(); seen.wrong = many(".rollout");
+          seen.right = many(".rollout.right");
           $("right").value = ""; refilter(); go(-9);
           press("t"); seen.tokens = many("table tr"); press("ArrowRight"); seen.at = at;
           go(9); seen.images = document.images.length; seen.scripts = document.scripts.length;
           seen.text = document.querySelector("#problem pre").textContent; seen.title = document.title;
           document.body.replaceChildren(JSON.stringify(seen)); </script></body>"""
         (out / "act.html").write_text(page.replace("</body>", acts))
-        flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-                 "--disable-background-networking --disable-component-update --enable-logging=stderr --dump-dom")
+        flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom "
+                 "--disable-sync --disable-background-networking --disable-component-update "
+                 "--enable-logging=stderr")
         done = subprocess.run([browser, *flags.split(), f"--user-data-dir={folder}/profile",
                                f"file://{out}/act.html"], capture_output=True, text=True, timeout=120)
         assert "CONSOLE" not in done.stderr, [x for x in done.stderr.splitlines() if "CONSOLE" in x]
-        seen = json.loads(html.unescape(done.stdout[done.stdout.index("{\"charts"):done.stdout.rindex("}") + 1]))
+        found = done.stdout[done.stdout.index("{\"charts"):done.stdout.rindex("}") + 1]
+        seen = json.loads(html.unescape(found))
         first = json.loads((out / "groups.jsonl").read_text().splitlines()[0])
         assert seen["charts"] > 8 and seen["groups"] == 3 and seen["at"] == 1
         assert seen["right"] == 0 < seen["wrong"]

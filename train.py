@@ -209,7 +209,8 @@ class Optimizer:
         return out
 
     def load(self, files: list[Path]):
-        """This rank's share out of the files of all ranks, however many they were."""
+        """This rank's share out of the files of all ranks, however many they were. ValueError where a
+        parameter has no moments though others have (it was frozen then)."""
         state = {}
         for file in files:
             with safe_open(file, "pt") as f:
@@ -221,9 +222,12 @@ class Optimizer:
 
         for i, m in self.masters.items():
             name = self.names[i]
-            if m is not self.params[i]:
+            if f"{name}/master" in state:               # also where the run was in bfloat16 and is no more
                 m.data.copy_(found(f"{name}/master"))
             keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{k}" in state]
+            if not keys and any(key.endswith("/exp_avg") for key in state):
+                raise ValueError(f"--resume: the checkpoint has no optimiser state for {name}: was it "
+                                 "frozen?")
             self.adamw.state[m] = {k: found(f"{name}/{k}").to("cpu" if k == "step" else m.device)
                                    for k in keys}
 
@@ -250,7 +254,7 @@ class Trainer:
         self.data, self.held_out = self.load_data()
         if config.stage == "sft" and isinstance(self.data, list):
             for p in self.data:
-                self.demonstration_ids(p)
+                self.demonstration(p)
         self.model = load_model(checkpoint or config.model, self.device, dtype)
         self.model.remat = config.remat
         if config.freeze_vision:
@@ -480,26 +484,20 @@ class Trainer:
 
     # ---- supervised
 
-    def demonstration_ids(self, problem) -> list:
-        """A problem's demonstration as completion tokens, EOS included; on tiny it is made here, eroded or
-        not. DataError where it is missing, or too long (cut, it would teach to stop midway)."""
-        c, text = self.config, problem.demonstration
+    def demonstration(self, problem) -> list:
+        """A problem's demonstration as completion tokens; on tiny it is made here, eroded or not."""
+        c = self.config
         if not isinstance(self.data, list):
             rng = random.Random(f"erosion/{c.seed}/{problem.id}")
             text = shapes.demonstrate(problem, (c.erosion_first, c.erosion_ninth), rng)
-        where = f"{problem.where or problem.id}: field 'demonstration'"
-        if not isinstance(text, str):
-            raise rollout.DataError(f"{where} is missing or not text, --stage sft needs it")
-        ids = rollout.token_ids(text, self.codec) + [self.codec.eos_ids[0]]
-        if len(ids) > c.max_new_tokens:
-            raise rollout.DataError(f"{where} has {len(ids)} tokens, --max_new_tokens is {c.max_new_tokens}")
-        return ids
+            problem = dataclasses.replace(problem, demonstration=text)
+        return demonstration_ids(problem, self.codec, c.max_new_tokens)
 
     def sft_step(self) -> dict:
         """Imitate demonstrations: cross-entropy of their tokens, the mean over the global batch."""
         c = self.config
         problems, lr = self.draw(self.step), learning_rate(c, self.step, self.progress())
-        completions = [self.demonstration_ids(p) for p in problems]
+        completions = [self.demonstration(p) for p in problems]
         prompts = [rollout.encode_prompt(p, self.codec, c.max_prompt_tokens) for p in problems]
         total = self.ranks.sum(torch.tensor(float(sum(map(len, completions))))).item()
         self.model.train()
@@ -565,8 +563,31 @@ class Trainer:
             raise OSError(f"{target}: the checkpoint could not be written: {e}") from None
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
-        for old in sorted(out.glob("checkpoint-*"))[:-self.config.keep]:
+        others = [c for c in sorted(out.glob("checkpoint-*")) if c != target]
+        for old in others[:len(others) - self.config.keep + 1]:
             shutil.rmtree(old)
+
+
+def demonstration_ids(problem, codec, max_new_tokens: int) -> list:
+    """A problem's demonstration as completion tokens, EOS included. DataError where it is missing, or too
+    long (cut, it would teach to stop midway)."""
+    where = f"{problem.where or problem.id}: field 'demonstration'"
+    if not isinstance(problem.demonstration, str):
+        raise rollout.DataError(f"{where} is missing or not text, --stage sft needs it")
+    ids = rollout.token_ids(problem.demonstration, codec) + [codec.eos_ids[0]]
+    if len(ids) > max_new_tokens:
+        raise rollout.DataError(f"{where} has {len(ids)} tokens, --max_new_tokens is {max_new_tokens}")
+    return ids
+
+
+def rewrite(file: Path, text: str):
+    """Give a file this content, or leave it as it was: written beside, flushed, renamed."""
+    part = file.with_name(file.name + ".new")
+    with open(part, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    part.replace(file)
 
 
 def checksum(file: Path, flush: bool = False) -> str:
@@ -600,7 +621,7 @@ def intact(checkpoints: list[Path]) -> Path:
         if not (problem := damage(checkpoint)):
             return checkpoint
         print(f"warning: {checkpoint}: {problem}", file=sys.stderr)
-    raise ValueError(f"{checkpoints[-1]}: damaged, and there is no older checkpoint")
+    raise ValueError(f"--resume: no whole checkpoint among {', '.join(c.name for c in checkpoints)}")
 
 
 class Stop:
@@ -632,7 +653,7 @@ def warnings_of(m: dict, first: dict) -> dict:
     elif m["format"] < 0.5 * first["format"]:
         found["format"] = (f"the form of answers is being lost ({share(first, 'format')} -> "
                            f"{share(m, 'format')}): lower --lr or raise --format_weight")
-    if m["entropy"] < 0.005 and m["accuracy"] < 0.8:
+    if m["mixed"] > 0 and m["entropy"] < 0.005 and m["accuracy"] < 0.8:      # it is of mixed groups' tokens
         found["entropy"] = (f"entropy fell to {m['entropy']:.4f} with {share(m, 'accuracy')} right: the "
                             "rollouts of a group are the same; lower --lr, or --beta 0.01 to stay near "
                             "the start")
@@ -695,11 +716,15 @@ def begin(trainer: Trainer, say) -> dict:
     out = Path(config.out)
     if lead:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        rewrite(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+        for later in (c for c in out.glob("checkpoint-*") if int(c.name[11:]) > trainer.step):
+            aside = out / f"abandoned-{later.name}"     # damaged, or the run goes on from an earlier one
+            shutil.rmtree(aside, ignore_errors=True)
+            later.rename(aside)
         for log in (out / "metrics.jsonl", out / "groups.jsonl"):
             rows = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
             rows = [r for r in rows if json.loads(r)["step"] <= trainer.step]
-            log.write_text("".join(r + "\n" for r in rows), encoding="utf-8")
+            rewrite(log, "".join(r + "\n" for r in rows))
     say(json.dumps(dataclasses.asdict(config)))
     size = sum(p.numel() for p in trainer.model.parameters())
     say(f"{size:,} parameters on {ranks.world} x {trainer.device}, run folder {out}")
@@ -712,7 +737,7 @@ def begin(trainer: Trainer, say) -> dict:
     if before:
         say(f"held-out before: {headline(before)}")
     if lead:
-        (out / "heldout.json").write_text(json.dumps({"before": before, "after": None}))
+        rewrite(out / "heldout.json", json.dumps({"before": before, "after": None}))
     return before
 
 
@@ -796,7 +821,7 @@ def run(trainer: Trainer) -> dict:
         figures["after"] = trainer.evaluate()
         if figures["after"]:
             if lead:
-                (out / "heldout.json").write_text(json.dumps(figures, indent=1))
+                rewrite(out / "heldout.json", json.dumps(figures, indent=1))
             say(f"\n{figures['after']['table']}\n")
             for when, found in figures.items():
                 say(f"held-out {when + ':':7} {headline(found) if found else 'not measured'}")
@@ -822,9 +847,11 @@ def check_data(config: TrainConfig) -> tuple[str, list[str]]:
 
     def measure(p):
         prompt = rollout.encode_prompt(p, codec, config.max_prompt_tokens, pixels=False)
-        demonstration = rollout.token_ids(p.demonstration, codec) if isinstance(p.demonstration, str) else []
-        return (len(prompt.ids), prompt.ids.count(codec.image_token_id), len(prompt.grids),
-                len(demonstration), len(p.choices or []))
+        shown = isinstance(p.demonstration, str) or config.stage == "sft"
+        limit = config.max_new_tokens if config.stage == "sft" else sys.maxsize
+        tokens = len(demonstration_ids(p, codec, limit)) if shown else 0
+        return (len(prompt.ids), prompt.ids.count(codec.image_token_id), len(prompt.grids), tokens,
+                len(p.choices or []))
 
     rows, bad = rollout.check_problems(problems, measure)
     names = ("prompt tokens", "of these image tokens", "images", "demonstration tokens", "options")
@@ -850,12 +877,12 @@ def main(argv=None):
             summary, bad = check_data(given)
             print(summary, *bad, sep="\n")
             sys.exit(1 if bad else 0)
-        begun = bool(given.out) and list(Path(given.out).glob("checkpoint-*"))
-        if begun and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-            given.resume = given.out                        # torchrun --max-restarts began anew
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0      # by torchrun
+        if restarted and given.out and list(Path(given.out).glob("checkpoint-*")):
+            given.resume = given.out
         if not given.resume:
             config, checkpoint = given, None
-            if begun:
+            if config.out and (Path(config.out) / "metrics.jsonl").exists() and not restarted:
                 raise ValueError(f"--out {config.out}: holds a run already; --resume it, or choose another")
         else:
             folder = Path(given.resume)

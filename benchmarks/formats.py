@@ -15,12 +15,11 @@ the question "<image>Which?\\nA. red\\nB. blue" with choices ["red", "blue"] and
 import ast
 import base64
 import csv
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rollout import DataError, Problem, check_problems
+from rollout import DataError, Problem, check_problems, image_source, read_rows
 
 PROMPTS = ("own", "direct", "cot")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -46,30 +45,28 @@ class Item(Problem):
     answer_type: str = "text"           # MathVista: text, integer, float, list
     precision: int = 0                  # MathVista: decimals of a float
     groups: dict = field(default_factory=dict)          # what results are grouped by -> value, or list
+    prompt: str = "own"                 # the wording: one of PROMPTS
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Files
 
 
-def read_table(path: Path) -> list[dict]:
-    """Rows of a .tsv (text cells), .jsonl, or .json file (a list, or a dict of rows by id). DataError names
-    file and line."""
+def read_table(path: Path) -> list[tuple[str, dict]]:
+    """(where, row) of each row of a .tsv file (text cells) or whatever `rollout.read_rows` reads. DataError
+    names file and row."""
     if path.suffix == ".tsv":
         csv.field_size_limit(2 ** 31 - 1)                          # images are longer than 131,072 characters
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            return list(csv.DictReader(f, delimiter="\t"))
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        rows = json.loads(text)
-    except ValueError as e:
-        raise DataError(f"{path}: not JSON: {e}") from None
-    if isinstance(rows, dict):
-        rows = [{"id": key, **row} for key, row in rows.items() if isinstance(row, dict)]
-    if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
-        raise DataError(f"{path}: a list of JSON objects is expected")
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as f:
+                return [(f"{path}: row {n}", row)
+                        for n, row in enumerate(csv.DictReader(f, delimiter="\t"), start=1)]
+        except (csv.Error, ValueError) as e:
+            raise DataError(f"{path}: not a readable TSV file: {e}") from None
+    rows = list(read_rows(path))
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise row if isinstance(row, DataError) else DataError(f"{where}: a JSON object is expected")
     return rows
 
 
@@ -78,7 +75,7 @@ def literal(value, kind=list):
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
         try:
             value = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             return kind()
     return value if isinstance(value, kind) else kind()
 
@@ -99,15 +96,15 @@ def benchmark_of(path: Path, row: dict) -> str:
                     f"like one of {', '.join(NAMES.values())}")
 
 
-def image_sources(row: dict, by_index: dict, folder: Path, where: str) -> list:
-    """The images of a row: bytes, or paths under `folder`."""
-    cell = row.get("image")
+def image_sources(row: dict, by_index: dict, folder: Path, where: str, outside: bool) -> list:
+    """The images of a row: bytes, or paths under `folder` (anywhere, if `outside`). Paths in `image_path`
+    count where there is no column `image`."""
+    cell = row.get("image") if "image" in row else row.get("image_path")
     if isinstance(cell, str) and 0 < len(cell) <= 64 and cell in by_index:      # another row's image
         cell = by_index[cell].get("image")
     cells = literal(cell) or ([cell] if cell else [])
     if not cells or (isinstance(cells[0], str) and len(cells[0]) <= 255 and "." in cells[0]):  # files' names
-        path = row.get("image_path")
-        return [folder / str(n) for n in cells or literal(path) or ([path] if path else [])]
+        return [image_source(c, folder, where, outside) for c in cells]
     try:
         return [base64.b64decode(c) for c in cells]
     except (ValueError, TypeError) as e:
@@ -172,7 +169,7 @@ def mathverse(row, prompt):
     if not (multiple and letter):
         return {"question": text, "choices": None, "golds": [gold.replace("\n", ",")], "split": "testmini",
                 "groups": {"version": version, "subject": metadata.get("subject", "")}}
-    return {"question": text, "choices": choices or [""] * 4, "golds": [letter[1]], "split": "testmini",
+    return {"question": text, "choices": choices or [""] * 5, "golds": [letter[1]], "split": "testmini",
             "groups": {"version": version, "subject": metadata.get("subject", "")}}
 
 
@@ -180,7 +177,7 @@ def mathvision(row, prompt):
     choices = [str(c) for c in literal(row.get("choices")) or literal(row.get("options"))]
     drawn = "".join(choices) == LETTERS[:len(choices)]              # the options are drawn in the image
     question = TAG.sub(r"[image \1]", str(row.get("question") or ""))
-    shown = choices and not drawn and not all(c in question for c in choices)
+    shown = choices and not drawn and not options_in(question)      # the question may list them already
     if prompt == "own":
         question += option_lines(choices) if shown else ""
     else:
@@ -189,9 +186,8 @@ def mathvision(row, prompt):
                     f"{question}\n{lines}\nAnswer the question using a single word or phrase.")
     gold = str(row.get("answer") or "").replace("\x0c", "\\f").strip()        # "\frac" read as an escape
     return {"question": question, "choices": choices or None, "golds": [gold],
-            "split": "testmini" if "mini" in str(row.get("split") or "") else "test",
-            "groups": {"subject": row.get("category") or row.get("subject") or "",
-                       "level": str(row.get("level") or "")}}
+            "split": "", "groups": {"subject": row.get("category") or row.get("subject") or "",
+                                    "level": str(row.get("level") or "")}}
 
 
 def mmmu(row, prompt):
@@ -210,7 +206,7 @@ def mmmu(row, prompt):
             "groups": {"category": row.get("category") or "", "l2-category": row.get("l2-category") or ""}}
 
 
-def mmmu_pro(row, prompt, vision: bool):
+def mmmu_pro(row, prompt, vision: bool = False):
     choices = lettered(row) or [str(c) for c in literal(row.get("options"))]
     direct = "Answer directly with the option letter from the given choices. "
     if vision:
@@ -250,7 +246,14 @@ def placed(question: str, images: list, interleave: bool, where: str) -> tuple[s
     return TAG.sub("<image>", question), [images[n - 1] for n in numbers]
 
 
-def load_benchmark(path, prompt: str = "own", instruction: str = "", image_dir: str = "") -> tuple[list, str]:
+def row_id(row: dict) -> str:
+    """The name of a row, "" where it has none."""
+    names = [str(row[k]) for k in ("index", "id", "pid", "sample_index") if row.get(k) not in (None, "")]
+    return names[0] if names else ""
+
+
+def load_benchmark(path, prompt: str = "own", instruction: str = "", image_dir: str = "",
+                   outside: bool = False) -> tuple[list, str]:
     """Read and check a whole benchmark file -> (items, a line that says what was left out). `instruction` is
     appended in our own wording only. DataError names file and row."""
     path = Path(path)
@@ -259,16 +262,17 @@ def load_benchmark(path, prompt: str = "own", instruction: str = "", image_dir: 
     rows = read_table(path)
     if not rows:
         raise DataError(f"--bench {path}: the file has no rows")
-    benchmark, folder = benchmark_of(path, rows[0]), Path(image_dir or path.parent)
-    by_index = {str(r.get("index")): r for r in rows if "index" in r}
+    benchmark, folder = benchmark_of(path, rows[0][1]), Path(image_dir or path.parent)
+    by_index = {str(r.get("index")): r for _, r in rows if "index" in r}
     build, items, errors, dropped, others = BUILDERS[benchmark], [], [], 0, 0
-    for n, row in enumerate(rows, start=1):
-        where = f"{path}: row {n}"
+    vision = re.search(r"(?i)pro[-_]?v(?![a-z])|vision", path.stem) and benchmark == "MMMU-Pro"
+    for where, row in rows:
         try:
-            vision = {"vision": bool(re.search(r"(?i)pro_?v(?![a-z])|vision", path.stem))} \
-                if benchmark == "MMMU-Pro" else {}
-            fields = build(row, prompt, **vision)
-            images = image_sources(row, by_index, folder, where)
+            try:
+                fields = build(row, prompt, vision=True) if vision else build(row, prompt)
+            except (ValueError, TypeError, AttributeError) as e:
+                raise DataError(f"{where}: not a row of {benchmark}: {e}") from None
+            images = image_sources(row, by_index, folder, where, outside)
             if not images and path.suffix == ".tsv":                # VLMEvalKit leaves such rows out
                 dropped += 1
                 continue
@@ -280,13 +284,13 @@ def load_benchmark(path, prompt: str = "own", instruction: str = "", image_dir: 
             interleave = benchmark in ("MMMU", "MMMU-Pro")
             question, images = placed(fields.pop("question"), images, interleave, where)
             question += "\n" + instruction if instruction and prompt == "own" else ""
-            name = next((str(row[k]) for k in ("index", "id", "pid", "sample_index") if row.get(k)), str(n))
-            items.append(Item(id=name, question=question, images=images, answer=fields["golds"][0],
-                              where=where, benchmark=benchmark, **fields))
+            fields["split"] = fields["split"] or ("testmini" if "mini" in path.stem.lower() else "test")
+            items.append(Item(id=row_id(row) or where, question=question, images=images, where=where,
+                              answer=fields["golds"][0], benchmark=benchmark, prompt=prompt, **fields))
         except DataError as e:
             errors.append(str(e))
     if benchmark == "MathVerse":
-        borrow_options(items, rows)
+        borrow_options(items, [row for _, row in rows])
     names = [i.id for i in items]
     errors += [f"{path}: the id {name} stands twice" for name in {n for n in names if names.count(n) > 1}] \
         if len(set(names)) < len(names) else []
@@ -299,8 +303,8 @@ def load_benchmark(path, prompt: str = "own", instruction: str = "", image_dir: 
 
 def borrow_options(items: list[Item], rows: list[dict]):
     """MathVerse: the texts of options that only another version of a problem spells out."""
-    index = {str(r.get("index") or r.get("sample_index")): str(r.get("problem_index")) for r in rows}
-    known = {index.get(i.id): i.choices for i in items if i.choices and any(i.choices)}
+    problem = {row_id(r): r["problem_index"] for r in rows if r.get("problem_index") not in (None, "")}
+    known = {problem[i.id]: i.choices for i in items if i.id in problem and i.choices and any(i.choices)}
     for i in items:
         if i.choices and not any(i.choices):
-            i.choices = known.get(index.get(i.id), i.choices)
+            i.choices = known.get(problem.get(i.id), i.choices)

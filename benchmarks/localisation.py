@@ -81,7 +81,7 @@ def planted_kinds(model, codec, stream, count: int) -> list[tuple[str, str, bool
     erosion has set in (eroded); a wrong conclusion from a right reading (reasoning)."""
     chains, planted, rng = [], [], random.Random(0)
     for i in range(count):
-        p, kind = stream[i], ("misread", "eroded", "reasoning")[i // 4 % 3]
+        p, kind = stream[i], ("misread", "eroded", "reasoning")[i // 4 % 3]     # tasks alternate by four
         steps = shapes.true_steps(p.oracle)
         k = rng.randrange(2) if kind == "misread" else rng.randrange(len(steps) * 2 // 3, len(steps))
         if kind != "reasoning":
@@ -134,6 +134,8 @@ def localisation(model, codec, data: str, count: int, planted: int, max_new_toke
     """The whole report. interval(values) -> (low, high) of a mean."""
     stream = shapes.Stream(data, "heldout", seed)
     found, slips = flawed_rollouts(model, codec, stream, count, max_new_tokens, seed)
+    if not found:
+        return f"no flawed rollout found among {32 * count} problems"
     length = sum(len(t.ids) for t, _ in found) / len(found)
     kinds = ("eroded", "misread", "reasoning")
     pairs = planted_kinds(model, codec, stream, planted)
@@ -142,7 +144,7 @@ def localisation(model, codec, data: str, count: int, planted: int, max_new_toke
              localisation_report(score_localisers(model, codec, found, max_new_tokens), interval), "",
              "| planted | found " + " | ".join(kinds) + " | exact step |", "|---|---|---|---|---|"]
     for kind in kinds:
-        hits = [hit for planted, _, hit in pairs if planted == kind]
+        hits = [hit for is_kind, _, hit in pairs if is_kind == kind]
         counts = [sum(pair[:2] == (kind, other) for pair in pairs) for other in kinds]
         lines.append(f"| {kind} | " + " | ".join(map(str, counts))
                      + f" | {100 * sum(hits) / max(1, len(hits)):.1f} % |")

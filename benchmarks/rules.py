@@ -57,7 +57,7 @@ def strict(item: Item, text: str):
     if found is None or item.choices:
         return found, any(answers_match(found, g, item.choices) for g in item.golds)
     right = any(answers_match(found, g) for g in item.golds)
-    if item.benchmark == "MathVista" and item.answer_type == "float":
+    if item.benchmark == "MathVista" and item.answer_type == "float" and item.precision:
         right = rounded(found, item.precision) == rounded(item.answer, item.precision) is not None
     if item.benchmark == "MMMU":
         right = right or any(rounded(found, 2) == rounded(g, 2) is not None for g in item.golds)
@@ -102,12 +102,13 @@ def lettered_line(text: str) -> str:
 
 def vlmeval(item: Item, text: str):
     text, gold = said(text), item.answer
-    options = {a: c for a, c in zip(LETTERS, item.choices or []) if c not in MISSING}
+    lost = MISSING | {""} if item.benchmark in ("MMMU", "MMMU-Pro", "MMStar") else set()
+    options = {a: c for a, c in zip(LETTERS, item.choices or []) if c not in lost or not any(item.choices)}
     if item.benchmark == "MMMU" and not item.choices:               # an open row as a choice of two
         options = {"A": str(item.golds) if len(item.golds) > 1 else gold, "B": "Other Answers"}
         found = infer(text, options)
         return found, found == (gold if re.fullmatch("[A-Z]", gold) else "A")
-    if item.benchmark == "MMMU-Pro":
+    if item.benchmark == "MMMU-Pro" and item.prompt == "cot":
         text = lettered_line(text)
     if item.choices and item.benchmark != "MathVerse":
         found = infer(text, options)
@@ -225,8 +226,9 @@ def official_mmmu(item: Item, text: str):
     right = False
     for gold in item.golds:
         value, words = rounded(gold, 2), gold.lower()
-        inside = f" {words} " if len(words) == 1 else words          # a single sign needs spaces around it
-        right |= value in numbers if value is not None else any(inside in f" {p.lower()} " for p in phrases)
+        forms = (f" {words}", f"{words} ") if len(words) == 1 else (words,)     # a single sign needs a space
+        right |= (value in numbers if value is not None else
+                  any(form in f" {p.lower()} " for p in phrases for form in forms))
     return phrases[-1][:200], right
 
 
@@ -240,7 +242,7 @@ def official_mmmu_pro(item: Item, text: str):
             found = within.pop()
             return found, found == item.answer
     for form in ("({})", "{} ", "{}."):
-        places = {a: text.rfind(form.format(a)) for a in letters if form.format(a) in f"{text} "}
+        places = {a: f"{text} ".rfind(form.format(a)) for a in letters if form.format(a) in f"{text} "}
         if places:
             found = max(places, key=places.get)
             return found, found == item.answer

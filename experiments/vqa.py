@@ -91,8 +91,12 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 
 def train(out: Path, *flags):
-    """One `train.py`; nothing where the run is there already."""
-    if not list(out.glob("checkpoint-*[1-9]*")):
+    """One `train.py`; nothing where the run is there already, and the rest of it where it was stopped."""
+    log, figures = out / "metrics.jsonl", out / "heldout.json"
+    steps = len(log.read_text().splitlines()) if log.is_file() else 0
+    done = steps == 400 or (figures.is_file() and json.loads(figures.read_text())["after"])
+    if not done:
+        flags = (*flags, "--resume", str(out)) if list(out.glob("checkpoint-*")) else flags
         command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), "--instruction", "",
                    "--outside_images"]
         subprocess.run([*command, *flags], check=True)
