@@ -3,6 +3,7 @@
     python eval.py --model tiny --data tiny:steps=5 --greedy --samples 4 --out results.jsonl
     python eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --bench MMStar.tsv --greedy
     torchrun --nproc_per_node 8 eval.py --model runs/x/checkpoint-000200 --bench MathVista_MINI.tsv --greedy
+    python eval.py --image photo.png --ask "How many dogs are there?" --model runs/x/checkpoint-000200
     python eval.py --localise --data tiny:steps=9          # how well attribute.py finds the first wrong step
 
 Place in the pipeline: before and after training (`train.py` calls `evaluate` and `summarise`). Reads from
@@ -37,6 +38,7 @@ from benchmarks.localisation import localisation
 from benchmarks.rules import RULES, grade
 from model import load_model, resolve
 from reward import answers_match, extract_answer, format_ok
+from viewer import terminal
 
 
 @dataclass
@@ -50,6 +52,9 @@ class EvalConfig:
     image_dir: str = ""                # folder that image paths are relative to ("" = the folder of the file)
     outside_images: bool = False        # images may lie outside that folder
     instruction: str = rollout.INSTRUCTION  # text appended to each question of a file (may be empty)
+    image: str = ""                     # answer one question about this image file instead ...
+    ask: str = ""                       # ... namely this one, and show the steps with their checks
+    show: int = 0                       # print so many greedy (else sampled) completions, step by step
     problems: int = 0                   # evaluate the first so many problems (0 = all of a file, 256 of tiny)
     greedy: bool = False                # greedy accuracy, one completion a problem
     localise: bool = False              # score every localiser of attribute.py against the step oracle (tiny)
@@ -67,12 +72,14 @@ class EvalConfig:
 
     def validate(self):
         """ValueError names the flag that can not be."""
-        for name in ("problems", "samples", "max_new_tokens", "max_pixels"):
+        for name in ("problems", "samples", "max_new_tokens", "max_pixels", "show"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
         for name, known in (("rules", RULES), ("prompt", PROMPTS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}")
+        if bool(self.image) != bool(self.ask):
+            raise ValueError("--image and --ask belong together")
         if self.localise and not rollout.is_tiny(self.data):
             raise ValueError("--localise: only tiny has a step oracle")
         if self.batch < 1:
@@ -394,8 +401,26 @@ def run(config: EvalConfig, ranks: Ranks, device, dtype):
               f"{len(problems)} questions{'; ' * bool(left_out)}{left_out}; {config.model}, at most {limit} "
               "tokens\n")
     print(report(records))
+    by_id = {p.id: p for p in problems}
+    for r in [r for r in records if r["mode"] == ("greedy" if config.greedy else "sample")][:config.show]:
+        print("\n" + terminal.describe(model, codec, by_id[r["id"]], r["completion"]))
     if out:
         print(f"\nrows: {out}")
+
+
+def answer_one(config: EvalConfig, device, dtype) -> str:
+    """`--image FILE --ask QUESTION`: one greedy completion, shown."""
+    codec = rollout.load_codec(config.model, config.max_pixels)
+    text = config.ask + ("\n" + config.instruction if config.instruction else "")
+    question = "<image>" + text.replace("<image>", "< image>")
+    problem = rollout.Problem("ask", question, "", [Path(config.image)])
+    bad = rollout.check_problems([problem])[1]
+    if bad:
+        raise ValueError(f"--image {config.image}: {bad[0].rpartition(': ')[2]}")
+    rollout.encode_prompt(problem, codec, config.max_prompt_tokens, pixels=False)
+    model = load_model(config.model, device, dtype).eval()
+    t = rollout.sample(model, [problem], codec, 1, config.max_new_tokens or 2048, 0.0)[0][0]
+    return terminal.describe(model, codec, problem, t.text)
 
 
 def main(argv=None):
@@ -404,11 +429,13 @@ def main(argv=None):
         config.validate()
         device, dtype = device_and_dtype(config.device, config.dtype)
         ranks, device = start_ranks(device)
-        if config.localise and ranks.rank == 0:
+        if config.ask and ranks.rank == 0:
+            print(answer_one(config, device, dtype))
+        elif config.localise and ranks.rank == 0:
             codec, model = rollout.load_codec(config.model), load_model(config.model, device, dtype).eval()
             print(localisation(model, codec, config.data, config.flawed, config.planted,
                                config.max_new_tokens or 256, config.seed, interval))
-        elif not config.localise:
+        elif not (config.ask or config.localise):
             run(config, ranks, device, dtype)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")

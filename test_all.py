@@ -44,7 +44,7 @@ from benchmarks import formats, rules
 from reward import (answers_match, extract_answer, format_ok, reward_parts, step_rar, step_reward_parts,
                     step_rvr)
 from tiny import shapes
-from viewer import trace
+from viewer import terminal, trace
 
 ROOT = Path(__file__).resolve().parent
 TINY = str(ROOT / "tiny")
@@ -3405,6 +3405,40 @@ def test_benchmark_run_resumes_and_ranks_share_it():
         )
         assert done.returncode == 0, done.stderr[-2000:]
         assert sorted(two.read_text().splitlines()) == whole and done.stdout.count("MMStar, split") == 1
+
+
+def test_answers_in_the_terminal():
+    """--image and --ask, and --show: steps with the checks of attribute.py; control characters do not get
+    through."""
+    with scratch() as folder:
+        p = shapes.make_problem("tiles", 3, "free", "heldout", 0, 1)
+        p.images[0].save(folder / "a.png")
+        flags = ["--model", TINY, "--device", "cpu", "--max_new_tokens", "60"]
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            evaluation.main([*flags, "--image", str(folder / "a.png"), "--instruction", "", "--ask",
+                             p.question.replace("<image>", "")])
+        lines = printed.getvalue().splitlines()
+        assert lines[0].startswith("question  ") and lines[-1].startswith("answer    ")
+        net, codec = m.load_model(TINY).eval(), rollout.load_codec(TINY)
+        t = rollout.sample(net, [p], codec, 1, 60, 0.0)[0][0]
+        t.steps = attribute.split_steps(t.ids, codec)
+        attribute.Locator(net, codec)([t])
+        wanted = [f"{n:3}  {c.same:.2f}  {s.text}"
+                  for n, (s, c) in enumerate(zip(t.steps, t.checks), start=1)]
+        assert lines[1:-1] == wanted and len(wanted) == 3
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            evaluation.main([*flags, "--data", "tiny:steps=3", "--problems", "2", "--greedy", "--show", "2"])
+        assert printed.getvalue().count("question  ") == 2 and "\033" not in printed.getvalue()
+        hostile = "<think>\033[2Jred 1 2\nblue \x07 3</think><answer>\u202e4</answer>"
+        for colour in (True, False):
+            said = terminal.describe(net, codec, p, hostile, colour)
+            for code in (terminal.RED, terminal.GREEN, terminal.END):
+                said = said.replace(code, "")
+            assert not any(c in said for c in "\033\x07\u202e") and "(wrong)" in said
+        raises(SystemExit, "belong together", evaluation.main, ["--ask", "x"])
+        (folder / "b.png").write_bytes(b"no image")
+        raises(SystemExit, "--image", evaluation.main,
+               [*flags, "--image", str(folder / "b.png"), "--ask", "x"])
 
 
 def test_localisation_report_of_a_few():

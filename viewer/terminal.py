@@ -1,0 +1,43 @@
+"""A completion in the terminal, step by step, each with the probability that its check repeats it.
+
+Place in the pipeline: beside it; `eval.py --show` and `eval.py --ask` print what `describe` returns.
+
+Worked example: a step "red 4 6" that the policy would repeat with probability 0.98 is the green line
+"  1  0.98  red 4 6"; one with 0.03 is red.
+"""
+import os
+import sys
+
+import attribute
+import reward
+import rollout
+
+RED, GREEN, DIM, END = "\033[31m", "\033[32m", "\033[2m", "\033[0m"
+
+
+def clean(text: str) -> str:
+    """Without control characters: what a model writes must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+def describe(model, codec, problem, text: str, colour: bool | None = None) -> str:
+    """Question, steps with their checks (A1), the rest and the answer. colour None: where the terminal has
+    it and NO_COLOR is not set."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ if colour is None else colour
+    paint = lambda code, words: f"{code}{words}{END}" if colour else words
+    ids = rollout.token_ids(rollout.plain(text, codec), codec)
+    t = rollout.Trajectory(problem, ids, [1] * len(ids), [0.0] * len(ids), True, text)
+    t.steps = attribute.split_steps(ids, codec)
+    attribute.Locator(model, codec)([t])
+    question = problem.question if isinstance(problem.question, str) else problem.question[-1]
+    lines = [f"question  {clean(question.replace('<image>', '')).strip()}"]
+    lines += [f"gold      {problem.answer}"] if problem.answer else []
+    for n, (s, c) in enumerate(zip(t.steps, t.checks or []), start=1):
+        lines.append(paint(RED if c.doubted else GREEN, f"{n:3}  {c.same:.2f}  {clean(s.text)}"))
+    if not t.steps:
+        lines.append(clean(text))
+    answer = reward.extract_answer(text, problem.choices)
+    right = answer is not None and reward.answers_match(answer, problem.answer, problem.choices)
+    verdict = paint(GREEN, "right") if right else paint(RED, "wrong")
+    found = "none" if answer is None else clean(answer)
+    return "\n".join([*lines, f"answer    {found}" + (f"  ({verdict})" if problem.answer else "")])
