@@ -330,7 +330,7 @@ def _same(a: str, b: str) -> bool:
     """Equality of two normalised answers."""
     if a.lower() == b.lower() or not a or not b:
         return a != "" and b != ""
-    a, b = (f"{{{s.replace('±', '+')},{s.replace('±', '-')}}}" if "±" in s and "," not in s else s
+    a, b = (f"{{{s.replace('±', '+')},{s.replace('±', '-')}}}" if s.count("±") == 1 and "," not in s else s
             for s in (a, b))
     (kind_a, items_a), (kind_b, items_b) = _items(a), _items(b)
     related = [len(_split(s, RELATIONS)) > 1 and len(_split(s, ",;∪")) == 1 for s in (a, b)]
