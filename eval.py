@@ -36,7 +36,7 @@ import rollout
 from benchmarks.formats import PROMPTS, Item, load_benchmark
 from benchmarks.localisation import localisation
 from benchmarks.rules import RULES, grade
-from model import load_model, resolve
+from model import checksum, load_model, resolve, rewrite
 from reward import answers_match, extract_answer, format_ok
 from viewer import terminal
 
@@ -228,12 +228,8 @@ def settings_of(config: EvalConfig) -> dict:
     stamps = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     names = ("model", "data", "bench", "prompt", "image_dir", "instruction", "samples", "max_new_tokens",
              "max_pixels", "seed", "dtype")
-    file, digest = Path(config.bench or config.data), hashlib.sha256()
-    if file.is_file():
-        with open(file, "rb") as f:
-            while block := f.read(1 << 20):
-                digest.update(block)
-    return {**{n: getattr(config, n) for n in names}, "file": digest.hexdigest()[:16],
+    file = Path(config.bench or config.data)
+    return {**{n: getattr(config, n) for n in names}, "file": checksum(file)[:16] if file.is_file() else "",
             "weights": hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]}
 
 
@@ -386,13 +382,13 @@ def run(config: EvalConfig, ranks: Ranks, device, dtype):
     records = ranks.gather(records)
     if ranks.rank:
         return
+    by_id = {p.id: p for p in problems}
     if out:
-        by_id, rows = {p.id: p for p in problems}, rows_on_disk(out)
+        rows = rows_on_disk(out)
         rows = {key: {**r, **judge(by_id[r["id"]], r["completion"], r["finished"], config.rules)}
                 if r["id"] in by_id else r for key, r in rows.items()}
         rows.update({(r["id"], r["mode"], r["sample"]): r for r in records})
-        Path(f"{out}.new").write_text("".join(json.dumps(r) + "\n" for r in rows.values()), encoding="utf-8")
-        os.replace(f"{out}.new", out)
+        rewrite(out, "".join(json.dumps(r) + "\n" for r in rows.values()))
         for part in parts_of(out):
             part.unlink()
     if bench:
@@ -401,9 +397,8 @@ def run(config: EvalConfig, ranks: Ranks, device, dtype):
               f"{len(problems)} questions{'; ' * bool(left_out)}{left_out}; {config.model}, at most {limit} "
               "tokens\n")
     print(report(records))
-    by_id = {p.id: p for p in problems}
     for r in [r for r in records if r["mode"] == ("greedy" if config.greedy else "sample")][:config.show]:
-        print("\n" + terminal.describe(model, codec, by_id[r["id"]], r["completion"]))
+        print("\n" + terminal.describe(model, codec, by_id[r["id"]], r))
     if out:
         print(f"\nrows: {out}")
 
@@ -420,7 +415,7 @@ def answer_one(config: EvalConfig, device, dtype) -> str:
     rollout.encode_prompt(problem, codec, config.max_prompt_tokens, pixels=False)
     model = load_model(config.model, device, dtype).eval()
     t = rollout.sample(model, [problem], codec, 1, config.max_new_tokens or 2048, 0.0)[0][0]
-    return terminal.describe(model, codec, problem, t.text)
+    return terminal.describe(model, codec, problem, judge(problem, t.text, t.finished))
 
 
 def main(argv=None):

@@ -3431,7 +3431,8 @@ def test_answers_in_the_terminal():
         assert printed.getvalue().count("question  ") == 2 and "\033" not in printed.getvalue()
         hostile = "<think>\033[2Jred 1 2\nblue \x07 3</think><answer>\u202e4</answer>"
         for colour in (True, False):
-            said = terminal.describe(net, codec, p, hostile, colour)
+            judged = evaluation.judge(p, hostile, True)
+            said = terminal.describe(net, codec, p, judged, colour)
             for code in (terminal.RED, terminal.GREEN, terminal.END):
                 said = said.replace(code, "")
             assert not any(c in said for c in "\033\x07\u202e") and "(wrong)" in said

@@ -16,7 +16,6 @@ Random numbers belong to problems (`rollout.uniforms`), not to processes. So W r
 same, and a resumed run does the same as an uninterrupted one.
 """
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -42,7 +41,7 @@ import reward
 import rollout
 from eval import (Ranks, accuracies, device_and_dtype, evaluate, parse_flags, percent, report, start_ranks,
                   summarise)
-from model import Qwen25VL, load_model, save_model
+from model import Qwen25VL, checksum, load_model, rewrite, save_model
 from tiny import shapes
 from viewer import trace
 
@@ -580,27 +579,6 @@ def demonstration_ids(problem, codec, max_new_tokens: int) -> list:
     return ids
 
 
-def rewrite(file: Path, text: str):
-    """Give a file this content, or leave it as it was: written beside, flushed, renamed."""
-    part = file.with_name(file.name + ".new")
-    with open(part, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    part.replace(file)
-
-
-def checksum(file: Path, flush: bool = False) -> str:
-    """SHA-256 of a file; `flush`: and it is on the disk afterwards, not only in memory."""
-    digest = hashlib.sha256()
-    with open(file, "rb+" if flush else "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-        if flush:
-            os.fsync(f.fileno())
-    return digest.hexdigest()
-
-
 def damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint: a missing, cut or changed file; "" for nothing."""
     try:
@@ -767,8 +745,9 @@ def steps(trainer: Trainer, say, stop: Stop) -> bool:
     """Step after step, logged, until the training is done or a signal asks to stop. Returns whether it is
     done."""
     config, lead, out = trainer.config, trainer.ranks.rank == 0, Path(trainer.config.out)
-    bar, warned, asked = tqdm(total=config.max_steps, initial=trainer.step, desc=config.stage,
-                              disable=None if lead else True), {}, 0
+    bar = tqdm(total=config.max_steps, initial=trainer.step, desc=config.stage,
+               disable=None if lead else True)
+    first, warned, asked = None, {}, 0
     while trainer.progress() < 1 and not asked:
         started = time.time()
         m = trainer.sft_step() if config.stage == "sft" else trainer.rl_step()
@@ -786,8 +765,9 @@ def steps(trainer: Trainer, say, stop: Stop) -> bool:
             if groups and config.print_every and trainer.step % config.print_every == 0:
                 say(show(telling(groups)))
             if groups:
-                with open(out / "metrics.jsonl", encoding="utf-8") as f:
-                    first = json.loads(f.readline())
+                if first is None:
+                    with open(out / "metrics.jsonl", encoding="utf-8") as f:
+                        first = json.loads(f.readline())
                 for kind, text in warnings_of(m, first).items():
                     if trainer.step - warned.get(kind, -20) >= 20:
                         warned[kind] = trainer.step

@@ -16,6 +16,7 @@ import ast
 import base64
 import csv
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -165,11 +166,11 @@ def mathverse(row, prompt):
             "cot": str(row.get("query_cot") or question)}[prompt]
     gold = str(row.get("answer") or "").strip()
     letter = re.fullmatch(r"\(?([A-Z])\)?", gold)
-    choices = options_in(str(row.get("question_for_eval") or "")) or options_in(question)
-    if not (multiple and letter):
-        return {"question": text, "choices": None, "golds": [gold.replace("\n", ",")], "split": "testmini",
-                "groups": {"version": version, "subject": metadata.get("subject", "")}}
-    return {"question": text, "choices": choices or [""] * 5, "golds": [letter[1]], "split": "testmini",
+    choices, golds = None, [gold.replace("\n", ",")]
+    if multiple and letter:
+        listed = options_in(str(row.get("question_for_eval") or "")) or options_in(question)
+        choices, golds = listed or [""] * 5, [letter[1]]
+    return {"question": text, "choices": choices, "golds": golds, "split": "testmini",
             "groups": {"version": version, "subject": metadata.get("subject", "")}}
 
 
@@ -291,9 +292,8 @@ def load_benchmark(path, prompt: str = "own", instruction: str = "", image_dir: 
             errors.append(str(e))
     if benchmark == "MathVerse":
         borrow_options(items, [row for _, row in rows])
-    names = [i.id for i in items]
-    errors += [f"{path}: the id {name} stands twice" for name in {n for n in names if names.count(n) > 1}] \
-        if len(set(names)) < len(names) else []
+    counts = Counter(i.id for i in items)
+    errors += [f"{path}: the id {name} stands twice" for name, n in counts.items() if n > 1]
     errors += check_problems(items)[1]
     if errors or not items:
         raise DataError("\n".join(errors[:20] or [f"--bench {path}: no row is left"]))

@@ -9,10 +9,9 @@ import os
 import sys
 
 import attribute
-import reward
 import rollout
 
-RED, GREEN, DIM, END = "\033[31m", "\033[32m", "\033[2m", "\033[0m"
+RED, GREEN, END = "\033[31m", "\033[32m", "\033[0m"
 
 
 def clean(text: str) -> str:
@@ -20,9 +19,10 @@ def clean(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
-def describe(model, codec, problem, text: str, colour: bool | None = None) -> str:
-    """Question, steps with their checks (A1), the rest and the answer. colour None: where the terminal has
-    it and NO_COLOR is not set."""
+def describe(model, codec, problem, record: dict, colour: bool | None = None) -> str:
+    """Question, steps with their checks (A1), and the answer with the verdict of `record` (what `eval.judge`
+    says of a completion). colour None: where the terminal has it and NO_COLOR is not set."""
+    text, answer = record["completion"], record["extracted"]
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ if colour is None else colour
     paint = lambda code, words: f"{code}{words}{END}" if colour else words
     ids = rollout.token_ids(rollout.plain(text, codec), codec)
@@ -36,8 +36,6 @@ def describe(model, codec, problem, text: str, colour: bool | None = None) -> st
         lines.append(paint(RED if c.doubted else GREEN, f"{n:3}  {c.same:.2f}  {clean(s.text)}"))
     if not t.steps:
         lines.append(clean(text))
-    answer = reward.extract_answer(text, problem.choices)
-    right = answer is not None and reward.answers_match(answer, problem.answer, problem.choices)
-    verdict = paint(GREEN, "right") if right else paint(RED, "wrong")
+    verdict = paint(GREEN, "right") if record["correct"] else paint(RED, "wrong")
     found = "none" if answer is None else clean(answer)
     return "\n".join([*lines, f"answer    {found}" + (f"  ({verdict})" if problem.answer else "")])

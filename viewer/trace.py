@@ -13,12 +13,11 @@ import json
 import math
 from pathlib import Path
 
-import torch
-
 import attribute
 import rereason
 import reward
 import rollout
+from model import rewrite
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_BYTES = 15_000_000              # of all group records; beyond it every second one of the older half goes
@@ -99,6 +98,4 @@ def write(folder: Path):
     data = json.dumps({"config": json.loads((folder / "config.json").read_text()), "metrics": metrics})
     data = data[:-1] + ', "groups": [' + ",".join(groups) + "]}"
     page = PAGE.read_text(encoding="utf-8").replace('"DATA"', data.replace("<", "\\u003c"))
-    part = folder / "trace.html.new"
-    part.write_text(page, encoding="utf-8")
-    part.replace(folder / "trace.html")
+    rewrite(folder / "trace.html", page)
