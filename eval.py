@@ -233,15 +233,19 @@ def settings_of(config: EvalConfig) -> dict:
             "weights": hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]}
 
 
+def rows_of(file: Path) -> list[dict]:
+    """The rows of a JSONL file of ours, without one that was cut off when its writer was killed; [] where
+    there is no file."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def rows_on_disk(out: Path) -> dict:
     """All rows of an evaluation, finished or not, by (id, mode, sample)."""
-    found = {}
-    for file in (f for f in (out, *parts_of(out)) if f.is_file()):
-        for line in file.read_text(encoding="utf-8").split("\n"):
-            with contextlib.suppress(ValueError):                   # a row that was cut off when it stopped
-                r = json.loads(line)
-                found[r["id"], r["mode"], r["sample"]] = r
-    return found
+    return {(r["id"], r["mode"], r["sample"]): r for file in (out, *parts_of(out)) for r in rows_of(file)}
 
 
 def parts_of(out: Path) -> list[Path]:

@@ -39,8 +39,8 @@ import grpo
 import rereason
 import reward
 import rollout
-from eval import (Ranks, accuracies, device_and_dtype, evaluate, parse_flags, percent, report, start_ranks,
-                  summarise)
+from eval import (Ranks, accuracies, device_and_dtype, evaluate, parse_flags, percent, report, rows_of,
+                  start_ranks, summarise)
 from model import Qwen25VL, checksum, load_model, rewrite, save_model
 from tiny import shapes
 from viewer import trace
@@ -563,7 +563,7 @@ class Trainer:
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
         others = [c for c in sorted(out.glob("checkpoint-*")) if c != target]
-        for old in others[:len(others) - self.config.keep + 1]:
+        for old in others[:max(0, len(others) - self.config.keep + 1)]:
             shutil.rmtree(old)
 
 
@@ -700,9 +700,8 @@ def begin(trainer: Trainer, say) -> dict:
             shutil.rmtree(aside, ignore_errors=True)
             later.rename(aside)
         for log in (out / "metrics.jsonl", out / "groups.jsonl"):
-            rows = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-            rows = [r for r in rows if json.loads(r)["step"] <= trainer.step]
-            rewrite(log, "".join(r + "\n" for r in rows))
+            rows = [r for r in rows_of(log) if r["step"] <= trainer.step]
+            rewrite(log, "".join(json.dumps(r) + "\n" for r in rows))
     say(json.dumps(dataclasses.asdict(config)))
     size = sum(p.numel() for p in trainer.model.parameters())
     say(f"{size:,} parameters on {ranks.world} x {trainer.device}, run folder {out}")
@@ -862,7 +861,8 @@ def main(argv=None):
             given.resume = given.out
         if not given.resume:
             config, checkpoint = given, None
-            if config.out and (Path(config.out) / "metrics.jsonl").exists() and not restarted:
+            log = Path(config.out or "none") / "metrics.jsonl"     # empty: it was killed before its first step
+            if config.out and log.exists() and log.stat().st_size and not restarted:
                 raise ValueError(f"--out {config.out}: holds a run already; --resume it, or choose another")
         else:
             folder = Path(given.resume)
