@@ -92,7 +92,12 @@ def doubted(chain) -> int | None:
 
 def says(text: str, words: str) -> bool:
     """Whether `words` stand in `text`, as whole words."""
-    return bool(words.strip()) and re.search(rf"(?<!\w){re.escape(words.strip())}(?!\w)", text) is not None
+    words, at = words.strip(), -1
+    letter = lambda n: text[n:n + 1].isalnum() or text[n:n + 1] == "_"
+    while words and (at := text.find(words, at + 1)) >= 0:
+        if not (at and letter(at - 1)) and not letter(at + len(words)):
+            return True
+    return False
 
 
 def may_look(chain, shown: str) -> bool:

@@ -5,8 +5,8 @@ optimiser state must be the same to the last bit.
     python experiments/kills.py --times 100 --stages ivr --ranks 2
 
 A kill is SIGKILL to one rank, then to the others, at a moment drawn from the length of the whole run, half of
-the time while a checkpoint is being written. Each run is killed twice. The processes are forks of this one, so
-that a run takes seconds. Needs a POSIX system.
+the time while a checkpoint is being written. Each run is killed twice. The processes are forks of this one,
+so that a run takes seconds. Needs a POSIX system.
 """
 import argparse
 import contextlib
@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
-COMMON = ("--max_steps 3 --batch 2 --warmup_steps 1 --eval_problems 2 --eval_samples 1 --save_every 1 --keep 2 "
-          "--trace_every 1 --print_every 0 --device cpu")
+COMMON = ("--max_steps 3 --batch 2 --warmup_steps 1 --eval_problems 2 --eval_samples 1 --save_every 1 "
+          "--keep 2 --trace_every 1 --print_every 0 --device cpu")
 RL = "--data tiny:steps=5,kinds=tiles+bars --group_size 4 --max_new_tokens 60 --lr 1e-4"
 STAGES = {"sft": "--stage sft --data tiny:steps=3 --max_new_tokens 60 --lr 1e-3",
           "grpo": f"--algo grpo {RL}", "ivr": f"--algo ivr --rectify_below 1 {RL}"}
@@ -126,8 +126,8 @@ def main():
                     finish(start(out, stage, ranks), out)
                     wrong = differences(whole, out)
                     bad += bool(wrong)
-                    print(f"| {stage} | {ranks} | {', '.join(map(str, done))} | {', '.join(wrong) or 'nothing'}"
-                          " |", flush=True)
+                    print(f"| {stage} | {ranks} | {', '.join(map(str, done))} | "
+                          f"{', '.join(wrong) or 'nothing'} |", flush=True)
     sys.exit(1 if bad else 0)
 
 

@@ -1,7 +1,6 @@
-"""The answer matcher on pairs with known verdicts, against math-verify, and under fuzz.
+"""The answer matcher on pairs with known verdicts, and against math-verify.
 
     python experiments/matcher.py --pairs answer_pairs.tsv       # right, slowest, disagreements
-    python experiments/matcher.py --fuzz 200000                  # mutated strings: exceptions and slow cases
 
 A line of the pairs file: prediction, gold, true or false, note, separated by tabs; \\t, \\n, \\\\ and runs
 \\R<times>:<text>\\E are escapes. The note holds stage=match (the prediction is an extracted answer), e2e (a
@@ -13,7 +12,6 @@ test_all.py are taken.
 import argparse
 import json
 import logging
-import random
 import re
 import sys
 import time
@@ -21,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from reward import answers_match, extract_answer, format_ok, reward_parts  # noqa: E402
-from test_all import EXTRACT, HOSTILE, fields, match_rows  # noqa: E402
+from reward import answers_match, extract_answer  # noqa: E402
+from test_all import fields, match_rows  # noqa: E402
 
 
 def unescape(text: str) -> str:
@@ -101,42 +99,11 @@ def compare(pairs: list[dict]):
             print(f"  {p['prediction'][:60]!r}  {p['gold'][:40]!r}  {p['right']}  {found}{contested}")
 
 
-def fuzz(pairs: list[dict], count: int):
-    """Mutated predictions and responses through every reader: exceptions end it, the slowest are named."""
-    rng, pool = random.Random(0), [p["prediction"][:3000] for p in pairs] + [t for t, _ in EXTRACT] + HOSTILE
-    pieces = ["\\frac", "{", "}", "(", ")", "^", "\\boxed{", "<answer>", "</think>", "9" * 40, ",", "=",
-              "\\sqrt", "π", "½", "\u202e", "\0", " and ", "-", "**", "(A)", "\n", "%", "°", "|", "√", "1e9"]
-    slow, started = [], time.perf_counter()
-    for n in range(count):
-        text = rng.choice(pool)
-        for _ in range(rng.randint(1, 4)):
-            at = rng.randrange(len(text) + 1)
-            text = rng.choice((text[:at] + rng.choice(pieces) + text[at:],
-                               text[:at] + text[at + rng.randint(1, 9):],
-                               text[:at] + rng.choice(pool)[:200] + text[at:], text[at:] + text[:at],
-                               text[:at] + text[max(0, at - 5):at] * rng.randint(1, 30) + text[at:]))[:6000]
-        other, begun = rng.choice(pool)[:500], time.perf_counter()
-        answers_match(text, other), answers_match(other, text, ["1", "2", "x"]), format_ok(text)
-        extract_answer(text), extract_answer(text, ["red", "1/2", "B"]), reward_parts(text, other)
-        slow.append((time.perf_counter() - begun, text[:60]))
-        if n % 20000 == 19999:
-            print(f"{n + 1} strings, {time.perf_counter() - started:.0f} s", flush=True)
-    slow.sort(reverse=True)
-    print(f"{count} mutated strings, six calls each, no exception; slowest: "
-          + ", ".join(f"{1000 * t:.1f} ms {s!r}" for t, s in slow[:3]))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", default="", help="pairs with verdicts")
-    parser.add_argument("--fuzz", type=int, default=0, help="mutated strings to try")
-    args = parser.parse_args()
-    pairs = read_pairs(args.pairs)
-    if args.fuzz:
-        fuzz(pairs, args.fuzz)
-    else:
-        compare(pairs)
+    compare(read_pairs(parser.parse_args().pairs))
 
 
 if __name__ == "__main__":
