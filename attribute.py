@@ -107,11 +107,20 @@ class Check:
     something else, and that token (counted from the step's first). Of one token, not of all: a long step is
     no more doubtful than a short one."""
     same: float
-    token: int
+    token: int | None = None            # None: not known which
 
     @property
     def doubted(self) -> bool:
         return self.same < DOUBT
+
+
+def at_fault(step: Step, check: Check | None) -> tuple[int, int]:
+    """The tokens of a chain to blame for a step that is doubted or unknown: the one that the policy would
+    have written otherwise (what follows in the step follows from it), or all where none is known."""
+    if check is None or check.token is None:
+        return step.start, step.stop
+    token = min(step.start + check.token, step.stop - 1)
+    return token, token + 1
 
 
 def first_doubt(checks: list) -> int | None:
@@ -337,7 +346,7 @@ class Locator:
             claims = {(c.problem.id, s.text): (c.problem, s.text) for c in chains for s in c.steps}
             claims = {name: claim for name, claim in claims.items() if name not in self.known}
             if self.name == "oracle":
-                found = [Check(float(self.oracle(*claim)), 0) for claim in claims.values()]
+                found = [Check(float(self.oracle(*claim))) for claim in claims.values()]
             else:
                 found = pristine_check(self.model, self.codec, list(claims.values()))
                 self.tokens += len(claims)
@@ -357,7 +366,7 @@ class Locator:
             faults = [int(len(c.steps) * rollout.uniforms(f"{self.key}/{c.problem.id}/{c.ids}", 1, 1).item())
                       for c in chains]
         for c, k in zip(chains, faults):
-            c.checks = [Check(1.0, 0)] * k + [Check(0.0, 0)] + [None] * (len(c.steps) - k - 1)
+            c.checks = [Check(1.0)] * k + [Check(0.0)] + [None] * (len(c.steps) - k - 1)
 
 
 def settled(checks: list) -> bool:
@@ -385,8 +394,8 @@ def localise(checks: list[Check], margins: list[float] | None = None, d: list[fl
         return Fault(margin_drop(margins) if margins else len(checks) - 1, "reasoning", trust)
     confidence, kind = trust * (1 - checks[k].same), "misread"
     if d is not None:
-        token = min(steps[k].start + checks[k].token, steps[k].stop - 1)
-        if d[token] <= 0.05 * max(d):
+        start, stop = at_fault(steps[k], checks[k])
+        if max(d[start:stop]) <= 0.05 * max(d):
             kind = "reasoning"
         elif erosion(step_dependence(d, steps), k) > 1:
             kind = "eroded"

@@ -7,7 +7,7 @@ normaliser - Dr. GRPO (2503.20783); clip-higher - DAPO (2503.14476); dual clip -
 IVR-R1 says it optimises with GRPO and takes rectified trajectories as templates, and no more; which variant
 and how is our choice: no std, constant normaliser, clip 0.2 / 0.28, dual clip 3, no KL; rectified
 trajectories weighted by the probability mu they were really sampled with, shaped as in LUFFY
-(arXiv 2504.14945) but of slope 1 where policy and mu agree; in wrong rollouts only the steps at fault pay.
+(arXiv 2504.14945) but of slope 1 where policy and mu agree; in wrong rollouts only the tokens at fault pay.
 
 Shapes: R rows (B prompts x G samples), T completion tokens, D width, V vocabulary.
 
@@ -54,13 +54,13 @@ def token_logps(hidden, head_weight, targets, logit_mask, temperature: float = 1
     return torch.cat(logps), torch.cat(entropies)
 
 
-def step_credit(length: int, steps: list, at_fault: list) -> list[float]:
-    """Eq. (6): omega of a wrong rollout's tokens: 1 in the steps at fault, 0 elsewhere. What agrees with the
-    image is not to blame for a wrong answer, and neither is an answer that follows from the steps."""
+def step_credit(length: int, at_fault: list) -> list[float]:
+    """Eq. (6): omega of a wrong rollout's tokens: 1 where they are at fault, 0 elsewhere. at_fault: ranges
+    (start, stop) of tokens. What agrees with the image is not to blame for a wrong answer, and neither is
+    what follows from a wrong reading, be it the rest of the step or the answer."""
     weights = [0.0] * length
-    for step, fault in zip(steps, at_fault):
-        if fault:
-            weights[step.start:step.stop] = [1.0] * (step.stop - step.start)            # Eq. (6)
+    for start, stop in at_fault:
+        weights[start:stop] = [1.0] * (stop - start)                                    # Eq. (6)
     return weights
 
 

@@ -1975,7 +1975,7 @@ def test_locator_oracle_is_the_truth():
     locate(chains)
     for t in chains:
         for s, c in zip(t.steps, t.checks, strict=True):
-            assert c == attribute.Check(1.0 if shapes.is_right(t.problem, s.text) else 0.0, 0)
+            assert c == attribute.Check(1.0 if shapes.is_right(t.problem, s.text) else 0.0)
             verdicts.add(c.same)
     assert verdicts == {0.0, 1.0} and locate.tokens == 0
 
@@ -1988,9 +1988,9 @@ def test_locators_of_one_step():
     def cuts(name, some=chains, **kwargs):
         locate, some = attribute.Locator(net, codec, name, **kwargs), [replace(t, checks=None) for t in some]
         locate(some)
-        at = [t.checks.index(attribute.Check(0.0, 0)) for t in some]
+        at = [t.checks.index(attribute.Check(0.0)) for t in some]
         for t, k in zip(some, at):
-            assert t.checks[:k] == [attribute.Check(1.0, 0)] * k
+            assert t.checks[:k] == [attribute.Check(1.0)] * k
             assert t.checks[k + 1:] == [None] * (len(t.steps) - k - 1)
             assert attribute.settled(t.checks)
             assert attribute.localise(t.checks) == attribute.Fault(k, "misread", 1.0)
@@ -2009,12 +2009,12 @@ def test_locators_of_one_step():
             for n in range(600)]
     for key in "ab":
         attribute.Locator(None, codec, "random", key=key)(many)
-        drawn = [t.checks.index(attribute.Check(0.0, 0)) for t in many]
+        drawn = [t.checks.index(attribute.Check(0.0)) for t in many]
         assert all(80 < drawn.count(k) < 160 for k in range(5))
         for t in many:
             t.checks = None
         attribute.Locator(None, codec, "random", key=key)(many[::-1])       # its own, whatever stands beside
-        assert drawn == [t.checks.index(attribute.Check(0.0, 0)) for t in many]
+        assert drawn == [t.checks.index(attribute.Check(0.0)) for t in many]
         first = drawn if key == "a" else first
         for t in many:
             t.checks = None
@@ -2550,17 +2550,23 @@ def test_eq5_k3_is_not_negative_and_unbiased():
 
 
 def test_eq6_step_credit():
-    """A token counts where it lies in a step at fault."""
+    """A token counts where it is at fault: the one the policy would have written otherwise; all of a step of
+    which no more is known."""
     codec, rng = rollout.load_codec(TINY), random.Random(0)
     for i in range(20):
         t = chain(codec, None, [f"red {k} {i}" for k in range(1 + i % 5)], "9")
-        faults = [rng.random() < 0.5 for _ in t.steps]
-        want = [float(any(f and s.start <= n < s.stop for s, f in zip(t.steps, faults)))
-                for n in range(len(t.ids))]
-        found = grpo.step_credit(len(t.ids), t.steps, faults)
+        checks = [rng.choice((None, attribute.Check(0.0), attribute.Check(0.1, rng.randrange(3))))
+                  for _ in t.steps]
+        spans = [attribute.at_fault(s, c) for s, c in zip(t.steps, checks)]
+        want = [float(any(s.start <= n < s.stop and (c is None or c.token in (None, n - s.start))
+                          for s, c in zip(t.steps, checks))) for n in range(len(t.ids))]
+        found = grpo.step_credit(len(t.ids), spans)
         assert found == want and found[0] == 0 and found[-1] == 0       # neither tag nor answer is to blame
-        assert sum(found) == sum(s.stop - s.start for s, f in zip(t.steps, faults) if f)
-    assert grpo.step_credit(3, [], []) == [0.0, 0.0, 0.0]
+        assert sum(found) == sum(stop - start for start, stop in spans) >= len(spans)
+    assert grpo.step_credit(3, []) == [0.0, 0.0, 0.0]
+    step = attribute.Step(4, 8, "red 7 9")
+    assert attribute.at_fault(step, attribute.Check(0.1, 1)) == (5, 6)  # the reading, not what follows
+    assert attribute.at_fault(step, attribute.Check(0.1, 9)) == (7, 8)  # counted past the step: its last
 
 
 def weight(w, gamma):
@@ -3662,8 +3668,8 @@ def ivr_trainer(folder, **kwargs):
 
 
 def test_rectified_groups_and_their_credit():
-    """The group keeps its size and the parent; y' is credited whole; in wrong rollouts only doubted steps
-    are; what has no weight has no gradient."""
+    """The group keeps its size and the parent; y' is credited whole; in wrong rollouts only the tokens at
+    fault are; what has no weight has no gradient."""
     with scratch() as folder:
         trainer, before, prompts = ivr_trainer(folder)
         chosen = trainer.to_rectify(before, 0.0)
@@ -3680,8 +3686,8 @@ def test_rectified_groups_and_their_credit():
             rewards = [t.rewards["total"] for t in group]
             close(r.chain.advantage, r.chain.rewards["total"] - sum(rewards) / 4, 1e-6)
             assert r.chain.parent is r.parent and r.chain.kept == r.changed
-            doubted = [s for s, c in zip(r.parent.steps, r.parent.checks) if c.same < 0.5]
-            on = {n for s in doubted for n in range(s.start, s.stop)}
+            doubted = [(s, c) for s, c in zip(r.parent.steps, r.parent.checks) if c.same < 0.5]
+            on = {min(s.start + c.token, s.stop - 1) for s, c in doubted}
             assert doubted and r.parent.weights == [float(n in on) for n in range(len(r.parent.ids))]
         trainer.config.mask_prefix = True
         trainer.assign_credit(groups)

@@ -80,7 +80,7 @@ class TrainConfig:
     format_weight: float = 0.1          # share of the reward that is for form
     # IVR-R1
     localiser: str = "check"            # check | margin | dependence | monte_carlo | random | oracle (tiny)
-    step_credit: bool = True            # in wrong rollouts only the steps at fault get the advantage
+    step_credit: bool = True            # in wrong rollouts only the tokens at fault get the advantage
     rectify_below: float = 0.125        # groups up to this accuracy are rectified (< 0: none)
     parents: int = 1                    # failed rollouts repaired in an all-wrong group (1 in a mixed one)
     relook: str = "image"            # image | text (without the image) | none (restarts) | only (no restarts)
@@ -409,8 +409,9 @@ class Trainer:
                 if not t.finished:                          # cut off: neither right nor wrong
                     t.weights = [0.0] * len(t.ids)
                 elif t.advantage < 0 and t.rewards["format"] and t.checks and rereason.doubted(t) is not None:
-                    at_fault = [x is None or x.doubted for x in t.checks]
-                    t.weights = grpo.step_credit(len(t.ids), t.steps, at_fault)
+                    spans = [attribute.at_fault(s, x) for s, x in zip(t.steps, t.checks)
+                             if x is None or x.doubted]
+                    t.weights = grpo.step_credit(len(t.ids), spans)
 
     def update(self, groups, prompts, progress: float) -> dict:
         """Phase 7, policy update: `updates_per_batch` optimiser steps, each over its share of the groups."""

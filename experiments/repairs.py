@@ -33,7 +33,7 @@ class RandomFirst(attribute.Locator):
                 super().__call__([c])
                 k = int(len(c.steps) * rollout.uniforms(f"cut/{c.problem.id}/{c.ids}", 1, 1).item())
                 c.checks = [attribute.Check(max(0.6, x.same), x.token) for x in c.checks[:k]] + \
-                           [attribute.Check(0.0, 0)] + c.checks[k + 1:]
+                           [attribute.Check(0.0)] + c.checks[k + 1:]
         super().__call__(chains)
 
 
