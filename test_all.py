@@ -3647,7 +3647,7 @@ def test_two_ranks_equal_one():
 def test_ivr_without_repairs_is_grpo():
     """No rectified trajectory and no step credit: the same losses and weights as --algo grpo, to 1e-6."""
     with scratch() as folder:
-        small_run(folder / "a", algo="ivr", rectify_below=-1.0, step_credit=False, data="tiny:steps=4")
+        small_run(folder / "a", algo="ivr", rectify_below=-1.0, credit="rollout", data="tiny:steps=4")
         small_run(folder / "b", algo="grpo", data="tiny:steps=4")
         for a, b in zip(metrics(folder / "a"), metrics(folder / "b"), strict=True):
             close(a["loss"], b["loss"], 1e-6), close(a["grad_norm"], b["grad_norm"], 1e-6)
@@ -3689,6 +3689,12 @@ def test_rectified_groups_and_their_credit():
             doubted = [(s, c) for s, c in zip(r.parent.steps, r.parent.checks) if c.same < 0.5]
             on = {min(s.start + c.token, s.stop - 1) for s, c in doubted}
             assert doubted and r.parent.weights == [float(n in on) for n in range(len(r.parent.ids))]
+        trainer.config.credit = "step"
+        trainer.assign_credit(groups)
+        for r in done:
+            on = {n for s, c in zip(r.parent.steps, r.parent.checks) if c.same < 0.5
+                  for n in range(s.start, s.stop)}
+            assert r.parent.weights == [float(n in on) for n in range(len(r.parent.ids))]
         trainer.config.mask_prefix = True
         trainer.assign_credit(groups)
         for r in done:

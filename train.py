@@ -80,7 +80,8 @@ class TrainConfig:
     format_weight: float = 0.1          # share of the reward that is for form
     # IVR-R1
     localiser: str = "check"            # check | margin | dependence | monte_carlo | random | oracle (tiny)
-    step_credit: bool = True            # in wrong rollouts only the tokens at fault get the advantage
+    credit: str = "token"               # in wrong rollouts the advantage goes to: the token at fault of each
+                                        # doubted step | step (all of it) | rollout (all tokens)
     rectify_below: float = 0.125        # groups up to this accuracy are rectified (< 0: none)
     parents: int = 1                    # failed rollouts repaired in an all-wrong group (1 in a mixed one)
     relook: str = "image"            # image | text (without the image) | none (restarts) | only (no restarts)
@@ -131,6 +132,7 @@ class TrainConfig:
             raise ValueError(f"--batch {self.batch}: must be a multiple of ranks x updates_per_batch = "
                              f"{ranks} x {self.updates_per_batch}")
         for name, known in (("algo", ("ivr", "grpo", "stepgrpo")), ("relook", rereason.RELOOKS),
+                            ("credit", ("token", "step", "rollout")),
                             ("localiser", attribute.LOCALISERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}")
@@ -340,7 +342,7 @@ class Trainer:
         for t in (t for group in groups for t in group):
             t.steps = attribute.split_steps(t.ids, self.codec)
         locate([t for n, group in enumerate(groups) for t in attribute.flawed(group)
-                if n in chosen or (c.step_credit and any(x.rewards["accuracy"] for x in group))])
+                if n in chosen or (c.credit != "rollout" and any(x.rewards["accuracy"] for x in group))])
         return locate
 
     def progress(self) -> float:
@@ -405,12 +407,12 @@ class Trainer:
                 continue
             if t.provenance != "policy":
                 t.weights = [float(n >= t.kept or not c.mask_prefix) for n in range(len(t.ids))]
-            elif c.step_credit and t.rewards["accuracy"] == 0:
+            elif c.credit != "rollout" and t.rewards["accuracy"] == 0:
                 if not t.finished:                          # cut off: neither right nor wrong
                     t.weights = [0.0] * len(t.ids)
                 elif t.advantage < 0 and t.rewards["format"] and t.checks and rereason.doubted(t) is not None:
-                    spans = [attribute.at_fault(s, x) for s, x in zip(t.steps, t.checks)
-                             if x is None or x.doubted]
+                    spans = [attribute.at_fault(s, x if c.credit == "token" else None)
+                             for s, x in zip(t.steps, t.checks) if x is None or x.doubted]
                     t.weights = grpo.step_credit(len(t.ids), spans)
 
     def update(self, groups, prompts, progress: float) -> dict:
@@ -862,7 +864,7 @@ def main(argv=None):
             given.resume = given.out
         if not given.resume:
             config, checkpoint = given, None
-            log = Path(config.out or "none") / "metrics.jsonl"     # empty: it was killed before its first step
+            log = Path(config.out or "none") / "metrics.jsonl"      # empty: killed before its first step
             if config.out and log.exists() and log.stat().st_size and not restarted:
                 raise ValueError(f"--out {config.out}: holds a run already; --resume it, or choose another")
         else:

@@ -46,7 +46,8 @@ ABLATIONS = {
     "restarts only": "--relook none", "looks only": "--relook only",
     "look without the image": "--relook text", "masked prefix": "--mask_prefix", "with std": "--use_std",
     "plain w": "--gamma 0", "no annealing": "--anneal 0", "all-wrong groups only": "--rectify_below 0",
-    "credit only": "--rectify_below -1", "repair only": "--no-step_credit", "grpo": "--algo grpo",
+    "credit only": "--rectify_below -1", "repair only": "--credit rollout",
+    "whole steps": "--credit step", "grpo": "--algo grpo",
 }
 
 
