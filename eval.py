@@ -16,16 +16,10 @@ the field's usual ones:
 Worked example: two problems with 4 samples each, 4 and 0 of them right: avg@4 = 0.5, pass@1 = 0.5, pass@4 =
 0.5, and the interval is that of 1 success in 2, not of 4 in 8.
 """
-import argparse
-import contextlib
-import hashlib
-import inspect
 import json
-import math
 import os
-import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,11 +27,17 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import rollout
+from benchmarks.figures import interval, report
 from benchmarks.formats import PROMPTS, Item, load_benchmark
 from benchmarks.localisation import localisation
+from benchmarks.results import parts_of, rows_on_disk, settings_of, usable_rows
 from benchmarks.rules import RULES, grade
-from model import checksum, load_model, resolve, rewrite
+from data import reading
+from model import load_model
 from reward import answers_match, extract_answer, format_ok
+from runtime.files import rewrite
+from runtime.flags import parse_flags
+from runtime.process import Ranks, device_and_dtype, start_ranks
 from viewer import terminal
 
 
@@ -51,7 +51,7 @@ class EvalConfig:
     prompt: str = "own"         # a benchmark's wording: own (with --instruction) | direct | cot (its own two)
     image_dir: str = ""                # folder that image paths are relative to ("" = the folder of the file)
     outside_images: bool = False        # images may lie outside that folder
-    instruction: str = rollout.INSTRUCTION  # text appended to each question of a file (may be empty)
+    instruction: str = reading.INSTRUCTION  # text appended to each question of a file (may be empty)
     image: str = ""                     # answer one question about this image file instead ...
     ask: str = ""                       # ... namely this one, and show the steps with their checks
     show: int = 0                       # print so many greedy (else sampled) completions, step by step
@@ -80,90 +80,10 @@ class EvalConfig:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}")
         if bool(self.image) != bool(self.ask):
             raise ValueError("--image and --ask belong together")
-        if self.localise and not rollout.is_tiny(self.data):
+        if self.localise and not reading.is_tiny(self.data):
             raise ValueError("--localise: only tiny has a step oracle")
         if self.batch < 1:
             raise ValueError(f"--batch {self.batch}: must be at least 1")
-
-
-def parse_flags(config_class, argv=None, defaults: dict | None = None):
-    """A dataclass as a command line: every field a --flag, its comment the help text. Unknown flags exit with
-    code 2. `defaults` replaces default values by field name (a saved configuration)."""
-    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(config_class), re.M))
-    parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False)
-    for f in fields(config_class):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type in (bool, "bool") else {"type": f.type}
-        help_text = f"{comments.get(f.name, '')} [{f.default}]".replace("%", "%%")
-        default = (defaults or {}).get(f.name, f.default)
-        parser.add_argument(f"--{f.name}", default=default, help=help_text, **kind)
-    return config_class(**vars(parser.parse_args(argv)))
-
-
-def device_and_dtype(device: str, dtype: str):
-    """Resolve "auto": cuda and bfloat16 where there is a GPU, else cpu and float32. ValueError for others."""
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "auto" and device.partition(":")[0] not in ("cpu", found):
-        raise ValueError(f"--device {device}: there is no such device here, only {found}")
-    device = torch.device(found if device == "auto" else device)
-    names = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "float32": torch.float32,
-             "bfloat16": torch.bfloat16}
-    if dtype not in names:
-        raise ValueError(f"--dtype {dtype}: must be one of {', '.join(names)}")
-    return device, names[dtype]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Ranks
-
-
-@dataclass
-class Ranks:
-    """This process among the others. With one process every method is the identity."""
-    rank: int = 0
-    world: int = 1
-
-    def sum(self, tensor):
-        """Sum over ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def reduce(self, tensor, to: int):
-        """Sum over ranks, in place, on rank `to`; elsewhere its content is lost."""
-        if self.world > 1:
-            dist.reduce(tensor, to)
-        return tensor
-
-    def spread(self, tensor, source: int):
-        """The tensor of rank `source`, in place, on every rank."""
-        if self.world > 1:
-            dist.broadcast(tensor, source)
-
-    def gather(self, rows: list) -> list:
-        """The rows of all ranks, on every rank."""
-        if self.world == 1:
-            return rows
-        parts = [None] * self.world
-        dist.all_gather_object(parts, rows)
-        return [r for part in parts for r in part]
-
-    def same(self, value):
-        """Rank 0's value, on every rank."""
-        return self.gather([value])[0]
-
-
-def start_ranks(device: torch.device) -> tuple[Ranks, torch.device]:
-    """Join torchrun's process group, if there is one (gloo on CPU, nccl on CUDA, one GPU a local rank)."""
-    if "WORLD_SIZE" not in os.environ:
-        return Ranks(), device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    store, rank, world = next(dist.rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")     # addresses of an earlier one are dead
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank,
-                            world_size=world, store=dist.PrefixStore(f"attempt {attempt}", store))
-    return Ranks(dist.get_rank(), dist.get_world_size()), device
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -218,135 +138,6 @@ def judge(problem, text: str, finished: bool, rules: str = "strict") -> dict:
             "finished": finished}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Results on disk: FILE, while it grows one FILE.part<rank> a rank, and FILE.config.json
-
-
-def settings_of(config: EvalConfig) -> dict:
-    """What the completions depend on: rows of other settings must not be mixed with them."""
-    files = sorted(resolve(config.model).glob("*.safetensors"))
-    stamps = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    names = ("model", "data", "bench", "prompt", "image_dir", "instruction", "samples", "max_new_tokens",
-             "max_pixels", "seed", "dtype")
-    file = Path(config.bench or config.data)
-    return {**{n: getattr(config, n) for n in names}, "file": checksum(file)[:16] if file.is_file() else "",
-            "weights": hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]}
-
-
-def rows_of(file: Path) -> list[dict]:
-    """The rows of a JSONL file of ours, without one that was cut off when its writer was killed; [] where
-    there is no file."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def rows_on_disk(out: Path) -> dict:
-    """All rows of an evaluation, finished or not, by (id, mode, sample)."""
-    return {(r["id"], r["mode"], r["sample"]): r for file in (out, *parts_of(out)) for r in rows_of(file)}
-
-
-def parts_of(out: Path) -> list[Path]:
-    """The files that ranks write while an evaluation runs."""
-    return sorted(f for f in out.parent.iterdir() if re.fullmatch(re.escape(out.name) + r"\.part\d+", f.name))
-
-
-def usable_rows(out: Path, settings: dict, problems: list, config: EvalConfig) -> list[dict]:
-    """The records an evaluation need not make again, judged anew (the rules may be others). ValueError where
-    the file holds those of other settings."""
-    saved = Path(f"{out}.config.json")
-    if not saved.is_file():
-        if out.exists() and out.stat().st_size:
-            raise ValueError(f"--out {out}: is there already, and was not written by an evaluation")
-        return []
-    found, before = rows_on_disk(out), json.loads(saved.read_text())
-    if found and (other := [n for n in settings if before.get(n) != settings[n]]):
-        raise ValueError(f"--out {out}: holds rows made with other settings ({', '.join(other)}); "
-                         "choose another file, or delete it")
-    by_id, need = {p.id: p for p in problems}, {"greedy": int(config.greedy), "sample": config.samples}
-    whole = {(i, mode) for i, mode, _ in found if i in by_id and need[mode]
-             and all((i, mode, k) in found for k in range(need[mode]))}
-    return [{**r, **judge(by_id[i], r["completion"], r["finished"], config.rules)}
-            for (i, mode, _), r in found.items() if (i, mode) in whole]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Figures
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """95 % Wilson interval of a mean of per-problem values in [0, 1]. Values between 0 and 1 (several samples
-    a problem) count for more than one yes/no each: the effective number of problems is mean (1 - mean) /
-    variance of the mean, which is their plain number when all are 0 or 1. Source: Wilson 1927; the correction
-    is our choice."""
-    n, mean = len(values), sum(values) / len(values)
-    variance = sum((v - mean) ** 2 for v in values) / n ** 2
-    n = mean * (1 - mean) / variance if variance > 1e-12 else n
-    z = 1.96
-    centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right when c of n were: 1 - C(n - c, k) / C(n, k)."""
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def summarise(records: list[dict]) -> dict:
-    """Figures of some records: {name: {"mean", "low", "high"}} and n, the number of problems."""
-    out = {"n": len({r["id"] for r in records})}
-
-    def add(name, values):
-        out[name] = dict(zip(("mean", "low", "high"), (sum(values) / len(values), *interval(values))))
-
-    for mode in ("greedy", "sample"):
-        by_problem = {}
-        for r in records:
-            if r["mode"] == mode:
-                by_problem.setdefault(r["id"], []).append(r)
-        if not by_problem:
-            continue
-        groups = list(by_problem.values())
-        n = len(groups[0])
-        mean = lambda key: [sum(map(key, g)) / n for g in groups]
-        add("greedy" if mode == "greedy" else f"avg@{n}", mean(lambda r: r["correct"]))
-        if mode == "sample":
-            for k in (k for k in (2 ** j for j in range(1, 20)) if k <= n):
-                add(f"pass@{k}", [pass_at_k(n, sum(r["correct"] for r in g), k) for g in groups])
-        add(f"{mode} format", mean(lambda r: r["format"]))
-        add(f"{mode} parse fail", mean(lambda r: r["extracted"] is None))
-    return out
-
-
-def report(records: list[dict]) -> str:
-    """The table people read: all problems, then by group. Percent, with 95 % intervals."""
-    groups = {"all": records}
-    for key in dict.fromkeys(k for r in records for k in r["groups"]):
-        of = lambda r: r["groups"][key] if isinstance(r["groups"][key], list) else [r["groups"][key]]
-        values = sorted({v for r in records for v in of(r) if v})
-        if len(values) > 1:
-            groups.update({f"{key} {v}": [r for r in records if v in of(r)] for v in values})
-    tables = {name: summarise(rows) for name, rows in groups.items()}
-    columns = [c for c in tables["all"] if c != "n"]
-    lines = [f"| {'':18} | n | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for name, table in tables.items():
-        cells = [percent(table[c]) if c in table else "" for c in columns]
-        lines.append(f"| {name:18} | {table['n']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def accuracies(figures: dict) -> list[str]:
-    """The names of a summary's accuracies: greedy, avg@k, pass@k."""
-    return [n for n in figures if n == "greedy" or n.startswith(("avg@", "pass@"))]
-
-
-def percent(figure: dict) -> str:
-    return f"{100 * figure['mean']:.1f} % [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
-
-
 def run(config: EvalConfig, ranks: Ranks, device, dtype):
     """The whole job, but for `--localise`."""
     left_out, bench = "", config.bench
@@ -355,7 +146,7 @@ def run(config: EvalConfig, ranks: Ranks, device, dtype):
                                             config.outside_images)
         problems = problems[:config.problems or None]
     else:
-        problems = rollout.load_data(config.data, "heldout", config.problems, config.image_dir,
+        problems = reading.load_data(config.data, "heldout", config.problems, config.image_dir,
                                      config.instruction, config.outside_images)
     if not (config.greedy or config.samples):
         config.greedy, config.samples = True, 4
@@ -367,7 +158,7 @@ def run(config: EvalConfig, ranks: Ranks, device, dtype):
     if out:                                             # before the work, not after it
         out, settings = Path(out), settings_of(config)
         out.parent.mkdir(parents=True, exist_ok=True)
-        done = usable_rows(out, settings, problems, config)
+        done = usable_rows(out, settings, problems, config, judge)
         ranks.gather([None])                            # all have read before the first one writes
         if ranks.rank == 0:
             Path(f"{out}.config.json").write_text(json.dumps(settings, indent=1))
@@ -379,7 +170,7 @@ def run(config: EvalConfig, ranks: Ranks, device, dtype):
             f.writelines(json.dumps(r) + "\n" for r in records)
             f.flush()
 
-        limit = config.max_new_tokens or (256 if not bench and rollout.is_tiny(config.data) else 2048)
+        limit = config.max_new_tokens or (256 if not bench and reading.is_tiny(config.data) else 2048)
         records = evaluate(model, codec, mine, config.greedy, config.samples, limit, config.seed,
                            config.batch, ranks.rank == 0, config.rules,
                            [r for r in done if r["id"] in ids], keep)
@@ -412,8 +203,8 @@ def answer_one(config: EvalConfig, device, dtype) -> str:
     codec = rollout.load_codec(config.model, config.max_pixels)
     text = config.ask + ("\n" + config.instruction if config.instruction else "")
     question = "<image>" + text.replace("<image>", "< image>")
-    problem = rollout.Problem("ask", question, "", [Path(config.image)])
-    bad = rollout.check_problems([problem])[1]
+    problem = reading.Problem("ask", question, "", [Path(config.image)])
+    bad = reading.check_problems([problem])[1]
     if bad:
         raise ValueError(f"--image {config.image}: {bad[0].rpartition(': ')[2]}")
     rollout.encode_prompt(problem, codec, config.max_prompt_tokens, pixels=False)

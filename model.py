@@ -19,10 +19,8 @@ Left out: video, dropout, sliding-window attention (the published checkpoints ha
 Shapes: B prompts, R rows (B x G samples), T tokens, P prompt tokens, V vocabulary, D width, H heads,
 K key/value heads, d head size, N image patches, M merged image tokens (N / 4).
 """
-import hashlib
 import json
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -638,27 +636,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object is expected")
     return value
-
-
-def rewrite(file: Path, text: str):
-    """Give a file this content, or leave it as it was: written beside, flushed, renamed."""
-    part = file.with_name(file.name + ".new")
-    with open(part, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    part.replace(file)
-
-
-def checksum(file: Path, flush: bool = False) -> str:
-    """SHA-256 of a file; `flush`: and it is on the disk afterwards, not only in memory."""
-    digest = hashlib.sha256()
-    with open(file, "rb+" if flush else "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-        if flush:
-            os.fsync(f.fileno())
-    return digest.hexdigest()
 
 
 def load_image_config(folder: Path) -> ImageConfig:

@@ -29,7 +29,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -40,12 +39,17 @@ import model as m
 import rereason
 import rollout
 import train
-from benchmarks import formats, rules
+from benchmarks import figures, formats, rules
+from data import reading
 from experiments import kills
 from reward import (answers_match, extract_answer, format_ok, reward_parts, step_rar, step_reward_parts,
                     step_rvr)
+from runtime import files
+from runtime.flags import parse_flags
+from runtime.optimizer import Optimizer, learning_rate
+from runtime.process import Ranks
 from tiny import shapes
-from viewer import terminal, trace
+from viewer import log, terminal, trace
 
 ROOT = Path(__file__).resolve().parent
 TINY = str(ROOT / "tiny")
@@ -500,7 +504,7 @@ def test_prompt_is_the_chat_template():
     ids = rollout.encode_prompt(hostile, codec).ids
     assert (ids.count(codec.image_token_id) == pads
             and ids.count(codec.eos_ids[0]) == prompt.ids.count(codec.eos_ids[0]))
-    raises(rollout.DataError, ["tiles-4", "--max_prompt_tokens is 5"], rollout.encode_prompt, p, codec, 5)
+    raises(reading.DataError, ["tiles-4", "--max_prompt_tokens is 5"], rollout.encode_prompt, p, codec, 5)
 
 
 def write_rows(folder, rows):
@@ -519,7 +523,7 @@ def test_jsonl_aliases_and_image_tags():
                 {"img": ["a.png", "a.png"], "query": "is <image> like <image>?", "answer": "yes", "id": "q"},
                 {"problem": "stray <image> tag 12", "answer": "B", "choices": {"B": "2", "A": 1}, "id": None},
                 {"problem": "Which?\n(A) x (B) y", "answer": "B", "choices": ["x", "y"]}]
-        got = rollout.load_problems(write_rows(folder, rows), instruction="Think.")
+        got = reading.load_problems(write_rows(folder, rows), instruction="Think.")
         assert [p.answer for p in got] == ["48", "7", "1", "yes", "B", "B"]
         assert [len(p.images) for p in got] == [1, 1, 0, 2, 0, 0]
         assert [p.question.count("<image>") for p in got] == [1, 1, 0, 2, 0, 0]
@@ -543,7 +547,7 @@ def test_bad_rows_are_named_all_at_once():
                 {**good, "id": "twice"}, {**good, "id": "twice"}, '{"problem": "\\ud800", "answer": "1"}',
                 '{"problem": "x", "answer": ' + "9" * 5000 + "}"]
         path = write_rows(folder, rows)
-        message = raises(rollout.DataError, [], rollout.load_problems, path)
+        message = raises(reading.DataError, [], reading.load_problems, path)
         for n, words in {2: ("none.png", "no such file"), 3: ("cut.png", "not readable"), 4: ("not JSON",),
                          5: ("'answer'", "empty"), 6: ("2 <image> tags", "1 images"), 7: ("'problem'",),
                          8: ("'answer'",), 9: ("JSON object",), 10: ("'images'", "data:"),
@@ -554,15 +558,15 @@ def test_bad_rows_are_named_all_at_once():
         assert f"{path}:1:" not in message
         (folder / "empty.jsonl").write_text("\n\n")
         (folder / "latin.jsonl").write_bytes('{"problem": "30\xb0?", "answer": "1"}'.encode("latin-1"))
-        raises(rollout.DataError, "latin.jsonl:1", rollout.load_problems, folder / "latin.jsonl")
+        raises(reading.DataError, "latin.jsonl:1", reading.load_problems, folder / "latin.jsonl")
         (folder / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"problem": "x", "answer": "1"}\r\n')
-        assert rollout.load_problems(folder / "bom.jsonl")[0].question == "x"
+        assert reading.load_problems(folder / "bom.jsonl")[0].question == "x"
         Image.new("RGB", (1, 300)).save(folder / "a.png")
-        codec, thin = rollout.load_codec(TINY), rollout.load_problems(write_rows(folder, [good]))[0]
+        codec, thin = rollout.load_codec(TINY), reading.load_problems(write_rows(folder, [good]))[0]
         Image.new("RGB", (1, 300)).save(folder / "a.png")
-        raises(rollout.DataError, ["data.jsonl:1", "images", "aspect"], rollout.encode_prompt, thin, codec)
-        raises(rollout.DataError, "no rows", rollout.load_problems, folder / "empty.jsonl")
-        raises(rollout.DataError, "no such file", rollout.load_problems, folder / "nothing.jsonl")
+        raises(reading.DataError, ["data.jsonl:1", "images", "aspect"], rollout.encode_prompt, thin, codec)
+        raises(reading.DataError, "no rows", reading.load_problems, folder / "empty.jsonl")
+        raises(reading.DataError, "no such file", reading.load_problems, folder / "nothing.jsonl")
 
 
 def test_images_of_every_kind():
@@ -575,7 +579,7 @@ def test_images_of_every_kind():
     def through(image, kind, **options):
         out = io.BytesIO()
         image.save(out, kind, **options)
-        return np.asarray(rollout.open_image(out.getvalue())).astype(int)
+        return np.asarray(reading.open_image(out.getvalue())).astype(int)
 
     deep = through(Image.fromarray(grey.astype(np.uint16) * 257), "PNG")
     assert np.abs(deep - grey[..., None]).max() <= 1
@@ -597,7 +601,7 @@ def test_images_of_every_kind():
             exif[0x0112] = orientation
             out = io.BytesIO()
             image.resize((120, 60)).save(out, kind, exif=exif)
-            picture = rollout.open_image(out.getvalue())
+            picture = reading.open_image(out.getvalue())
             assert rollout.image_grid(out.getvalue(), config) == m.preprocess_image(picture, config)[1]
             assert (picture.height > picture.width) == (orientation in (6, 8)), (kind, orientation)
     with scratch() as folder:
@@ -608,7 +612,7 @@ def test_images_of_every_kind():
         Image.new("1", (15000, 15000)).save(folder / "bomb.png")
         rows = [{"image": n, "problem": "x?", "answer": "1"}
                 for n in ("cut.png", "cut.jpg", "bomb.png", "a.png")]
-        message = raises(rollout.DataError, [], rollout.load_problems, write_rows(folder, rows))
+        message = raises(reading.DataError, [], reading.load_problems, write_rows(folder, rows))
         assert len(message.splitlines()) == 3 and all(f"data.jsonl:{n}: " in message for n in (1, 2, 3))
         assert "bomb" in message.splitlines()[2]
 
@@ -620,14 +624,14 @@ def test_images_outside_the_folder_are_refused():
         Image.new("RGB", (40, 30)).save(folder / "b.png")
         for name in ("../b.png", str(folder / "b.png"), "file://" + str(folder / "b.png"), "x/../../b.png"):
             path = write_rows(data, [{"image": name, "problem": "x?", "answer": "1"}])
-            raises(rollout.DataError, ["data.jsonl:1", "outside", "--outside_images"],
-                   rollout.load_problems, path)
+            raises(reading.DataError, ["data.jsonl:1", "outside", "--outside_images"],
+                   reading.load_problems, path)
         (data / "x").mkdir()
-        assert rollout.load_problems(path, outside=True)
+        assert reading.load_problems(path, outside=True)
         path = write_rows(data, [{"image": "x/../a.png", "problem": "x?", "answer": "1"}])
-        assert rollout.load_problems(path) and rollout.load_problems(path, image_dir=data)
+        assert reading.load_problems(path) and reading.load_problems(path, image_dir=data)
         path = write_rows(data, [{"image": str(folder / "b.png"), "problem": "x?", "answer": "1"}])
-        assert rollout.load_problems(path, image_dir=folder)
+        assert reading.load_problems(path, image_dir=folder)
 
 
 def test_rows_of_other_projects():
@@ -668,14 +672,14 @@ def test_rows_of_other_projects():
                         "PassRate_32BTrained": 0.5}}
         codec = rollout.load_codec(TINY)
         for source, row in sources.items():
-            p = rollout.parse_row(row, source, folder, "Think.")
+            p = reading.parse_row(row, source, folder, "Think.")
             assert p.answer in ("48", "3", "$3$", "60", "A"), (source, p.answer)
             images = {"EasyR1, text only": 0, "ViRL39K": 2}.get(source, 1)
             assert len(p.images) == p.question.count("<image>") == images, source
             assert p.question.endswith("\nThink.") and "Be brief" not in p.question
             prompt = rollout.encode_prompt(p, codec)
             assert images == 0 or prompt.pixel_values is not None, source
-        named = lambda source: rollout.parse_row(sources[source], "here", folder)
+        named = lambda source: reading.parse_row(sources[source], "here", folder)
         assert named("ViRL39K").id == "q1" and named("TRL").id == "here" and named("VLM-R1").id == "1"
         assert named("ViRL39K").task == "charts" and named("verl").task == "hiyouga/geometry3k"
         assert named("R1-VL-10K").key_steps == ["two and one", ["3 dots", "three"]]
@@ -687,7 +691,7 @@ def test_rows_of_other_projects():
                 "a worked solution": {"problem": "x?", "image": "a.png",
                                       "solution": "We get 3+4=7, so 7-4 is \\boxed{3}."}}
         for name, row in more.items():
-            p = rollout.parse_row(row, name, folder)
+            p = reading.parse_row(row, name, folder)
             assert p.answer == "3" and len(p.images) == 1 and p.question.startswith("<image>"), name
             rollout.encode_prompt(p, codec)
         for row, words in ((dict(message="[{bad json", answer="1"), None),
@@ -701,9 +705,9 @@ def test_rows_of_other_projects():
                            (dict(conversations=[{"from": "human", "value": "x"}]), "'answer'"),
                            (dict(problem="x", reward_model={"style": "rule"}), "'answer'")):
             if words:
-                raises(rollout.DataError, ["here", words], rollout.parse_row, row, "here", folder)
+                raises(reading.DataError, ["here", words], reading.parse_row, row, "here", folder)
             else:
-                assert rollout.parse_row(row, "here", folder).question == "[{bad json"
+                assert reading.parse_row(row, "here", folder).question == "[{bad json"
 
 
 def test_parquet_and_json_files():
@@ -713,23 +717,23 @@ def test_parquet_and_json_files():
         whole = folder / "data.json"
         whole.write_text(json.dumps(rows))
         same = lambda a, b: [(p.question, p.answer) for p in a] == [(p.question, p.answer) for p in b]
-        assert same(rollout.load_problems(path), rollout.load_problems(whole))
+        assert same(reading.load_problems(path), reading.load_problems(whole))
         whole.write_text(json.dumps(rows[:1] + [{"problem": "x"}]))
-        raises(rollout.DataError, ["data.json: row 2", "'answer'"], rollout.load_problems, whole)
+        raises(reading.DataError, ["data.json: row 2", "'answer'"], reading.load_problems, whole)
         table = folder / "data.parquet"
         try:
             import pyarrow
             import pyarrow.parquet
         except ImportError:
             table.write_bytes(b"PAR1")
-            assert "\n" not in raises(rollout.DataError, "pip install pyarrow", rollout.load_problems, table)
+            assert "\n" not in raises(reading.DataError, "pip install pyarrow", reading.load_problems, table)
             return
         png = (folder / "a.png").read_bytes()
         rows = [{**r, "images": [{"bytes": png, "path": None}]} for r in rows]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
-        assert same(rollout.load_problems(table), rollout.load_problems(path))
+        assert same(reading.load_problems(table), reading.load_problems(path))
         table.write_bytes(table.read_bytes()[:-9])
-        raises(rollout.DataError, "not a readable parquet", rollout.load_problems, table)
+        raises(reading.DataError, "not a readable parquet", reading.load_problems, table)
 
 
 def test_check_names_all_bad_rows_and_counts_tokens():
@@ -752,7 +756,7 @@ def test_check_names_all_bad_rows_and_counts_tokens():
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             raises(SystemExit, "0", train.main, flags)
-        p, codec = rollout.load_problems(path, None, rollout.INSTRUCTION)[0], rollout.load_codec(TINY)
+        p, codec = reading.load_problems(path, None, reading.INSTRUCTION)[0], rollout.load_codec(TINY)
         prompt = rollout.encode_prompt(p, codec)
         table = [x.split("|") for x in out.getvalue().splitlines() if "|" in x]
         cells = {x[1].strip(): x[2].strip() for x in table}
@@ -1719,7 +1723,7 @@ def block_prompt(codec):
     """A prompt whose image is 5 x 3 merged blocks, each of a colour of its own."""
     cells = np.random.default_rng(0).integers(0, 250, (3, 5, 3)).astype(np.uint8)
     image = Image.fromarray(np.repeat(np.repeat(cells, 28, 0), 28, 1))
-    p = rollout.Problem("blocks", "<image>Which?", "a", [image, image.transpose(Image.Transpose.ROTATE_90)])
+    p = reading.Problem("blocks", "<image>Which?", "a", [image, image.transpose(Image.Transpose.ROTATE_90)])
     return rollout.encode_prompt(replace(p, question="<image><image>Which?"), codec)
 
 
@@ -2136,7 +2140,7 @@ def test_no_prompt_holds_an_answer():
 
 def test_when_a_second_look_is_fair():
     t = lambda text, **more: rollout.Trajectory(
-        rollout.Problem("p", "<image>q", more.pop("answer", "48"), [], **more), [], [], [], True, text)
+        reading.Problem("p", "<image>q", more.pop("answer", "48"), [], **more), [], [], [], True, text)
     wrong = "<think>a\nb</think><answer>47</answer>"
     assert rereason.may_look(t(wrong), "a\nthe sum is 46 or 480")
     assert not rereason.may_look(t(wrong), "a\nso 48") and not rereason.may_look(t(wrong), "it is (47).")
@@ -2699,20 +2703,20 @@ def test_pass_at_k_by_counting():
         for k in range(1, n + 1):
             draws = list(itertools.combinations(range(n), k))
             want = sum(any(i < c for i in d) for d in draws) / len(draws)
-            assert abs(evaluation.pass_at_k(n, c, k) - want) < 1e-9
+            assert abs(figures.pass_at_k(n, c, k) - want) < 1e-9
 
 
 def test_interval_is_wilsons():
-    low, high = evaluation.interval([1.0] * 8 + [0.0] * 2)                       # textbook values for 8 of 10
+    low, high = figures.interval([1.0] * 8 + [0.0] * 2)                       # textbook values for 8 of 10
     assert abs(low - 0.4902) < 2e-3 and abs(high - 0.9433) < 2e-3
-    assert evaluation.interval([0.0] * 10)[0] == 0 and 0.2 < evaluation.interval([0.0] * 10)[1] < 0.35
-    close(evaluation.interval([1.0, 0.0] * 5), evaluation.interval([1.0] * 5 + [0.0] * 5), 1e-9)
-    narrow, wide = evaluation.interval([0.5] * 9 + [0.25]), evaluation.interval([1.0] * 5 + [0.0] * 5)
+    assert figures.interval([0.0] * 10)[0] == 0 and 0.2 < figures.interval([0.0] * 10)[1] < 0.35
+    close(figures.interval([1.0, 0.0] * 5), figures.interval([1.0] * 5 + [0.0] * 5), 1e-9)
+    narrow, wide = figures.interval([0.5] * 9 + [0.25]), figures.interval([1.0] * 5 + [0.0] * 5)
     assert narrow[1] - narrow[0] < wide[1] - wide[0]
     rng, hits = np.random.default_rng(0), 0             # coverage, with 4 dependent samples a problem
     for _ in range(400):
         values = rng.binomial(4, rng.beta(1, 2, size=60)) / 4
-        low, high = evaluation.interval(values.tolist())
+        low, high = figures.interval(values.tolist())
         hits += low <= 1 / 3 <= high
     assert 0.91 <= hits / 400 <= 0.98, hits / 400
 
@@ -2722,14 +2726,14 @@ def test_summary_figures():
              "correct": c, "format": True, "extracted": "x" if c else None}
             for i, cs in enumerate(((1, 1), (1, 0), (0, 0), (0, 0))) for c in cs]
     rows += [{**r, "mode": "greedy"} for r in rows[::2]]
-    s = evaluation.summarise(rows)
+    s = figures.summarise(rows)
     assert (s["n"] == 4 and s["greedy"]["mean"] == 0.5 and s["avg@2"]["mean"] == 0.375
             and s["pass@2"]["mean"] == 0.5)
     assert s["sample parse fail"]["mean"] == 0.625 and s["sample format"]["mean"] == 1
-    table = evaluation.report(rows).splitlines()
+    table = figures.report(rows).splitlines()
     assert len(table) == 5 and "task a" in table[3] and "100.0 %" in table[3]
     rows[0]["groups"]["skill"] = ["x", "y"]
-    table = {x.split("|")[1].strip(): x.split("|")[2].strip() for x in evaluation.report(rows).splitlines()}
+    table = {x.split("|")[1].strip(): x.split("|")[2].strip() for x in figures.report(rows).splitlines()}
     assert table["skill x"] == "4" and table["skill y"] == "1"
 
 
@@ -2753,13 +2757,13 @@ def test_eval_command_on_a_file():
 
 
 def test_flags_of_a_dataclass():
-    config = evaluation.parse_flags(evaluation.EvalConfig, ["--samples", "3", "--greedy"])
+    config = parse_flags(evaluation.EvalConfig, ["--samples", "3", "--greedy"])
     assert config.samples == 3 and config.greedy is True and config.data == "tiny"
-    assert evaluation.parse_flags(train.TrainConfig, ["--no-freeze_vision"],
+    assert parse_flags(train.TrainConfig, ["--no-freeze_vision"],
                                   {"freeze_vision": True}).freeze_vision is False
     with contextlib.redirect_stderr(io.StringIO()) as err:
         for flags in (["--no_such_flag", "1"], ["--sample", "3"], ["--samples", "many"]):
-            raises(SystemExit, "2", evaluation.parse_flags, evaluation.EvalConfig, flags)
+            raises(SystemExit, "2", parse_flags, evaluation.EvalConfig, flags)
     assert "no_such_flag" in err.getvalue()
     source = Path(train.__file__).read_text()
     for name in asdict(train.TrainConfig()):
@@ -2874,7 +2878,7 @@ def test_mathvista_files():
         items, _ = load(folder / "testmini.json")
         assert [i.benchmark for i in items] == ["MathVista"] * 3 and items[0].answer == "A"
         assert items[2].precision == 1 and items[1].question == "<image>Sum? (Unit: kg)"
-        assert items[1].groups["skill"] == ["algebra"] and rollout.open_image(items[0].images[0]).size == (
+        assert items[1].groups["skill"] == ["algebra"] and reading.open_image(items[0].images[0]).size == (
             9,
             9,
         )
@@ -3034,7 +3038,7 @@ def test_mmmu_files():
         items, note = load(path, instruction="Think.")
         assert [i.id for i in items] == ["1", "3"] and note == "left out: 1 rows without an image, 1 dev rows"
         assert items[0].question == "Is <image> like <image>?\nA. None\nB. <image>\nC. both\nThink."
-        colours = [rollout.open_image(im).getpixel((0, 0)) for im in items[0].images]
+        colours = [reading.open_image(im).getpixel((0, 0)) for im in items[0].images]
         assert colours == [(0, 0, 255), (255, 0, 0), (255, 0, 0)]
         assert items[1].golds == ["24/7", "3.429"] and items[1].choices is None
         assert items[1].question == "<image>x = <?> mass\nThink."
@@ -3054,7 +3058,7 @@ def test_mmmu_files():
         bad = write_tsv(
             folder / "mmmu_bad.tsv", [{**row, "question": "<image 3>"}, {**row, "image": "%%%" * 40}]
         )
-        message = raises(rollout.DataError, ["row 1", "<image 3>", "2 images", "row 2"], load, bad)
+        message = raises(reading.DataError, ["row 1", "<image 3>", "2 images", "row 2"], load, bad)
         assert len(message.splitlines()) == 2
 
 
@@ -3130,8 +3134,8 @@ def test_mmmu_pro_and_mmstar_files():
             assert item.choices == choices, item.choices
             assert rules.grade(item, "It is blue.")[1] and not rules.grade(item, "A")[1]
         unknown = write_tsv(folder / "unknown.tsv", [{"index": 1, "question": "x"}])
-        raises(rollout.DataError, "which benchmark", load, unknown)
-        raises(rollout.DataError, "stands twice", load, write_tsv(folder / "MMStar2.tsv", [star, star]))
+        raises(reading.DataError, "which benchmark", load, unknown)
+        raises(reading.DataError, "stands twice", load, write_tsv(folder / "MMStar2.tsv", [star, star]))
         Image.new("RGB", (9, 9)).save(folder / "o.png")
         row = {"question": "Which?", "A": "red", "B": "blue", "answer": "B", "image": "o.png"}
         rows = [{**row, "index": n} for n in range(3)]                                  # 0 is a name too
@@ -3142,12 +3146,12 @@ def test_mmmu_pro_and_mmstar_files():
                            ({**rows[0], "image": "none.png"}, "no such file")):
             lines = [json.dumps(rows[1]), bad if isinstance(bad, str) else json.dumps(bad)]
             (folder / "mmstar.jsonl").write_text("\n".join(lines))
-            raises(rollout.DataError, ["mmstar.jsonl:2", words], load, folder / "mmstar.jsonl")
+            raises(reading.DataError, ["mmstar.jsonl:2", words], load, folder / "mmstar.jsonl")
         (folder / "mmstar.tsv").write_bytes("index\tquestion\n1\t30\xb0?".encode("latin-1"))
-        raises(rollout.DataError, ["mmstar.tsv", "not a readable TSV"], load, folder / "mmstar.tsv")
+        raises(reading.DataError, ["mmstar.tsv", "not a readable TSV"], load, folder / "mmstar.tsv")
         bad = {"question": "x", "choices": "['1', '2']", "answer": "1", "answer_type": "float",
                "question_type": "x", "precision": "two", "image": base64_png()}
-        raises(rollout.DataError, ["row 1", "MathVista"], load, write_tsv(folder / "MathVista_x.tsv", [bad]))
+        raises(reading.DataError, ["row 1", "MathVista"], load, write_tsv(folder / "MathVista_x.tsv", [bad]))
 
 
 RULES = r"""
@@ -3599,7 +3603,7 @@ def test_folders_like_the_hubs_train_and_open_again():
                          "preprocessor_config.json", "vocab.json", "merges.txt"):
                 assert (saved / name).read_bytes() == (folder / name).read_bytes(), name
             for place in (folder, saved):
-                p, codec = rollout.load_problems(data)[0], rollout.load_codec(str(place))
+                p, codec = reading.load_problems(data)[0], rollout.load_codec(str(place))
                 assert len(codec.eos_ids) == 2 and "You are a helpful assistant." in rollout.render(p, codec)
                 found = rollout.sample(m.load_model(place).eval(), [p], codec, 1, 12, 0.0)[0][0]
                 reference, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -3607,7 +3611,7 @@ def test_folders_like_the_hubs_train_and_open_again():
                 assert not any(info.values()), info
                 tokenizer = AutoTokenizer.from_pretrained(place)
                 processor = Qwen2VLImageProcessorPil.from_pretrained(place)
-                image = processor(images=[rollout.open_image(p.images[0])], return_tensors="pt")
+                image = processor(images=[reading.open_image(p.images[0])], return_tensors="pt")
                 text = rollout.render(p, codec).replace(
                     "<|image_pad|>", "<|image_pad|>" * (len(image.pixel_values) // 4))
                 inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
@@ -3855,15 +3859,15 @@ def test_damaged_checkpoints_are_passed_over():
         whole = (last / "model.safetensors").read_bytes()
         for broken in (whole[:-1], whole[:5000] + bytes([whole[5000] ^ 4]) + whole[5001:]):
             (last / "model.safetensors").write_bytes(broken)
-            assert "model.safetensors" in train.damage(last)
+            assert "model.safetensors" in files.damage(last)
             with contextlib.redirect_stderr(io.StringIO()) as warned:
-                assert train.intact(sorted(out.glob("checkpoint-*"))).name == "checkpoint-000002"
+                assert files.intact(sorted(out.glob("checkpoint-*"))).name == "checkpoint-000002"
             assert "model.safetensors" in warned.getvalue()
         (last / "optimizer-00001-of-00001.safetensors").unlink()
         (last / "model.safetensors").write_bytes(whole)
-        assert "optimizer-00001-of-00001.safetensors is missing" in train.damage(last)
+        assert "optimizer-00001-of-00001.safetensors is missing" in files.damage(last)
         (last / "trainer.json").write_text("{")
-        raises(ValueError, ["no whole", "checkpoint-000003"], train.intact, [last])
+        raises(ValueError, ["no whole", "checkpoint-000003"], files.intact, [last])
         raises(SystemExit, "no whole", train.main, ["--resume", str(last)])
 
 
@@ -3877,25 +3881,25 @@ def test_going_on_from_an_earlier_checkpoint():
             train.main(["--resume", str(out / "checkpoint-000001"), "--max_steps", "2", "--keep", "1"])
         assert {f.name for f in out.glob("*checkpoint*")} == {
             "checkpoint-000002", "abandoned-checkpoint-000002", "abandoned-checkpoint-000003"}
-        assert [r["step"] for r in metrics(out)] == [1, 2] and not train.damage(out / "checkpoint-000002")
+        assert [r["step"] for r in metrics(out)] == [1, 2] and not files.damage(out / "checkpoint-000002")
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         before = (out / "config.json").read_text()
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
         try:
-            raises(OSError, [], train.rewrite, out / "config.json", before)
+            raises(OSError, [], files.rewrite, out / "config.json", before)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert (out / "config.json").read_text() == before
         net = random_model().to(torch.bfloat16)                 # from bfloat16 to float32: the masters go on
-        config, ranks = train.TrainConfig(), train.Ranks()
-        first = train.Optimizer(net, config, ranks)
+        config, ranks = train.TrainConfig(), Ranks()
+        first = Optimizer(net, config, ranks)
         for p in net.parameters():
             p.grad = torch.ones_like(p)
         first.collect()
         first.step(1e-3)
         save_file(first.state(), folder / "optimizer-x.safetensors")
         wide = random_model()
-        again = train.Optimizer(wide, config, ranks)
+        again = Optimizer(wide, config, ranks)
         again.load([folder / "optimizer-x.safetensors"])
         assert all(torch.equal(a, b) for a, b in zip(first.masters.values(), wide.parameters()))
         state = {k: v for k, v in first.state().items() if not k.startswith(first.names[3])}
@@ -3911,15 +3915,15 @@ def test_full_disk_leaves_the_last_checkpoint():
         trainer = train.Trainer(config)
         trainer.save()
         good = folder / "checkpoint-000000"
-        before, limits = train.checksum(good / "model.safetensors"), resource.getrlimit(resource.RLIMIT_FSIZE)
+        before, limits = files.checksum(good / "model.safetensors"), resource.getrlimit(resource.RLIMIT_FSIZE)
         trainer.step = 1
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
         try:
             raises(OSError, ["checkpoint-000001", "could not be written"], trainer.save)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert [f.name for f in folder.iterdir()] == [good.name] and not train.damage(good)
-        assert train.checksum(good / "model.safetensors") == before
+        assert [f.name for f in folder.iterdir()] == [good.name] and not files.damage(good)
+        assert files.checksum(good / "model.safetensors") == before
 
 
 def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run():
@@ -3946,14 +3950,14 @@ def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run():
 
 def test_collapse_is_warned_of():
     first = {"finished": 1.0, "format": 0.9, "entropy": 0.3, "accuracy": 0.2, "all_wrong": 0.4, "mixed": 0.6}
-    assert not train.warnings_of(first, first)
+    assert not log.warnings_of(first, first)
     for change, kind in (({"finished": 0.4}, "cut off"), ({"format": 0.3}, "format"),
                          ({"entropy": 0.001}, "entropy")):
-        found = train.warnings_of({**first, **change}, first)
+        found = log.warnings_of({**first, **change}, first)
         assert list(found) == [kind] and "--" in found[kind]
     wrong = {**first, "all_wrong": 1.0, "mixed": 0.0, "entropy": 0.0}       # no token was trained on
-    assert list(train.warnings_of(wrong, wrong)) == ["all wrong"] and not train.warnings_of(wrong, first)
-    assert not train.warnings_of({**first, "entropy": 0.001, "accuracy": 0.95}, first)
+    assert list(log.warnings_of(wrong, wrong)) == ["all wrong"] and not log.warnings_of(wrong, first)
+    assert not log.warnings_of({**first, "entropy": 0.001, "accuracy": 0.95}, first)
 
 
 def torchrun(folder, script, *flags, restarts=0):
@@ -4015,7 +4019,7 @@ def test_first_update_is_the_plain_policy_gradient():
                                    device="cpu", eval_problems=0, max_grad_norm=1e9, out=str(folder))
         trainer = train.Trainer(config)
         trainer.model = random_model(spread=0.2)
-        trainer.optimizer = train.Optimizer(trainer.model, config, train.Ranks())
+        trainer.optimizer = Optimizer(trainer.model, config, Ranks())
         problems = trainer.draw(0)
         prompts = [rollout.encode_prompt(p, trainer.codec) for p in problems]
         groups = trainer.roll_out(problems, prompts)
@@ -4064,7 +4068,7 @@ def test_bf16_master_weights():
     """In bfloat16 a small update would be lost in rounding; the fp32 masters keep it."""
     config = train.TrainConfig(lr=1e-6, weight_decay=0.0, max_grad_norm=1e9)
     net = random_model().to(torch.bfloat16)
-    optimizer = train.Optimizer(net, config, train.Ranks())
+    optimizer = Optimizer(net, config, Ranks())
     start = [x.clone() for x in optimizer.masters.values()]
     for _ in range(3):
         for part in (1.0, 2 ** -9):                     # two micro-batches; their sum is no bfloat16 number
@@ -4083,11 +4087,11 @@ def test_optimizer_state_is_sharded():
     """Three ranks, one after the other: each parameter has one owner, shares are even, and a rank takes its
     share out of the files of one rank or of three."""
     net, config = random_model(), train.TrainConfig(lr=1e-3)
-    one = train.Optimizer(net, config, train.Ranks())
+    one = Optimizer(net, config, Ranks())
     for p in net.parameters():
         p.grad = torch.ones_like(p)
     one.step(1e-3)
-    shards = [train.Optimizer(net, config, train.Ranks(r, 3)) for r in range(3)]
+    shards = [Optimizer(net, config, Ranks(r, 3)) for r in range(3)]
     owned = [sorted(s.masters) for s in shards]
     assert sorted(sum(owned, [])) == list(range(len(one.params)))
     sizes = [sum(m.numel() for m in s.masters.values()) for s in shards]
@@ -4101,7 +4105,7 @@ def test_optimizer_state_is_sharded():
             file.unlink()
         for r, shard in enumerate(shards):
             save_file({k: v.clone() for k, v in shard.state().items()}, folder / f"optimizer-{r}.safetensors")
-        again = train.Optimizer(net, config, train.Ranks())
+        again = Optimizer(net, config, Ranks())
         again.load(sorted(folder.glob("*")))
         found, wanted = again.state(), one.state()
         assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
@@ -4109,7 +4113,7 @@ def test_optimizer_state_is_sharded():
 
 def test_gradient_that_is_not_finite_is_skipped():
     net = random_model()
-    optimizer = train.Optimizer(net, train.TrainConfig(), train.Ranks())
+    optimizer = Optimizer(net, train.TrainConfig(), Ranks())
     before = [p.clone() for p in net.parameters()]
     for p in net.parameters():
         p.grad = torch.full_like(p, torch.nan)
@@ -4119,9 +4123,9 @@ def test_gradient_that_is_not_finite_is_skipped():
 
 def test_learning_rate():
     config = train.TrainConfig(lr=1.0, warmup_steps=4, max_steps=10, lr_end=0.0)
-    rates = [train.learning_rate(config, s, s / 10) for s in range(10)]
+    rates = [learning_rate(config, s, s / 10) for s in range(10)]
     assert rates[0] == 0.25 and rates == [min(1, (s + 1) / 4) * (1 - s / 10) for s in range(10)]
-    assert train.learning_rate(replace(config, lr_end=1.0), 9, 0.9) == 1.0
+    assert learning_rate(replace(config, lr_end=1.0), 9, 0.9) == 1.0
 
 
 def test_supervised_stage_learns_from_a_file():
@@ -4134,7 +4138,7 @@ def test_supervised_stage_learns_from_a_file():
         losses = [r["loss"] for r in metrics(folder / "run")]
         assert losses[-1] < 0.3 * losses[0], losses
         path.write_text(json.dumps({k: v for k, v in rows[0].items() if k != "demonstration"}))
-        raises(rollout.DataError, ["demonstration"], small_run, folder / "other", stage="sft", data=str(path))
+        raises(reading.DataError, ["demonstration"], small_run, folder / "other", stage="sft", data=str(path))
 
 
 def test_bad_input_ends_with_one_line():

@@ -23,15 +23,12 @@ import random
 import shutil
 import signal
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import attribute
@@ -39,11 +36,20 @@ import grpo
 import rereason
 import reward
 import rollout
-from eval import (Ranks, accuracies, device_and_dtype, evaluate, parse_flags, percent, report, rows_of,
-                  start_ranks, summarise)
-from model import Qwen25VL, checksum, load_model, rewrite, save_model
+from benchmarks.figures import headline, report, summarise
+from data import reading
+from data.checking import check_data, demonstration_ids
+from eval import evaluate
+from model import load_model, save_model
+from runtime.files import intact, rewrite, write_checkpoint
+from runtime.flags import parse_flags
+from runtime.optimizer import Optimizer, learning_rate
+from runtime.process import Stop, device_and_dtype, start_ranks
 from tiny import shapes
-from viewer import trace
+from viewer.card import card
+from viewer.explain import explain
+from viewer.log import Log
+from viewer.report import check_report
 
 
 @dataclass
@@ -57,10 +63,11 @@ class TrainConfig:
     eval_data: str = ""      # JSONL file or tiny spec ("" = held-out split of the same spec; none for a file)
     image_dir: str = ""                # folder that image paths are relative to ("" = the folder of the file)
     outside_images: bool = False        # images may lie outside that folder
-    instruction: str = rollout.INSTRUCTION  # text appended to each question of a JSONL file (may be empty)
+    instruction: str = reading.INSTRUCTION  # text appended to each question of a JSONL file (may be empty)
     out: str = ""                       # run folder ("" = runs/<stage>-<time>)
     resume: str = ""                    # run folder or checkpoint to go on from, with its saved flags
     check: bool = False                 # only read --data: open images, count tokens, name all bad rows
+    explain: bool = False               # only one step, of which one group is told from problem to update
     # how long
     max_steps: int = 80                 # rollout batches (rl) or optimiser steps (sft)
     max_tokens: int = 0                 # rl: end when so many tokens are generated, all kinds (0 = by steps)
@@ -108,6 +115,7 @@ class TrainConfig:
     eval_samples: int = 4               # k of avg@k
     eval_every: int = 0                 # a short evaluation every so many steps too (0 = no)
     print_every: int = 20               # show a decoded sample every so many steps (0 = never)
+    report_to: str = "none"             # tensorboard, wandb (or both: tensorboard+wandb), where installed
     trace_every: int = 10           # write trace.html, with one more group, every so many steps (0 = never)
     save_every: int = 50                # checkpoint every so many steps, and at the end (0 = only then)
     keep: int = 2                       # checkpoints to keep
@@ -136,107 +144,11 @@ class TrainConfig:
                             ("localiser", attribute.LOCALISERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}")
-        if self.localiser == "oracle" and not rollout.is_tiny(self.data):
+        check_report(self.report_to)
+        if self.localiser == "oracle" and not reading.is_tiny(self.data):
             raise ValueError("--localiser oracle: only tiny has one")
         if self.stage == "rl" and self.group_size < 2:
             raise ValueError("--group_size 1: a group needs at least 2 completions to compare")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The optimiser
-
-
-class Optimizer:
-    """AdamW on fp32 master weights, its state sharded over ranks (ZeRO-1): each parameter has one owner, who
-    alone holds its master and moments. Gradients are added up in fp32, summed to their owner once an
-    optimiser step, and clipped by the norm of all of them; the owner updates and sends the parameter to the
-    others. Source: Rajbhandari et al. (arXiv 1910.02054)."""
-
-    def __init__(self, model: Qwen25VL, config: TrainConfig, ranks: Ranks):
-        self.names, self.params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
-        self.ranks, self.max_grad_norm = ranks, config.max_grad_norm
-        self.owners, load = [0] * len(self.params), [0] * ranks.world
-        for i in sorted(range(len(self.params)), key=lambda i: -self.params[i].numel()):
-            self.owners[i] = load.index(min(load))          # the largest first, to who holds least
-            load[self.owners[i]] += self.params[i].numel()
-        self.sums = [None] * len(self.params)               # fp32 gradients of parameters that are not
-        self.masters = {i: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-                        for i, p in enumerate(self.params) if self.owners[i] == ranks.rank}
-        mine = list(self.masters.values())
-        groups = [{"params": [m for m in mine if m.dim() > 1], "weight_decay": config.weight_decay},
-                  {"params": [m for m in mine if m.dim() <= 1], "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
-
-    def collect(self):
-        """After each backward pass: add bf16 gradients to their fp32 sums (fp32 ones sum up in place)."""
-        for i, p in enumerate(self.params):
-            if p.dtype != torch.float32 and p.grad is not None:
-                self.sums[i] = p.grad.float() if self.sums[i] is None else self.sums[i].add_(p.grad)
-                p.grad = None
-
-    def step(self, lr: float) -> float:
-        """One update. Returns the gradient norm before clipping; where that is not finite, nothing moves."""
-        squares = torch.zeros((), dtype=torch.float64)
-        for i, p in enumerate(self.params):
-            grad, p.grad, self.sums[i] = p.grad if self.sums[i] is None else self.sums[i], None, None
-            grad = self.ranks.reduce(torch.zeros_like(p, dtype=torch.float32) if grad is None else grad,
-                                     self.owners[i])
-            if i in self.masters:
-                self.masters[i].grad = grad
-                squares += grad.norm().double().cpu() ** 2
-        norm = self.ranks.sum(squares).sqrt().item()
-        if math.isfinite(norm):
-            for m in self.masters.values():
-                m.grad.mul_(min(1.0, self.max_grad_norm / (norm + 1e-6)))
-            for group in self.adamw.param_groups:
-                group["lr"] = lr
-            self.adamw.step()
-            with torch.no_grad():
-                for i, p in enumerate(self.params):
-                    if i in self.masters and self.masters[i] is not p:
-                        p.copy_(self.masters[i])
-                    self.ranks.spread(p.data, self.owners[i])
-        self.adamw.zero_grad()
-        return norm
-
-    def state(self) -> dict:
-        """Everything of this rank's that a resumed run needs, as named tensors."""
-        out = {}
-        for i, m in self.masters.items():
-            name = self.names[i]
-            out.update({f"{name}/{key}": value for key, value in self.adamw.state[m].items()})
-            if m is not self.params[i]:
-                out[f"{name}/master"] = m.detach()
-        return out
-
-    def load(self, files: list[Path]):
-        """This rank's share out of the files of all ranks, however many they were. ValueError where a
-        parameter has no moments though others have (it was frozen then)."""
-        state = {}
-        for file in files:
-            with safe_open(file, "pt") as f:
-                state.update(dict.fromkeys(f.keys(), file))
-
-        def found(key):
-            with safe_open(state[key], "pt") as f:
-                return f.get_tensor(key)
-
-        for i, m in self.masters.items():
-            name = self.names[i]
-            if f"{name}/master" in state:               # also where the run was in bfloat16 and is no more
-                m.data.copy_(found(f"{name}/master"))
-            keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{k}" in state]
-            if not keys and any(key.endswith("/exp_avg") for key in state):
-                raise ValueError(f"--resume: the checkpoint has no optimiser state for {name}: was it "
-                                 "frozen?")
-            self.adamw.state[m] = {k: found(f"{name}/{k}").to("cpu" if k == "step" else m.device)
-                                   for k in keys}
-
-
-def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
-    """Linear warm-up, then linear decay to lr_end x lr at the end. progress: share of the training done."""
-    return config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps)) * (
-        1 - (1 - config.lr_end) * progress)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -271,14 +183,14 @@ class Trainer:
     def load_data(self):
         """Training data (a Stream or a list) and held-out problems, checked before anything is computed."""
         c = self.config
-        if rollout.is_tiny(c.data):
+        if reading.is_tiny(c.data):
             data = shapes.Stream(c.data, "train", c.seed, run=c.batch)
         else:
-            data = rollout.load_problems(c.data, c.image_dir, c.instruction, c.outside_images)
-        name = c.eval_data or (c.data if rollout.is_tiny(c.data) else "")
+            data = reading.load_problems(c.data, c.image_dir, c.instruction, c.outside_images)
+        name = c.eval_data or (c.data if reading.is_tiny(c.data) else "")
         held_out = []
         if name and c.eval_problems:
-            held_out = rollout.load_data(name, "heldout", c.eval_problems, c.image_dir, c.instruction,
+            held_out = reading.load_data(name, "heldout", c.eval_problems, c.image_dir, c.instruction,
                                          c.outside_images)
         for p in (data if isinstance(data, list) else [data[0]]) + held_out:
             rollout.encode_prompt(p, self.codec, c.max_prompt_tokens, pixels=False)
@@ -540,160 +452,21 @@ class Trainer:
                 "problems": [sum(v) / max(1, len(v)) for _, v in sorted(sampled.items())]}
 
     def save(self):
-        """out/checkpoint-<step>: the model in the hub's form, each rank's optimizer-*.safetensors, and
-        trainer.json with a checksum of every file. Written beside, flushed to disk, then renamed, so that a
-        checkpoint is whole or not there; the oldest beyond `keep` are removed. OSError where the disk is
-        full: what was saved before is untouched. (All ranks write to one file system.)"""
-        out, (rank, world) = Path(self.config.out), (self.ranks.rank, self.ranks.world)
-        target, part = out / f"checkpoint-{self.step:06d}", out / "unfinished-checkpoint"
-        try:
-            if rank == 0:
-                shutil.rmtree(part, ignore_errors=True)
-                save_model(self.model, part, self.config.model)
-            self.ranks.gather([])                                       # the folder is there
-            state = {k: v.contiguous() for k, v in self.optimizer.state().items()}
-            save_file(state, part / f"optimizer-{rank + 1:05d}-of-{world:05d}.safetensors")
-            self.ranks.gather([])                                       # all have written
-            if rank:
-                return
-            sums = {f.name: checksum(f, flush=True) for f in sorted(part.iterdir())}
-            (part / "trainer.json").write_text(json.dumps({"step": self.step, "tokens": self.tokens,
-                                                           "bad_steps": self.bad_steps, "sha256": sums}))
-            checksum(part / "trainer.json", flush=True)
-        except (OSError, SafetensorError) as e:
-            shutil.rmtree(part, ignore_errors=True)
-            raise OSError(f"{target}: the checkpoint could not be written: {e}") from None
-        shutil.rmtree(target, ignore_errors=True)
-        part.rename(target)
-        others = [c for c in sorted(out.glob("checkpoint-*")) if c != target]
-        for old in others[:max(0, len(others) - self.config.keep + 1)]:
-            shutil.rmtree(old)
+        """out/checkpoint-<step>, of all ranks: the model in the hub's form, the optimiser's state."""
+        c, state = self.config, {"step": self.step, "tokens": self.tokens, "bad_steps": self.bad_steps}
+
+        def write_model(folder):
+            save_model(self.model, folder, c.model)
+            (folder / "README.md").write_text(card(c, self.step), encoding="utf-8")
+
+        write_checkpoint(Path(c.out), self.step, c.keep, self.ranks, state, self.optimizer.state(),
+                         write_model)
 
 
-def demonstration_ids(problem, codec, max_new_tokens: int) -> list:
-    """A problem's demonstration as completion tokens, EOS included. DataError where it is missing, or too
-    long (cut, it would teach to stop midway)."""
-    where = f"{problem.where or problem.id}: field 'demonstration'"
-    if not isinstance(problem.demonstration, str):
-        raise rollout.DataError(f"{where} is missing or not text, --stage sft needs it")
-    ids = rollout.token_ids(problem.demonstration, codec) + [codec.eos_ids[0]]
-    if len(ids) > max_new_tokens:
-        raise rollout.DataError(f"{where} has {len(ids)} tokens, --max_new_tokens is {max_new_tokens}")
-    return ids
-
-
-def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint: a missing, cut or changed file; "" for nothing."""
-    try:
-        sums = json.loads((checkpoint / "trainer.json").read_text())["sha256"]
-    except (OSError, ValueError, KeyError) as e:
-        return f"trainer.json is not readable ({e})"
-    for name, wanted in sums.items():
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
-        if checksum(checkpoint / name) != wanted:
-            return f"{name} is damaged: its checksum is another"
-    return ""
-
-
-def intact(checkpoints: list[Path]) -> Path:
-    """The last checkpoint without damage; the later ones are named. ValueError where there is none."""
-    for checkpoint in reversed(checkpoints):
-        if not (problem := damage(checkpoint)):
-            return checkpoint
-        print(f"warning: {checkpoint}: {problem}", file=sys.stderr)
-    raise ValueError(f"--resume: no whole checkpoint among {', '.join(c.name for c in checkpoints)}")
-
-
-class Stop:
-    """Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint; a second Ctrl-C at once."""
-
-    def __enter__(self):
-        self.asked, self.before = 0, {}
-        if threading.current_thread() is threading.main_thread():
-            self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = number
-
-    def __exit__(self, *error):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-
-def warnings_of(m: dict, first: dict) -> dict:
-    """What looks wrong in a step's figures, by kind, with the likely cause. first: those of the first
-    step."""
-    found, share = {}, lambda figures, name: f"{100 * figures[name]:.0f} %"
-    if m["finished"] < 0.5:
-        found["cut off"] = (f"only {share(m, 'finished')} of the rollouts end by themselves, the others earn "
-                            "nothing: raise --max_new_tokens, or teach shorter answers first (--stage sft)")
-    elif m["format"] < 0.5 * first["format"]:
-        found["format"] = (f"the form of answers is being lost ({share(first, 'format')} -> "
-                           f"{share(m, 'format')}): lower --lr or raise --format_weight")
-    if m["mixed"] > 0 and m["entropy"] < 0.005 and m["accuracy"] < 0.8:      # it is of mixed groups' tokens
-        found["entropy"] = (f"entropy fell to {m['entropy']:.4f} with {share(m, 'accuracy')} right: the "
-                            "rollouts of a group are the same; lower --lr, or --beta 0.01 to stay near "
-                            "the start")
-    if m["all_wrong"] == first["all_wrong"] == 1:
-        found["all wrong"] = ("no rollout is right: problems too hard, or answers in a form the reward does "
-                              "not read (see the printed samples)")
-    return found
-
-
-def telling(groups) -> list:
-    """The group to show to people: one with a rectified trajectory, else one with right and wrong ones."""
-    return max(groups, key=lambda g: (any(t.provenance != "policy" for t in g),
-                                      len({t.rewards["accuracy"] for t in g})))
-
-
-def show(group) -> str:
-    """One decoded sample: question, gold, completion, reward; on tiny, the oracle's word on each step; where
-    a rollout of the group was repaired, that one with its checks and what it became."""
-    y = next((t for t in group if t.provenance != "policy"), None)
-    t = y.parent if y else group[0]
-    lines = [f"  question  {t.problem.question!r}", f"  gold      {t.problem.answer!r}",
-             f"  sampled   {t.text!r}"]
-    if t.problem.oracle:
-        think = t.text.partition("<think>")[2].partition("</think>")[0]
-        lines.append(f"  steps     {' '.join(shapes.check_steps(t.problem, think.splitlines()))}")
-    if y:
-        lines.append(f"  checks    {' '.join(f'{c.same:.2f}' if c else '?' for c in t.checks)}")
-        lines.append(f"  rectified {y.text!r}  ({y.provenance})")
-    right = sum(x.rewards["accuracy"] for x in group)
-    lines.append(f"  reward    {t.rewards}, right in the group: {right:.0f} of {len(group)}")
-    return "\n".join(lines)
-
-
-def line(step: int, config: TrainConfig, m: dict) -> str:
-    """One step in one line."""
-    if config.stage == "sft":
-        text = f"loss {m['loss']:.3f}  likely tokens {m['likely_tokens']:.3f}"
-    else:
-        text = (f"reward {m['reward']:.3f}  accuracy {m['accuracy']:.3f}  "
-                f"right/mixed/wrong {m['all_right']:.2f}/{m['mixed']:.2f}/{m['all_wrong']:.2f}  "
-                f"length {m['length']:.0f}  entropy {m['entropy']:.3f}  kl {m['kl_old']:.5f}  "
-                f"clipped {m['clip_fraction']:.3f}")
-        if "parents" in m:
-            text += f"  repaired {m['repaired']}/{m['parents']} for {m['repair_tokens']} tokens"
-    return (f"step {step}/{config.max_steps}  {text}  |grad| {m['grad_norm']:.2f}  lr {m['lr']:.1e}  "
-            f"{m['seconds']:.1f} s")
-
-
-def headline(figures: dict) -> str:
-    """'greedy 50.0 % [..], avg@4 30.0 % [..], n 200' of a summary."""
-    parts = [f"{name} {percent(figures[name])}" for name in accuracies(figures)]
-    return ", ".join(parts) + f", {figures['n']} problems"
-
-
-def begin(trainer: Trainer, say) -> dict:
+def begin(trainer: Trainer, log: Log) -> dict:
     """The run folder with config, log and first checkpoint (a resumed run goes on from its checkpoint: later
     rows of the log go), and the held-out figures before training, measured or as they were."""
     config, ranks, lead = trainer.config, trainer.ranks, trainer.ranks.rank == 0
-    config.out = ranks.same(config.out or f"runs/{config.stage}-{time.strftime('%Y%m%d-%H%M%S')}")
     out = Path(config.out)
     if lead:
         out.mkdir(parents=True, exist_ok=True)
@@ -702,12 +475,10 @@ def begin(trainer: Trainer, say) -> dict:
             aside = out / f"abandoned-{later.name}"     # damaged, or the run goes on from an earlier one
             shutil.rmtree(aside, ignore_errors=True)
             later.rename(aside)
-        for log in (out / "metrics.jsonl", out / "groups.jsonl"):
-            rows = [r for r in rows_of(log) if r["step"] <= trainer.step]
-            rewrite(log, "".join(json.dumps(r) + "\n" for r in rows))
-    say(json.dumps(dataclasses.asdict(config)))
+        log.cut(trainer.step)
+    log.say(json.dumps(dataclasses.asdict(config)))
     size = sum(p.numel() for p in trainer.model.parameters())
-    say(f"{size:,} parameters on {ranks.world} x {trainer.device}, run folder {out}")
+    log.say(f"{size:,} parameters on {ranks.world} x {trainer.device}, run folder {out}")
     if trainer.step:
         saved = json.loads((out / "heldout.json").read_text()) if lead else {}
         before = ranks.same(saved.get("before"))
@@ -715,7 +486,7 @@ def begin(trainer: Trainer, say) -> dict:
         before = trainer.evaluate()
         trainer.save()
     if before:
-        say(f"held-out before: {headline(before)}")
+        log.say(f"held-out before: {headline(before)}")
     if lead:
         rewrite(out / "heldout.json", json.dumps({"before": before, "after": None}))
     return before
@@ -743,13 +514,12 @@ def after_step(trainer: Trainer, m: dict, say):
                        f"{c.out}/not-finite.json, the last checkpoints are untouched")
 
 
-def steps(trainer: Trainer, say, stop: Stop) -> bool:
+def steps(trainer: Trainer, log: Log, stop: Stop) -> bool:
     """Step after step, logged, until the training is done or a signal asks to stop. Returns whether it is
     done."""
-    config, lead, out = trainer.config, trainer.ranks.rank == 0, Path(trainer.config.out)
+    config, asked = trainer.config, 0
     bar = tqdm(total=config.max_steps, initial=trainer.step, desc=config.stage,
-               disable=None if lead else True)
-    first, warned, asked = None, {}, 0
+               disable=None if trainer.ranks.rank == 0 else True)
     while trainer.progress() < 1 and not asked:
         started = time.time()
         m = trainer.sft_step() if config.stage == "sft" else trainer.rl_step()
@@ -759,29 +529,10 @@ def steps(trainer: Trainer, say, stop: Stop) -> bool:
         due = config.eval_every and trainer.step % config.eval_every == 0
         if due and (found := trainer.evaluate(short=True)):
             m["heldout"] = {k: v for k, v in found.items() if k not in ("table", "problems")}
-            say(f"held-out at {trainer.step}: {headline(found)}")
-        if lead:
-            with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(m) + "\n")
-            say(line(trainer.step, config, m))
-            if groups and config.print_every and trainer.step % config.print_every == 0:
-                say(show(telling(groups)))
-            if groups:
-                if first is None:
-                    with open(out / "metrics.jsonl", encoding="utf-8") as f:
-                        first = json.loads(f.readline())
-                for kind, text in warnings_of(m, first).items():
-                    if trainer.step - warned.get(kind, -20) >= 20:
-                        warned[kind] = trainer.step
-                        say(f"warning: {text}")
-        after_step(trainer, m, say)
-        if lead and config.trace_every and (trainer.step == 1 or trainer.step % config.trace_every == 0):
-            if groups:
-                record = trace.group_record(trainer.step, telling(groups), repairs, trainer.model,
-                                            trainer.codec)
-                with open(out / "groups.jsonl", "a", encoding="utf-8") as f:
-                    f.write(json.dumps(record) + "\n")
-            trace.write(out)
+            log.say(f"held-out at {trainer.step}: {headline(found)}")
+        log.step(m, groups)
+        after_step(trainer, m, log.say)
+        log.trace(trainer.step, groups, repairs, trainer.model, trainer.codec)
         bar.update()
         asked = trainer.ranks.sum(torch.tensor(float(stop.asked))).item()
         done = trainer.progress() >= 1
@@ -795,54 +546,28 @@ def run(trainer: Trainer) -> dict:
     """The whole job. Returns the held-out figures {"before": ..., "after": ...}, or None for each. SystemExit
     where a signal stopped it."""
     config, ranks, lead = trainer.config, trainer.ranks, trainer.ranks.rank == 0
-    say = tqdm.write if lead else (lambda text: None)
-    figures, out = {"before": begin(trainer, say)}, Path(config.out)
+    config.out = ranks.same(config.out or f"runs/{config.stage}-{time.strftime('%Y%m%d-%H%M%S')}")
+    out, log = Path(config.out), Log(config, lead)
+    figures = {"before": begin(trainer, log)}
     with Stop() as stop:
-        done = steps(trainer, say, stop)
+        done = steps(trainer, log, stop)
     if done:
         figures["after"] = trainer.evaluate()
         if figures["after"]:
             if lead:
                 rewrite(out / "heldout.json", json.dumps(figures, indent=1))
-            say(f"\n{figures['after']['table']}\n")
+            log.say(f"\n{figures['after']['table']}\n")
             for when, found in figures.items():
-                say(f"held-out {when + ':':7} {headline(found) if found else 'not measured'}")
-    if lead and config.trace_every:
-        trace.write(out)
-        say(f"to look at: {out / 'trace.html'}")
-    say(f"checkpoint {out / f'checkpoint-{trainer.step:06d}'}")
+                log.say(f"held-out {when + ':':7} {headline(found) if found else 'not measured'}")
+    log.close()
+    log.say(f"checkpoint {out / f'checkpoint-{trainer.step:06d}'}")
     if ranks.world > 1:
         dist.barrier()                      # no rank leaves while another still talks
         dist.destroy_process_group()
     if not done:
-        say(f"stopped after step {trainer.step}; go on with: python train.py --resume {out}")
+        log.say(f"stopped after step {trainer.step}; go on with: python train.py --resume {out}")
         sys.exit(128 + (stop.asked or signal.SIGTERM))
     return figures
-
-
-def check_data(config: TrainConfig) -> tuple[str, list[str]]:
-    """--check: (what a data file holds, one line a bad row). Every row is read, every image decoded, every
-    prompt and demonstration tokenised."""
-    problems, errors = rollout.read_problems(config.data, config.image_dir, config.instruction,
-                                             config.outside_images)
-    codec = rollout.load_codec(config.model, config.max_pixels)
-
-    def measure(p):
-        prompt = rollout.encode_prompt(p, codec, config.max_prompt_tokens, pixels=False)
-        shown = isinstance(p.demonstration, str) or config.stage == "sft"
-        limit = config.max_new_tokens if config.stage == "sft" else sys.maxsize
-        tokens = len(demonstration_ids(p, codec, limit)) if shown else 0
-        return (len(prompt.ids), prompt.ids.count(codec.image_token_id), len(prompt.grids), tokens,
-                len(p.choices or []))
-
-    rows, bad = rollout.check_problems(problems, measure)
-    names = ("prompt tokens", "of these image tokens", "images", "demonstration tokens", "options")
-    lines = [f"{config.data}: {len(rows)} good rows, {len(errors + bad)} bad ones",
-             f"| {'a row':21} | least | median | 95 % | most |", "|---" * 5 + "|"]
-    for name, values in zip(names, map(sorted, zip(*rows))):
-        cells = [values[round(q * (len(values) - 1))] for q in (0, 0.5, 0.95, 1)]
-        lines.append(f"| {name:21} | " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines), errors + bad
 
 
 PRESETS = {"stepgrpo": {"use_std": True, "beta": 0.04}}  # what an algorithm is published with; flags go first
@@ -854,7 +579,7 @@ def main(argv=None):
         given = parse_flags(TrainConfig, argv)
         given = parse_flags(TrainConfig, argv, PRESETS.get(given.algo))
         if given.check:
-            if rollout.is_tiny(given.data):
+            if reading.is_tiny(given.data):
                 raise ValueError("--check: give a file with --data")
             summary, bad = check_data(given)
             print(summary, *bad, sep="\n")
@@ -864,8 +589,8 @@ def main(argv=None):
             given.resume = given.out
         if not given.resume:
             config, checkpoint = given, None
-            log = Path(config.out or "none") / "metrics.jsonl"      # empty: killed before its first step
-            if config.out and log.exists() and log.stat().st_size and not restarted:
+            rows = Path(config.out or "none") / "metrics.jsonl"     # empty: killed before its first step
+            if config.out and rows.exists() and rows.stat().st_size and not restarted:
                 raise ValueError(f"--out {config.out}: holds a run already; --resume it, or choose another")
         else:
             folder = Path(given.resume)
@@ -880,7 +605,7 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     try:
-        run(trainer)
+        explain(trainer, print) if config.explain else run(trainer)
     except (Diverged, OSError) as e:
         sys.exit(f"error: {e}")
 

@@ -20,7 +20,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rollout import DataError, Problem, check_problems, image_source, read_rows
+from data.reading import DataError, Problem, check_problems, image_source, read_rows
 
 PROMPTS = ("own", "direct", "cot")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -54,7 +54,7 @@ class Item(Problem):
 
 
 def read_table(path: Path) -> list[tuple[str, dict]]:
-    """(where, row) of each row of a .tsv file (text cells) or whatever `rollout.read_rows` reads. DataError
+    """(where, row) of each row of a .tsv file (text cells) or whatever `reading.read_rows` reads. DataError
     names file and row."""
     if path.suffix == ".tsv":
         csv.field_size_limit(2 ** 31 - 1)                          # images are longer than 131,072 characters

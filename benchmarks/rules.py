@@ -19,7 +19,8 @@ four words, B. official MMStar, gold B: "(b" stands in the text, right.
 import re
 
 from benchmarks.formats import LETTERS, Item
-from reward import answers_match, declared_answer, extract_answer, number
+from answers.equal import number
+from reward import answers_match, declared_answer, extract_answer
 
 RULES = ("strict", "vlmeval", "official")
 REFUSALS = ("I can't help with images of people", "can't process this file", "without the image provided",

@@ -19,8 +19,6 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import attribute  # noqa: E402

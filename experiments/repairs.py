@@ -19,7 +19,7 @@ import attribute  # noqa: E402
 import rereason  # noqa: E402
 import rollout  # noqa: E402
 from benchmarks.localisation import flawed_rollouts  # noqa: E402
-from eval import interval  # noqa: E402
+from benchmarks.figures import interval  # noqa: E402
 from model import load_model  # noqa: E402
 from tiny import shapes  # noqa: E402
 

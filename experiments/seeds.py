@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from eval import accuracies, percent  # noqa: E402
+from benchmarks.figures import accuracies, percent  # noqa: E402
 
 
 def main():

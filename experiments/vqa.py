@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from attribute import CHECK  # noqa: E402
-from eval import interval  # noqa: E402
+from benchmarks.figures import interval  # noqa: E402
 
 SHAPES = ("circle", "rectangle", "triangle")
 OUT = ROOT / "runs" / "easy-vqa"

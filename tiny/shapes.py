@@ -36,7 +36,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attribute
 import rereason
-from rollout import Problem
+from data.reading import Problem
 
 COLOURS = {"red": (230, 25, 45), "green": (40, 160, 60), "yellow": (250, 220, 30), "blue": (20, 80, 220),
            "orange": (245, 130, 30), "purple": (130, 30, 170), "cyan": (60, 220, 240),

@@ -16,8 +16,8 @@ from pathlib import Path
 import attribute
 import rereason
 import reward
-import rollout
-from model import rewrite
+from data import reading
+from runtime.files import rewrite
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_BYTES = 15_000_000              # of all group records; beyond it every second one of the older half goes
@@ -26,7 +26,7 @@ MAX_SIDE = 420                      # pixels of an image shown
 
 def data_url(image) -> str:
     """An image, scaled down, as a data: url."""
-    image = rollout.open_image(image)
+    image = reading.open_image(image)
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     out = io.BytesIO()
     small = image.width * image.height < 40_000
