@@ -2,7 +2,7 @@
 files.
 
 Place in the pipeline: the policy. `rollout.py` samples from it, `train.py` updates it; it imports no other
-file of ours.
+file of the method.
 Source of the architecture: Qwen2.5-VL technical report (arXiv 2502.13923) and the published checkpoints,
 whose tensor names and config keys we read and write. Parity with transformers is tested over random
 configurations.
@@ -18,6 +18,10 @@ Left out: video, dropout, sliding-window attention (the published checkpoints ha
 
 Shapes: B prompts, R rows (B x G samples), T tokens, P prompt tokens, V vocabulary, D width, H heads,
 K key/value heads, d head size, N image patches, M merged image tokens (N / 4).
+
+Worked example: an image of 300 x 200 pixels is resized to 308 x 196, multiples of 28, so to 22 x 14 patches
+and 11 x 7 = 77 image tokens. With 5 tokens before it, these have the positions (5, 5 .. 11, 5 .. 15) on the
+axes of time, height and width, and the text goes on at 5 + 11 = 16.
 """
 import json
 import math
@@ -33,6 +37,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from runtime.files import COMPANIONS, read_json, resolve
 
 # ------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -604,38 +610,6 @@ class Qwen25VL(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------
 # Files: config.json, *.safetensors (one file or shards with an index), in the hub's names
-
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-              "special_tokens_map.json", "added_tokens.json", "chat_template.json", "chat_template.jinja",
-              "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-              "generation_config.json", "config.json")
-
-
-def resolve(path_or_id: str) -> Path:
-    """A local folder as it is; otherwise a hub id, fetched with huggingface_hub. FileNotFoundError where
-    neither."""
-    path = Path(path_or_id)
-    if path.is_dir():
-        return path
-    if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/")):
-        raise FileNotFoundError(f"--model {path_or_id}: no such folder, "
-                                "and not a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-    return Path(snapshot_download(path_or_id,
-                                  allow_patterns=["*.safetensors", "*.safetensors.index.json", *COMPANIONS]))
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; ValueError names the file (and the line, where it is not JSON)."""
-    if not path.is_file():
-        raise ValueError(f"{path}: file is missing")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: not JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object is expected")
-    return value
 
 
 def load_image_config(folder: Path) -> ImageConfig:

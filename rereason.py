@@ -17,9 +17,11 @@ What is stored is the trajectory in the clean context (the second turn is remove
 probability mu it was really sampled with. Neither the gold nor the wrong answer enters a prompt: not even the
 fact that the answer was wrong.
 
-Worked example: "red 4 6 / blue 3 5 / teal 9 1" with red doubted. The look writes "red 7 9", the rest is kept
-and only the answer sampled: 3 tokens for the step and the answer, where a new rollout pays for the whole
-chain. """
+Worked example: "red 4 6 / blue 3 5 / teal 9 1" with red doubted. The look replies "red 7 9" and ends: 3
+tokens and the end. The 3 take the place of the chain's tokens 1 to 3 (0 is <think>), the rest is kept, and
+the answer is sampled from the token on that no longer holds. A new rollout would have paid for the whole
+chain.
+"""
 import re
 from dataclasses import dataclass, field, replace
 

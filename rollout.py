@@ -24,8 +24,8 @@ import torch.nn.functional as F
 
 import grpo
 from data.reading import DataError, Problem, image_file, open_image
-from model import (Config, ImageConfig, Qwen25VL, Rows, load_image_config, preprocess_image, read_json,
-                   resolve, smart_resize)
+from model import Config, ImageConfig, Qwen25VL, Rows, load_image_config, preprocess_image, smart_resize
+from runtime.files import read_json, resolve
 
 
 @dataclass

@@ -9,12 +9,14 @@ import contextlib
 import csv
 import functools
 import html
+import importlib.util
 import io
 import itertools
 import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -39,6 +41,7 @@ import model as m
 import rereason
 import rollout
 import train
+from answers import equal
 from benchmarks import figures, formats, rules
 from data import reading
 from experiments import kills
@@ -49,7 +52,7 @@ from runtime.flags import parse_flags
 from runtime.optimizer import Optimizer, learning_rate
 from runtime.process import Ranks
 from tiny import shapes
-from viewer import log, terminal, trace
+from viewer import log, report, terminal, trace
 
 ROOT = Path(__file__).resolve().parent
 TINY = str(ROOT / "tiny")
@@ -81,7 +84,7 @@ def close(a, b, tolerance=1e-4):
 def random_model(seed=0, spread=0.25):
     """The tiny architecture with random weights large enough that nothing is nearly uniform or nearly
     certain."""
-    config = m.Config.from_dict(m.read_json(Path(TINY) / "config.json"))
+    config = m.Config.from_dict(files.read_json(Path(TINY) / "config.json"))
     return m.init_model(replace(config, initializer_range=spread), seed).eval()
 
 
@@ -4209,6 +4212,125 @@ def traced_run(folder):
         f.write(json.dumps(row) + "\n")
     trace.write(out)
     return out, hostile
+
+
+def test_worked_examples_of_the_headers():
+    """Those that no other test recomputes."""
+    codec = rollout.load_codec(TINY)
+    height, width = m.smart_resize(200, 300, 28, 56 * 56, 10 ** 6)                          # model.py
+    assert (width, height) == (308, 196)
+    grid = (1, height // 14, width // 14)
+    ids = torch.tensor([[9] * 5 + [codec.image_token_id] * 77 + [9]])
+    positions, following = m.mrope_positions(ids, torch.ones_like(ids), [grid], codec.image_token_id, 2)
+    axes = [sorted(set(axis[0, 5:82].tolist())) for axis in positions]
+    assert grid == (1, 14, 22) and axes == [[5], list(range(5, 12)), list(range(5, 16))]
+    assert positions[:, 0, 82].tolist() == [16] * 3 and following.item() == 17
+    found = reward_parts("<think>6 / 12 is half.</think><answer>x = \\frac12</answer>", "0.5")  # reward.py
+    assert found == {"accuracy": 1.0, "format": 1.0, "total": 1.0}
+    assert equal.equal("x = \\frac12", "0.5")                                               # answers/equal.py
+    reply = encode(codec, "red 7 9") + [codec.eos_ids[0]]                                   # rereason.py
+    t = chain(codec, None, ["red 4 6", "blue 3 5", "teal 9 1"], "9")
+    assert rereason.new_step(reply, False, codec) == ("red 7 9", 3) and t.steps[0].start == 1
+    rows = [{"id": i, "groups": {}, "mode": "sample", "sample": k, "correct": i == 0, "format": True,
+             "finished": True, "extracted": "1"} for i in (0, 1) for k in range(4)]         # eval.py
+    figure = figures.summarise(rows)
+    assert [figure[n]["mean"] for n in ("avg@4", "pass@2", "pass@4")] == [0.5] * 3
+    assert (figure["avg@4"]["low"], figure["avg@4"]["high"]) == figures.interval([1.0, 0.0])
+    config = train.TrainConfig(lr=3e-5, warmup_steps=5, batch=4)                            # train.py
+    close([learning_rate(config, n, 0.0) for n in (0, 4, 9)], [6e-6, 3e-5, 3e-5], 1e-12)
+    rank = SimpleNamespace(config=config, ranks=Ranks(1, 2), data=shapes.Stream("tiny", run=4))
+    for step, want in enumerate(((1, 3), (5, 7))):
+        assert [p.id for p in train.Trainer.draw(rank, step)] == [rank.data[i].id for i in want]
+
+
+def test_examples_of_the_readme_run():
+    """The blocks that begin with a file's name, as they stand, side by side."""
+    text = (ROOT / "README.md").read_text()
+    blocks = [b.split("```")[0] for b in text.split("```python\n# own_")[1:]]
+    assert len(blocks) == 3 and all(len(b.strip().splitlines()) <= 16 for b in blocks)
+    with scratch() as folder:
+        (folder / "tiny").symlink_to(TINY)
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        jobs = [subprocess.Popen([sys.executable, "-c", b.partition("\n")[2]], cwd=folder, env=env, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for b in blocks]
+        said = [job.communicate(timeout=300)[0] for job in jobs]
+        for job, block, text in zip(jobs, blocks, said):
+            assert job.returncode == 0, block + text[-2000:]
+        reward, signal, data = said
+        assert reward.count("held-out") >= 2 and signal.count("held-out") >= 2
+        assert "8 good rows, 0 bad ones" in data
+        rows = metrics(folder / "runs" / "brief")
+        assert len(rows) == 2 and all(abs(r["reward"] - 0.9 * r["accuracy"] - 0.1 * r["format"]) > 0.01
+                                      for r in rows)
+
+
+def test_file_map_of_the_readme():
+    """Each row of the map names what is there, with its lines to within a tenth; the eight files of the
+    method stay under 3,000; no file imports upward."""
+    rows = re.findall(r"^\| `([\w./]+)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    lines = lambda f: len(f.read_text(encoding="utf-8").splitlines())
+    sizes = {}
+    for name, said in rows:
+        place = ROOT / name
+        parts = [place] if place.is_file() else [f for f in place.iterdir() if f.suffix in (".py", ".html")]
+        sizes[name] = sum(map(lines, parts))
+        assert abs(sizes[name] - int(said)) <= 0.1 * sizes[name], f"{name}: {sizes[name]} lines, not {said}"
+    there = {f.name for f in ROOT.glob("*.py")} | {
+        f"{f.name}/" for f in ROOT.iterdir() if f.is_dir() and list(f.glob("*.py"))}
+    assert there == set(sizes)
+    assert sum(n for name, n in sizes.items() if name.endswith(".py") and name != "test_all.py") <= 3000
+    order = ("runtime answers.equal reward data.reading model grpo rollout data.checking attribute rereason "
+             "tiny.shapes benchmarks viewer eval train").split()
+    place = lambda name: next((n for n, part in enumerate(order) if name.startswith(part)), -1)
+    for name in ("answers", "data", "runtime", "benchmarks", "viewer", ""):
+        for file in (ROOT / name).glob("*.py"):
+            own = place(f"{name}.{file.stem}" if name else file.stem)
+            for line in re.findall(r"^(?:from|import) ([\w.]+)(?: import (\w+))?", file.read_text(), re.M):
+                target = max(place(line[0]), place(".".join(line)))
+                assert own < 0 or target <= own or file.name == "explain.py", f"{file} imports {line}"
+
+
+def test_explain_tells_one_group():
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train.main(["--explain", "--batch", "4", "--device", "cpu", "--out", "/nowhere"])
+    text = said.getvalue()
+    words = ("A problem", "The prompt", "rollouts", "A wrong rollout", "The Re-Reasoning Loop",
+             "Advantages, Eq. (1)", "Credit, Eq. (6)", "The update")
+    for n, word in enumerate(words, start=1):
+        assert f"\n{n}. " in text and word in text, word
+    assert "<- doubted" in text and "(false)" in text and "relook" in text
+    rewards = [float(x) for x in re.search(r"rewards ([\d., ]+), mean", text)[1].split(", ")]
+    close(float(re.search(r"mean (\d\.\d+)", text.split("6. Advantages")[1])[1]), sum(rewards) / 8, 1e-3)
+    before, after = re.search(r"token ([-+.\d]+) -> ([-+.\d]+)", text).groups()
+    assert float(after) > float(before)                             # the template was learned from
+
+
+def test_figures_reach_the_reports_and_the_card():
+    row = {"step": 3, "accuracy": 0.5, "lr": 3e-5, "mixed": 0.25, "repaired_by_looks": [1, 2, 0, 0],
+           "heldout": {"avg@1": {"mean": 0.4}, "n": 7}}
+    assert report.scalars(row) == {
+        "train/rewards/accuracy/mean": 0.5, "train/learning_rate": 3e-5, "train/mixed": 0.25,
+        "train/frac_reward_zero_std": 0.75, "train/repaired_by_looks/0": 1, "train/repaired_by_looks/1": 2,
+        "train/repaired_by_looks/2": 0, "train/repaired_by_looks/3": 0, "eval/avg@1": 0.4}
+    raises(ValueError, ["--report_to", "nothing", "tensorboard"], report.check_report, "nothing")
+    for name in ("tensorboard", "wandb"):
+        if importlib.util.find_spec(name) is None:
+            raises(ValueError, [f"pip install {name}"], report.check_report, f"none+{name}")
+    with scratch() as folder:
+        config = small_run(folder / "run", algo="ivr", data="tiny:steps=5", save_every=1, keep=9,
+                           eval_every=2, eval_problems=4)
+        last, first = (sorted((folder / "run").glob("checkpoint-*"))[i] for i in (-1, 1))
+        text, rows = (last / "README.md").read_text(), metrics(folder / "run")
+        seen, done = len(rows) * config.batch * config.group_size, sum(r["repaired"] for r in rows)
+        assert text.startswith("---\n") and f"base_model: {config.model}" in text and "tiny:steps=5" in text
+        assert f"own rollouts | {seen - done:,} |" in text and "- lr: `" in text and "step 2: avg@1" in text
+        assert f"counted | {rows[-1]['generated_tokens']:,} |" in text
+        assert "step 2:" not in (first / "README.md").read_text()
+        writer, written = report.Report(config), []
+        assert writer.board is None and writer.wandb is None
+        writer.board = SimpleNamespace(add_scalar=lambda *row: written.append(row), flush=lambda: None)
+        writer.write(row)
+        assert ("eval/avg@1", 0.4, 3) in written and len(written) == 9
 
 
 def test_trace_holds_the_run_and_no_markup_of_others():

@@ -14,6 +14,10 @@ its loss by the *global* normaliser, and gradients are summed over ranks, in fp3
 the rank that keeps the optimiser state of a parameter (ZeRO-1).
 Random numbers belong to problems (`rollout.uniforms`), not to processes. So W ranks and one process do the
 same, and a resumed run does the same as an uninterrupted one.
+
+Worked example: of a global batch of 4, rank 1 of 2 draws problems 1 and 3 in the first step, 5 and 7 in the
+second. With G = 8 and L_max = 64 both ranks divide by 4 x 8 x 64 = 2048. At lr 3e-5 with 5 warm-up steps the
+first step's rate is 6e-6, the fifth's 3e-5.
 """
 import dataclasses
 import json
@@ -87,8 +91,7 @@ class TrainConfig:
     format_weight: float = 0.1          # share of the reward that is for form
     # IVR-R1
     localiser: str = "check"            # check | margin | dependence | monte_carlo | random | oracle (tiny)
-    credit: str = "token"               # in wrong rollouts the advantage goes to: the token at fault of each
-                                        # doubted step | step (all of it) | rollout (all tokens)
+    credit: str = "token"               # what of a wrong rollout pays: token (at fault) | step | rollout
     rectify_below: float = 0.125        # groups up to this accuracy are rectified (< 0: none)
     parents: int = 1                    # failed rollouts repaired in an all-wrong group (1 in a mixed one)
     relook: str = "image"            # image | text (without the image) | none (restarts) | only (no restarts)
@@ -157,6 +160,7 @@ class TrainConfig:
 
 class Trainer:
     """One run: the policy, its codec and optimiser, and what a step needs to know."""
+    locator = attribute.Locator                         # what finds the step at fault
 
     def __init__(self, config: TrainConfig, checkpoint: Path | None = None):
         device, dtype = device_and_dtype(config.device, config.dtype)
@@ -249,8 +253,8 @@ class Trainer:
         """Phase 4, localise: the steps of every rollout; in flawed ones, those at fault, where a group is to
         be repaired (`chosen`) or has a signal to place."""
         c = self.config
-        locate = attribute.Locator(self.model, self.codec, c.localiser, shapes.is_right, c.max_new_tokens,
-                                   f"locate/{c.seed}/{self.step}")
+        locate = self.locator(self.model, self.codec, c.localiser, shapes.is_right, c.max_new_tokens,
+                              f"locate/{c.seed}/{self.step}")
         for t in (t for group in groups for t in group):
             t.steps = attribute.split_steps(t.ids, self.codec)
         locate([t for n, group in enumerate(groups) for t in attribute.flawed(group)

@@ -7,8 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from model import resolve
-from runtime.files import checksum, rows_of
+from runtime.files import checksum, resolve, rows_of
 
 
 def settings_of(config) -> dict:

@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import rollout  # noqa: E402
-from model import Config, init_model, read_json, save_model  # noqa: E402
+from model import Config, init_model, save_model  # noqa: E402
+from runtime.files import read_json  # noqa: E402
 from runtime.process import device_and_dtype  # noqa: E402
 from tiny import shapes  # noqa: E402
 

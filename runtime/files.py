@@ -1,5 +1,4 @@
-"""Files that are whole or not there: written beside and renamed, checksums, checkpoints, rows cut off by a
-kill.
+"""Files: checkpoints on disk and on the hub; whole or not there, written beside and renamed, with checksums.
 
 Place in the pipeline: under everything that writes. Ours.
 """
@@ -13,6 +12,39 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+              "special_tokens_map.json", "added_tokens.json", "chat_template.json", "chat_template.jinja",
+              "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+              "generation_config.json", "config.json")
+
+
+def resolve(path_or_id: str) -> Path:
+    """A local folder as it is; otherwise a hub id, fetched with huggingface_hub. FileNotFoundError where
+    neither."""
+    path = Path(path_or_id)
+    if path.is_dir():
+        return path
+    if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/")):
+        raise FileNotFoundError(f"--model {path_or_id}: no such folder, "
+                                "and not a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+    return Path(snapshot_download(path_or_id,
+                                  allow_patterns=["*.safetensors", "*.safetensors.index.json", *COMPANIONS]))
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; ValueError names the file (and the line, where it is not JSON)."""
+    if not path.is_file():
+        raise ValueError(f"{path}: file is missing")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON object is expected")
+    return value
 
 
 def rewrite(file: Path, text: str):

@@ -1,7 +1,7 @@
 """`train.py --explain`: one group on its way through a training step, every quantity told with its number.
 
-Place in the pipeline: all of it, once and slowly; calls the phases of train.Trainer in their order and computes
-nothing of its own but what it prints.
+Place in the pipeline: all of it, once and slowly; calls the phases of train.Trainer in their order and
+computes nothing of its own but what it prints.
 """
 import math
 
@@ -65,7 +65,7 @@ def tell_rollouts(group: list, prompt, codec, say):
     say(f"   question {cut(str(p.question))!r}\n   gold     {cut(p.answer)!r}")
     say(f"\n2. The prompt (rollout.encode_prompt): {len(prompt.ids)} tokens, "
         f"{prompt.ids.count(codec.image_token_id)} of them image tokens from patches {prompt.grids}")
-    say(f"\n3. {len(group)} rollouts at temperature 1 (rollout.sample), rewards by rules (reward.reward_parts)")
+    say(f"\n3. {len(group)} rollouts at temperature 1 (rollout.sample), rewards by rules (reward.py)")
     for i, t in enumerate(group):
         r = t.rewards
         say(f"   [{i}] total {r['total']:.1f}, accuracy {r['accuracy']:.0f}, format {r['format']:.0f}   "
@@ -78,9 +78,9 @@ def tell_repair(r, trainer, say):
     margins = attribute.answer_margins(model, codec, [t])[0]
     depends = attribute.visual_dependence(model, codec, [t])[0]
     by_step = attribute.step_dependence(depends, t.steps)
-    say("\n4. A wrong rollout in steps (attribute.split_steps). A1: would the policy, shown the pristine image, "
-        f"repeat\n   the step (below {attribute.DOUBT} it is doubted)? A2: margin of the right answer behind it. "
-        "A3: how much its\n   tokens depend on the image")
+    say("\n4. A wrong rollout in steps (attribute.split_steps). A1: would the policy, shown the pristine "
+        f"image, repeat\n   the step (below {attribute.DOUBT} it is doubted)? A2: margin of the right answer "
+        "behind it. A3: how much its\n   tokens depend on the image")
     for k, (s, check) in enumerate(zip(t.steps, t.checks)):
         truth = shapes.is_right(t.problem, s.text) if t.problem.oracle else None
         word = "" if truth is None else "  (true)" if truth else "  (false)"
@@ -91,7 +91,8 @@ def tell_repair(r, trainer, say):
         fault = attribute.localise(t.checks, margins, depends, t.steps)
         say(f"   verdict (attribute.localise): step {fault.step + 1}, {fault.kind}, confidence "
             f"{fault.confidence:.2f}")
-    say(f"\n5. The Re-Reasoning Loop (rereason.rectify): {r.outcome} with {r.looks} looks for {r.tokens} tokens")
+    say(f"\n5. The Re-Reasoning Loop (rereason.rectify): {r.outcome} with {r.looks} looks for {r.tokens} "
+        "tokens")
     for turn in r.turns:
         say(f"   {turn['what']:6} at step {turn['step'] + 1:2}: {cut(turn['before'], 30) or '-'!s:30} -> "
             f"{cut(turn['after'], 50)}")
@@ -110,11 +111,11 @@ def tell_update(group: list, prompt, trainer, say):
     say(f"\n6. Advantages, Eq. (1): rewards {', '.join(f'{x:.1f}' for x in rewards)}, mean {mean:.3f}")
     rows = [t for t in group if t.advantage != 0]
     with torch.no_grad():
-        logps, _, _ = rollout.completion_logps(trainer.model, [prompt], [0] * len(rows), [t.ids for t in rows],
-                                               codec)
+        logps, _, _ = rollout.completion_logps(trainer.model, [prompt], [0] * len(rows),
+                                               [t.ids for t in rows], codec)
     normaliser = c.batch * c.group_size * c.max_new_tokens
-    say(f"\n7. Credit, Eq. (6), and the terms of the loss, Eq. (2)-(4) and (7); normaliser, Eq. (8): {c.batch} x "
-        f"{c.group_size} x {c.max_new_tokens} = {normaliser}")
+    say("\n7. Credit, Eq. (6), and the terms of the loss, Eq. (2)-(4) and (7); normaliser, Eq. (8): "
+        f"{c.batch} x {c.group_size} x {c.max_new_tokens} = {normaliser}")
     total = 0.0
     for t, row in zip(rows, logps.tolist()):
         weights = [w * s for w, s in zip(t.weights or t.sampled, t.sampled)]
@@ -125,8 +126,8 @@ def tell_update(group: list, prompt, trainer, say):
                                    c.clip_low, c.clip_high, c.dual_clip,
                                    rectified=torch.tensor([[shaped]]), lambda_r=c.lambda_r, gamma=c.gamma)
         total += part.item()
-        say(f"   {t.provenance:10} A {t.advantage:+.3f}  weight on {sum(w > 0 for w in weights)} of {len(weights)} "
-            f"tokens  part of the loss {part.item():+.6f}")
+        say(f"   {t.provenance:10} A {t.advantage:+.3f}  weight on {sum(w > 0 for w in weights)} of "
+            f"{len(weights)} tokens  part of the loss {part.item():+.6f}")
         far = max((i for i, w in enumerate(weights) if w), key=lambda i: abs(ratio[i] - 1), default=None)
         if far is not None:
             word = codec.tokenizer.decode([t.ids[far]])
