@@ -637,6 +637,39 @@ def test_images_outside_the_folder_are_refused():
         assert reading.load_problems(path, image_dir=folder)
 
 
+def rows_of_other_projects(png, chat):
+    """One row a source: a picture's bytes or its file a.png, and a chat about it."""
+    tail = "You FIRST think about the reasoning process. The final answer MUST BE put in \\boxed{}."
+    return {
+        "EasyR1, Geometry3K": {"images": [{"bytes": png, "path": None}], "problem": "<image>Find x.",
+                               "answer": "48", "choices": None, "ground_truth": "A"},
+        "EasyR1, text only": {"images": [], "problem": "Find x.", "answer": "48"},
+        "verl": {"data_source": "hiyouga/geometry3k", "images": [{"bytes": png}], "ability": "math",
+                 "prompt": [{"role": "system", "content": "Be brief."},
+                            {"role": "user", "content": f"<image>Find x. {tail}"}],
+                 "reward_model": {"style": "rule", "ground_truth": "48"}, "extra_info": {"index": 3}},
+        "VLM-R1": {"id": 1, "image": "a.png", "conversations": [
+            {"from": "human", "value": "<image>How many?"}, {"from": "gpt", "value": "3"}]},
+        "TRL": {"prompt": [{"role": "user", "content": "How many?"}], "image": {"bytes": png},
+                "solution": "$3$"},
+        "TRL with parts": {"prompt": [{"role": "user", "content": [
+                               {"type": "image"}, {"type": "text", "text": "How many?"}]}],
+                           "images": [{"bytes": png}], "solution": "3"},
+        "open-r1-multimodal": {"image": {"bytes": png, "path": "x.png"}, "problem": "How many?",
+                               "solution": "<think>One, two, three.</think>\n\n<answer>3</answer>",
+                               "original_question": "How many?", "original_answer": "3"},
+        "MM-Eureka": {"id": "0", "message": json.dumps(chat), "answer": "3"},
+        "MMK12": {"id": "k", "question": "As shown ..", "answer": "60", "subject": "math",
+                  "image": {"bytes": png, "path": None}},
+        "R1-VL-10K": {"image_path": "a.png", "problem": "How many?",
+                      "solution": "### Image Description: dots. ### Rationales: count. ### Step 1: two "
+                                  "and one. ### The final answer is: 3",
+                      "key_steps": {"Steps": ["two and one", ["3 dots", "three"]]}},
+        "ViRL39K": {"qid": "q1", "question": "<image><image>Which ..", "answer": "\\boxed{A}",
+                    "image": ["a.png", "a.png"], "category": "charts", "source": "x",
+                    "PassRate_32BTrained": 0.5}}
+
+
 def test_rows_of_other_projects():
     """One row a source, as the data sets people have are laid out."""
     with scratch() as folder:
@@ -644,35 +677,7 @@ def test_rows_of_other_projects():
         png, name = (folder / "a.png").read_bytes(), str(folder / "a.png")
         chat = [{"role": "user", "content": [{"type": "image", "image": f"file://{name}"},
                                              {"type": "text", "text": "How many?"}]}]
-        tail = "You FIRST think about the reasoning process. The final answer MUST BE put in \\boxed{}."
-        sources = {
-            "EasyR1, Geometry3K": {"images": [{"bytes": png, "path": None}], "problem": "<image>Find x.",
-                                   "answer": "48", "choices": None, "ground_truth": "A"},
-            "EasyR1, text only": {"images": [], "problem": "Find x.", "answer": "48"},
-            "verl": {"data_source": "hiyouga/geometry3k", "images": [{"bytes": png}], "ability": "math",
-                     "prompt": [{"role": "system", "content": "Be brief."},
-                                {"role": "user", "content": f"<image>Find x. {tail}"}],
-                     "reward_model": {"style": "rule", "ground_truth": "48"}, "extra_info": {"index": 3}},
-            "VLM-R1": {"id": 1, "image": "a.png", "conversations": [
-                {"from": "human", "value": "<image>How many?"}, {"from": "gpt", "value": "3"}]},
-            "TRL": {"prompt": [{"role": "user", "content": "How many?"}], "image": {"bytes": png},
-                    "solution": "$3$"},
-            "TRL with parts": {"prompt": [{"role": "user", "content": [
-                                   {"type": "image"}, {"type": "text", "text": "How many?"}]}],
-                               "images": [{"bytes": png}], "solution": "3"},
-            "open-r1-multimodal": {"image": {"bytes": png, "path": "x.png"}, "problem": "How many?",
-                                   "solution": "<think>One, two, three.</think>\n\n<answer>3</answer>",
-                                   "original_question": "How many?", "original_answer": "3"},
-            "MM-Eureka": {"id": "0", "message": json.dumps(chat), "answer": "3"},
-            "MMK12": {"id": "k", "question": "As shown ..", "answer": "60", "subject": "math",
-                      "image": {"bytes": png, "path": None}},
-            "R1-VL-10K": {"image_path": "a.png", "problem": "How many?",
-                          "solution": "### Image Description: dots. ### Rationales: count. ### Step 1: two "
-                                      "and one. ### The final answer is: 3",
-                          "key_steps": {"Steps": ["two and one", ["3 dots", "three"]]}},
-            "ViRL39K": {"qid": "q1", "question": "<image><image>Which ..", "answer": "\\boxed{A}",
-                        "image": ["a.png", "a.png"], "category": "charts", "source": "x",
-                        "PassRate_32BTrained": 0.5}}
+        sources = rows_of_other_projects(png, chat)
         codec = rollout.load_codec(TINY)
         for source, row in sources.items():
             p = reading.parse_row(row, source, folder, "Think.")
@@ -2363,7 +2368,7 @@ def test_true_chain_is_true_and_gives_the_answer():
 
 def test_oracle_names_what_is_wrong():
     p = shapes.make_problem("tiles", 4, index=1)
-    s, shift = p.key_steps, p.oracle["shift"]
+    s = p.key_steps
     name, value, shifted = s[2].split()
     misread = f"{name} {(int(value) + 1) % 10} {(int(shifted) + 1) % 10}"
     slip = f"{name} {value} {(int(shifted) + 1) % 10}"
@@ -2812,45 +2817,24 @@ def load(path, prompt="own", instruction="", **kwargs):
     return formats.load_benchmark(path, prompt, instruction, **kwargs)
 
 
+def mathvista_rows():
+    """A choice with a picture, an integer that borrows it, and a number of two decimals."""
+    red = base64_png()
+    return [
+        {"index": 1, "image": red, "question": official_query("How many?", "choice", ["9", "9", "12"]),
+         "answer": "9", "answer_option": "A", "choices": "['9', '9', 'twelve \"12\"']",
+         "question_type": "multi_choice", "answer_type": "text", "task": "figure question answering",
+         "skills": "['numeric', 'algebra']"},
+        {"index": 2, "image": "1", "question": official_query("Sum?", "integer", unit=" (Unit: kg)"),
+         "answer": "14", "choices": "[]", "question_type": "free_form", "answer_type": "integer",
+         "task": "math word problem", "skills": "['algebra']"},
+        {"index": 3, "image": red, "question": official_query("Mean?", "float"), "answer": "0.80",
+         "choices": "", "question_type": "free_form", "answer_type": "float", "task": "x", "skills": "[]"}]
+
+
 def test_mathvista_files():
     with scratch() as folder:
-        red, choices = base64_png(), "['9', '9', 'twelve \"12\"']"
-        rows = [
-            {
-                "index": 1,
-                "image": red,
-                "question": official_query("How many?", "choice", ["9", "9", "12"]),
-                "answer": "9",
-                "answer_option": "A",
-                "choices": choices,
-                "question_type": "multi_choice",
-                "answer_type": "text",
-                "task": "figure question answering",
-                "skills": "['numeric', 'algebra']",
-            },
-            {
-                "index": 2,
-                "image": "1",
-                "question": official_query("Sum?", "integer", unit=" (Unit: kg)"),
-                "answer": "14",
-                "choices": "[]",
-                "question_type": "free_form",
-                "answer_type": "integer",
-                "task": "math word problem",
-                "skills": "['algebra']",
-            },
-            {
-                "index": 3,
-                "image": red,
-                "question": official_query("Mean?", "float"),
-                "answer": "0.80",
-                "choices": "",
-                "question_type": "free_form",
-                "answer_type": "float",
-                "task": "x",
-                "skills": "[]",
-            },
-        ]
+        rows = mathvista_rows()
         path = write_tsv(folder / "MathVista_MINI.tsv", rows)
         items, note = load(path, instruction="Think.")
         assert [i.id for i in items] == ["1", "2", "3"] and not note
@@ -2887,41 +2871,30 @@ def test_mathvista_files():
         )
 
 
+def mathverse_rows(text, shown):
+    """A question as text, the same in the picture only, one without options, and two other golds."""
+    ask = "Please directly answer the question and provide the "
+    row = {"image": base64_png(), "question": f"{ask}correct option letter, e.g., A, B.\nQuestion: {text}",
+           "query_cot": "cot " + text, "answer": "B", "question_type": "multi-choice",
+           "problem_version": "Text Lite", "problem_index": 7, "question_for_eval": text, "index": 1,
+           "metadata": "{'split': 'testmini', 'subject': 'Plane Geometry', 'subfield': 'Angle'}"}
+    return [
+        row,
+        {**row, "index": 2, "problem_version": "Vision Only", "question": shown, "question_for_eval": ""},
+        {**row, "index": 3, "question_type": "free-form", "answer": "$$r=7.00$$",
+         "question": f"{ask}final value, e.g., 1, 2.5.\nQuestion: Find r."},
+        {**row, "index": 4, "answer": "C\nD"},
+        {**row, "index": 5, "answer": "(B)"}]
+
+
 def test_mathverse_files():
     with scratch() as folder:
-        ask = ("Please directly answer the question and provide the correct option letter, e.g., A, B.\n"
-               "Question: ")
         shown = (
             "According to the question shown in the image, please directly answer the question and provide "
             "the correct option letter, e.g., A, B, C, D."
         )
         text = "Find the angle.\nChoices:\nA:40°\nB:60°\nC:80°\nD:100°"
-        row = {
-            "image": base64_png(),
-            "question": ask + text,
-            "query_cot": "cot " + text,
-            "answer": "B",
-            "question_type": "multi-choice",
-            "problem_version": "Text Lite",
-            "problem_index": 7,
-            "question_for_eval": text,
-            "index": 1,
-            "metadata": "{'split': 'testmini', 'subject': 'Plane Geometry', 'subfield': 'Angle'}",
-        }
-        rows = [
-            row,
-            {**row, "index": 2, "problem_version": "Vision Only", "question": shown, "question_for_eval": ""},
-            {
-                **row,
-                "index": 3,
-                "question_type": "free-form",
-                "answer": "$$r=7.00$$",
-                "question": "Please "
-                "directly answer the question and provide the final value, e.g., 1, 2.5.\nQuestion: Find r.",
-            },
-            {**row, "index": 4, "answer": "C\nD"},
-            {**row, "index": 5, "answer": "(B)"},
-        ]
+        rows = mathverse_rows(text, shown)
         items, _ = load(write_tsv(folder / "MathVerse_MINI.tsv", rows))
         assert items[0].question == "<image>" + text and items[0].answer == items[4].answer == "B"
         assert items[0].choices == items[1].choices == ["40°", "60°", "80°", "100°"]  # borrowed
@@ -3003,40 +2976,25 @@ def test_mathvision_files():
         assert item.question == "<image>What? [image 1] [image 2]" and len(item.images) == 1
 
 
+def mmmu_rows():
+    """A choice between two pictures, a row of the dev split, an open question, a row without a picture."""
+    red, blue = base64_png("red"), base64_png("blue")
+    row = {"id": "validation_Art_1", "index": 1, "split": "validation",
+           "question": "Is <image 2> like <image 1>?", "A": "None", "B": "<image 1>", "C": "both",
+           "answer": "B", "question_type": "multiple-choice", "image": str([red, blue]), "category": "Art",
+           "l2-category": "Art and Design"}
+    return [
+        row,
+        {**row, "index": 2, "id": "dev_Art_1", "split": "dev"},
+        {**row, "index": 3, "question": "x = <?> mass", "A": "", "B": "", "C": "", "image": red,
+         "question_type": "open", "answer": "['24/7', '3.429']"},
+        {**row, "index": 4, "image": ""}]
+
+
 def test_mmmu_files():
     """Images stand where their tags do, in questions and options; lists of images; dev rows are left out."""
     with scratch() as folder:
-        red, blue = base64_png("red"), base64_png("blue")
-        row = {
-            "id": "validation_Art_1",
-            "index": 1,
-            "split": "validation",
-            "question": "Is <image 2> like <image 1>?",
-            "A": "None",
-            "B": "<image 1>",
-            "C": "both",
-            "answer": "B",
-            "question_type": "multiple-choice",
-            "image": str([red, blue]),
-            "category": "Art",
-            "l2-category": "Art and Design",
-        }
-        rows = [
-            row,
-            {**row, "index": 2, "id": "dev_Art_1", "split": "dev"},
-            {
-                **row,
-                "index": 3,
-                "question": "x = <?> mass",
-                "A": "",
-                "B": "",
-                "C": "",
-                "image": red,
-                "question_type": "open",
-                "answer": "['24/7', '3.429']",
-            },
-            {**row, "index": 4, "image": ""},
-        ]
+        rows = mmmu_rows()
         path = write_tsv(folder / "MMMU_DEV_VAL.tsv", rows)
         items, note = load(path, instruction="Think.")
         assert [i.id for i in items] == ["1", "3"] and note == "left out: 1 rows without an image, 1 dev rows"
@@ -3058,14 +3016,13 @@ def test_mmmu_files():
         )
         codec = rollout.load_codec(TINY)
         assert len(rollout.encode_prompt(items[0], codec).grids) == 3
-        bad = write_tsv(
-            folder / "mmmu_bad.tsv", [{**row, "question": "<image 3>"}, {**row, "image": "%%%" * 40}]
-        )
+        bad = write_tsv(folder / "mmmu_bad.tsv",
+                        [{**rows[0], "question": "<image 3>"}, {**rows[0], "image": "%%%" * 40}])
         message = raises(reading.DataError, ["row 1", "<image 3>", "2 images", "row 2"], load, bad)
         assert len(message.splitlines()) == 2
 
 
-def test_mmmu_pro_and_mmstar_files():
+def test_mmmu_pro_files():
     with scratch() as folder:
         letters = dict(zip("ABCDEFGHIJKL", (f"option {n}" for n in range(12))))
         row = {
@@ -3110,19 +3067,13 @@ def test_mmmu_pro_and_mmstar_files():
             ("<answer>L</answer>", "strict", True),
         ):
             assert rules.grade(items[0], text, rule)[1] is right, (text, rule)
-        star = {
-            "index": 0,
-            "image": base64_png(),
-            "question": "See <image 1>. Which?",
-            "A": "red",
-            "B": "blue",
-            "C": "",
-            "D": "",
-            "answer": "B",
-            "category": "logical reasoning",
-            "l2_category": "x",
-            "bench": "MMMU",
-        }
+
+
+def test_mmstar_files():
+    with scratch() as folder:
+        star = {"index": 0, "image": base64_png(), "question": "See <image 1>. Which?", "A": "red",
+                "B": "blue", "C": "", "D": "", "answer": "B", "category": "logical reasoning",
+                "l2_category": "x", "bench": "MMMU"}
         item = load(write_tsv(folder / "MMStar.tsv", [star]))[0][0]
         assert item.question == "<image>See <image 1>. Which?\nA. red\nB. blue" and item.choices == [
             "red",
@@ -3136,18 +3087,24 @@ def test_mmmu_pro_and_mmstar_files():
             item = load(write_tsv(folder / "MMStar_official.tsv", [{**plain, "question": question}]))[0][0]
             assert item.choices == choices, item.choices
             assert rules.grade(item, "It is blue.")[1] and not rules.grade(item, "A")[1]
-        unknown = write_tsv(folder / "unknown.tsv", [{"index": 1, "question": "x"}])
-        raises(reading.DataError, "which benchmark", load, unknown)
         raises(reading.DataError, "stands twice", load, write_tsv(folder / "MMStar2.tsv", [star, star]))
         Image.new("RGB", (9, 9)).save(folder / "o.png")
         row = {"question": "Which?", "A": "red", "B": "blue", "answer": "B", "image": "o.png"}
         rows = [{**row, "index": n} for n in range(3)]                                  # 0 is a name too
         (folder / "mmstar.json").write_text(json.dumps(rows))
         assert [i.id for i in load(folder / "mmstar.json")[0]] == ["0", "1", "2"]
+
+
+def test_broken_benchmark_files():
+    with scratch() as folder:
+        unknown = write_tsv(folder / "unknown.tsv", [{"index": 1, "question": "x"}])
+        raises(reading.DataError, "which benchmark", load, unknown)
+        Image.new("RGB", (9, 9)).save(folder / "o.png")
+        row = {"index": 0, "question": "Which?", "A": "red", "B": "blue", "answer": "B", "image": "o.png"}
         for bad, words in (([1], "JSON object"), ('{"half', "not JSON"),
-                           ({**rows[0], "image": "../o.png"}, "outside"),
-                           ({**rows[0], "image": "none.png"}, "no such file")):
-            lines = [json.dumps(rows[1]), bad if isinstance(bad, str) else json.dumps(bad)]
+                           ({**row, "image": "../o.png"}, "outside"),
+                           ({**row, "image": "none.png"}, "no such file")):
+            lines = [json.dumps({**row, "index": 1}), bad if isinstance(bad, str) else json.dumps(bad)]
             (folder / "mmstar.jsonl").write_text("\n".join(lines))
             raises(reading.DataError, ["mmstar.jsonl:2", words], load, folder / "mmstar.jsonl")
         (folder / "mmstar.tsv").write_bytes("index\tquestion\n1\t30\xb0?".encode("latin-1"))
@@ -3335,35 +3292,11 @@ def test_benchmark_run_resumes_and_ranks_share_it():
     """A stopped run goes on with the rows there are, other rules only judge anew, two ranks write what one
     does, and rows of other settings are refused."""
     with scratch() as folder:
-        rows = [
-            {
-                "index": i,
-                "image": base64_png(),
-                "question": "Which?",
-                "A": "red",
-                "B": "blue",
-                "answer": "A",
-                "category": "ab"[i % 2],
-            }
-            for i in range(5)
-        ]
+        rows = [{"index": i, "image": base64_png(), "question": "Which?", "A": "red", "B": "blue",
+                 "answer": "A", "category": "ab"[i % 2]} for i in range(5)]
         path, out = write_tsv(folder / "MMStar.tsv", rows), folder / "rows.jsonl"
-        flags = [
-            "--model",
-            TINY,
-            "--bench",
-            str(path),
-            "--greedy",
-            "--samples",
-            "2",
-            "--max_new_tokens",
-            "12",
-            "--device",
-            "cpu",
-            "--batch",
-            "2",
-            "--out",
-        ]
+        flags = ["--model", TINY, "--bench", str(path), "--greedy", "--samples", "2", "--max_new_tokens",
+                 "12", "--device", "cpu", "--batch", "2", "--out"]
 
         def run(out, *more):
             with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -3398,25 +3331,10 @@ def test_benchmark_run_resumes_and_ranks_share_it():
             "vlmeval", "strict"}                        # the other three are not of this run
         assert len(run(out)[1]) == 15
         two = folder / "two.jsonl"
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            "--standalone",
-            str(ROOT / "eval.py"),
-            *flags,
-            str(two),
-        ]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+                   str(ROOT / "eval.py"), *flags, str(two)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-2000:]
         assert sorted(two.read_text().splitlines()) == whole and done.stdout.count("MMStar, split") == 1
 
@@ -3523,12 +3441,9 @@ def flags_of(config):
     return out
 
 
-def hub_folder(folder, tied: bool):
-    """A folder laid out like Qwen2.5-VL-3B-Instruct (tied) or 7B (not): a flat config, bf16 shards with an
-    index, a byte-level tokenizer whose embedding has spare rows, generation config, and a chat template
-    beside the tokenizer's own that knows system messages and images. Random weights, reduced width."""
+def hub_tokenizer(folder):
+    """Write hub_folder's tokenizer and the two templates; return the id of every token."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {c: n for n, c in enumerate(alphabet)}
     vocab.update({"\u0120t": 256, "he": 257, "\u0120the": 258})
@@ -3539,9 +3454,6 @@ def hub_folder(folder, tied: bool):
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                 "<|image_pad|>", "<|video_pad|>"]
     tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
-    ids = {s: tokenizer.token_to_id(s) for s in specials}
-    end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
-    folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
                 "model_max_length": 131072, "clean_up_tokenization_spaces": False,
@@ -3556,6 +3468,17 @@ def hub_folder(folder, tied: bool):
                 "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
                 "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    return tokenizer.get_vocab()
+
+
+def hub_folder(folder, tied: bool):
+    """A folder laid out like Qwen2.5-VL-3B-Instruct (tied) or 7B (not): a flat config, bf16 shards with an
+    index, a byte-level tokenizer whose embedding has spare rows, generation config, and a chat template
+    beside the tokenizer's own that knows system messages and images. Random weights, reduced width."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    folder.mkdir(parents=True)
+    ids = hub_tokenizer(folder)
+    end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
     (folder / "generation_config.json").write_text(json.dumps({
         "bos_token_id": pad, "pad_token_id": pad, "do_sample": True, "eos_token_id": [end, pad],
         "repetition_penalty": 1.05, "temperature": 1e-6}))
@@ -3563,7 +3486,7 @@ def hub_folder(folder, tied: bool):
         **json.loads((Path(TINY) / "preprocessor_config.json").read_text()), "min_pixels": 3136,
         "max_pixels": 12845056, "processor_class": "Qwen2_5_VLProcessor"}))
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": len(tokenizer.get_vocab()) + 39}
+             "num_key_value_heads": 2, "vocab_size": len(ids) + 39}
     vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
               "fullatt_block_indexes": [1, 3], "window_size": 112, "patch_size": 14}
     marks = {"image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
@@ -4152,7 +4075,7 @@ def test_bad_input_ends_with_one_line():
         other.mkdir()
         (other / "config.json").write_text('{"model_type": "llama"}')
         (folder / "used").mkdir()
-        (folder / "used" / "metrics.jsonl").write_text("")
+        (folder / "used" / "metrics.jsonl").write_text("{}\n")
         cases = [(["--data", str(bad)], ["data.jsonl:1", "images", "none.png"]),
                  (["--batches", "3"], ["--batches"]),
                  (["--model", str(other)], ["llama", "model_type"]), (["--batch", "0"], ["--batch"]),
@@ -4212,6 +4135,21 @@ def traced_run(folder):
         f.write(json.dumps(row) + "\n")
     trace.write(out)
     return out, hostile
+
+
+def test_memory_reckoned_is_what_autograd_keeps():
+    """With and without recomputation, to within a sixth; and the figures of a 7B model add up."""
+    from experiments import memory
+    tiny = m.Config.from_dict(files.read_json(ROOT / "tiny" / "config.json"))
+    for remat in (False, True):
+        reckoned, counted = memory.counted(tiny, 2, 4, 120, remat)
+        assert 0.85 * counted < reckoned < 1.17 * counted, (remat, reckoned, counted)
+    seven = m.Config.from_dict(memory.SIZES["7B"])
+    one, eight = (memory.footprint(seven, world) for world in (1, 8))
+    size = memory.parameters(seven)["all"]
+    assert abs(size - 8.29e9) < 1e7 and one["weights"] == 2 * size and one["optimizer"] == 12 * size
+    assert eight["optimizer"] == one["optimizer"] // 8 and eight["gradients"] == one["gradients"]
+    assert sum(v for k, v in one.items() if k not in ("total", "cache while sampling")) == one["total"]
 
 
 def test_worked_examples_of_the_headers():
