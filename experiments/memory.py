@@ -30,7 +30,8 @@ SHARED = {"model_type": "qwen2_5_vl", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "
           "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653}
 VISION = {"model_type": "qwen2_5_vl", "depth": 32, "hidden_size": 1280, "intermediate_size": 3420,
           "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
-          "window_size": 112, "in_channels": 3, "fullatt_block_indexes": [7, 15, 23, 31], "hidden_act": "silu"}
+          "window_size": 112, "in_channels": 3, "fullatt_block_indexes": [7, 15, 23, 31],
+          "hidden_act": "silu"}
 SIZES = {                                   # the published configurations
     "3B": {**SHARED, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
            "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936,
@@ -52,15 +53,15 @@ def parameters(config: Config) -> dict:
 def kept(config: Config, prompts: int, prompt_tokens: int, rows: int, tokens: int, remat: bool,
          size: int) -> tuple[int, int]:
     """(bytes the decoder keeps from the forward to the backward pass, bytes of one layer made again there):
-    prompts once, each row's tokens, and, for each row, its prompt's keys and values beside its own and the mask
-    (attention wants them so). size: bytes a number."""
+    prompts once, each row's tokens, and, for each row, its prompt's keys and values beside its own and the
+    mask (attention wants them so). size: bytes a number."""
     c = config
     d, i, heads, kv = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads
     head = d // heads
     alone, rowed = prompts * prompt_tokens, rows * tokens                       # tokens through the layers
-    # a token in a layer: 2 norms (input in fp32, normed), q, k, v turned, attention out, gate, up, their product
+    # a token in a layer: 2 norms (input in fp32, normed), q, k, v turned, attention out, gate, up, product
     token = size * (7 * d + 4 * i + 2 * kv * head) + 4 * (2 * d + 2)
-    side = rows * (prompt_tokens + tokens) * 2 * d * size                       # keys and values, heads repeated
+    side = rows * (prompt_tokens + tokens) * 2 * d * size               # keys and values, heads repeated
     mask = rows * tokens * (prompt_tokens + tokens) * size
     layer, ends = (alone + rowed) * token + side + mask, 3 * (alone + rowed) * d * size
     if remat:
@@ -70,8 +71,8 @@ def kept(config: Config, prompts: int, prompt_tokens: int, rows: int, tokens: in
 
 def footprint(config: Config, world: int = 1, prompts: int = 1, prompt_tokens: int = 1024, rows: int = 4,
               tokens: int = 1024, remat: bool = True, freeze_vision: bool = False, size: int = 2) -> dict:
-    """Bytes on each of `world` ranks at the peak of an update of `rows` sequences of `tokens` completion tokens,
-    by part. size: bytes a number of the model (2: bfloat16 with fp32 masters, 4: fp32)."""
+    """Bytes on each of `world` ranks at the peak of an update of `rows` sequences of `tokens` completion
+    tokens, by part. size: bytes a number of the model (2: bfloat16 with fp32 masters, 4: fp32)."""
     n = parameters(config)
     trained = n["all"] - n["vision"] * freeze_vision
     masters = 12 if size == 2 else 8                        # of fp32 weights no copy is kept
@@ -86,8 +87,8 @@ def footprint(config: Config, world: int = 1, prompts: int = 1, prompt_tokens: i
 
 
 def counted(config: Config, prompts: int, rows: int, tokens: int, remat: bool) -> tuple[int, int]:
-    """(bytes reckoned, bytes counted) kept by a real forward on CPU: every tensor autograd keeps is seen once,
-    parameters left out."""
+    """(bytes reckoned, bytes counted) kept by a real forward on CPU: every tensor autograd keeps is seen
+    once, parameters left out."""
     model = init_model(config)
     model.remat = remat
     codec = rollout.load_codec(str(ROOT / "tiny"))
@@ -119,14 +120,14 @@ def check():
         for prompts, rows, tokens in ((2, 2, 300), (1, 8, 100), (4, 4, 600)):
             for remat in (False, True):
                 guess, real = counted(config, prompts, rows, tokens, remat)
-                print(f"| {width} | {layers} | {prompts} | {rows} | {tokens} | {remat} | {guess / 1e6:.1f} MB | "
-                      f"{real / 1e6:.1f} MB | {guess / real:.2f} |")
+                print(f"| {width} | {layers} | {prompts} | {rows} | {tokens} | {remat} | "
+                      f"{guess / 1e6:.1f} MB | {real / 1e6:.1f} MB | {guess / real:.2f} |")
 
 
 def table():
     """What fits where: the most rows of 1,024 completion tokens a forward-backward pass."""
-    print("| model | GPUs | vision | weights | gradients | optimizer | logits | left for activations, GiB | rows "
-          "a pass |\n|" + "---|" * 9)
+    print("| model | GPUs | vision | weights | gradients | optimizer | logits | left for activations, GiB | "
+          "rows a pass |\n|" + "---|" * 9)
     for name, raw in SIZES.items():
         config = Config.from_dict(raw, name)
         for world, gpu in ((1, 80), (1, 141), (8, 80)):
@@ -135,7 +136,7 @@ def table():
                 fits = [rows for rows in range(1, 257) if footprint(config, world, 1 + rows // 8, rows=rows,
                                                                     freeze_vision=frozen)["total"] <= room]
                 f = footprint(config, world, rows=1, freeze_vision=frozen)
-                cells = " | ".join(f"{f[k] / GIB:.1f}" for k in ("weights", "gradients", "optimizer", "logits"))
+                cells = " | ".join(f"{f[k] / GIB:.1f}" for k in list(f)[:3] + ["logits"])
                 left = (room - f["total"] + f["activations"]) / GIB
                 print(f"| {name} | {world} x {gpu} GB | {'frozen' if frozen else 'trained'} | {cells} | "
                       f"{max(0, left):.1f} | {max(fits, default=0) or 'does not fit'} |")
