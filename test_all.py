@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -773,6 +774,38 @@ def test_check_names_all_bad_rows_and_counts_tokens():
             len(prompt.pixel_values)
         assert cells["demonstration tokens"] == str(len(rollout.token_ids("x is 48", codec)) + 1)
         raises(SystemExit, "--check", train.main, ["--check"])
+
+
+def test_bad_rows_among_ten_thousand():
+    """Every kind of bad row is named, with file and line, and nothing is trained on."""
+    good = {"images": ["a.png"], "problem": "<image>Find x.", "answer": "48"}
+    bad = {"not JSON": "{", "a list": "[1]", "no answer": {**good, "answer": ""},
+           "no problem": {"answer": "1"}, "no such file": {**good, "images": ["b.png"]},
+           "too many tags": {**good, "problem": "<image><image>x"},
+           "cut off": {**good, "images": ["cut.png"]}, "a text file": {**good, "images": ["text.png"]},
+           "too large": {**good, "images": ["bomb.png"]}, "outside": {**good, "images": ["../a.png"]},
+           "no options": {**good, "choices": "AB"}, "no option": {**good, "choices": ["1"]},
+           "a number for an image": {**good, "images": [3]}, "an id twice": {**good, "id": "row 5"}}
+    with scratch() as folder:
+        Image.new("RGB", (40, 30), "red").save(folder / "a.png")
+        whole = (folder / "a.png").read_bytes()
+        (folder / "cut.png").write_bytes(whole[:60])
+        (folder / "text.png").write_text("no image")
+        header = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"     # 3.6 billion pixels
+        crc = zlib.crc32(header).to_bytes(4, "big")
+        (folder / "bomb.png").write_bytes(whole[:8] + b"\0\0\0\x0d" + header + crc + whole[33:])
+        rows = [json.dumps({**good, "id": f"row {n}"}) for n in range(10_000)]
+        lines = {}
+        for n, (kind, row) in enumerate(bad.items()):
+            rows.insert(700 * n + 10, row if isinstance(row, str) else json.dumps(row))
+            lines[kind] = 700 * n + 11
+        (folder / "train.jsonl").write_text("\n".join(rows))
+        out = folder / "run"
+        said = raises(SystemExit, [], train.main, ["--data", str(folder / "train.jsonl"), "--out", str(out),
+                                                   "--device", "cpu"])
+        for kind, line in lines.items():
+            assert f"train.jsonl:{line}: " in said, kind
+        assert len(said.strip().splitlines()) == len(bad) and not out.exists()
 
 
 def test_chunks_hold_what_fits():
@@ -3635,6 +3668,32 @@ def test_rectified_groups_and_their_credit():
             flawed = attribute.flawed(next(g for g in before if any(t is r.parent for t in g)))
             doubts = lambda t: sum(c.same < 0.5 for c in t.checks)
             assert doubts(r.parent) == min(map(doubts, flawed))
+
+
+def test_degenerate_groups():
+    """All right, all wrong, all cut off: no gradient, nothing that is not finite; a group of one is
+    refused."""
+    raises(ValueError, "--group_size", train.TrainConfig(group_size=1).validate, 1)
+    for right, finished in ((1.0, True), (0.0, True), (0.0, False)):
+        with scratch() as folder:
+            trainer, groups, prompts = ivr_trainer(folder)
+            for t in (t for g in groups for t in g):
+                t.rewards = {"accuracy": right, "format": right, "total": right}
+                t.finished = finished
+            before = [p.clone() for p in trainer.model.parameters()]
+            assert right == 1.0 or len(trainer.to_rectify(groups, 0.0)) == len(groups)
+            if not finished:                                # neither located nor repaired, and nobody pays
+                locate = trainer.localise(groups, [0])
+                same, repairs = trainer.rectify(groups, [0], locate)
+                assert not repairs and locate.tokens == 0 and same == groups
+            trainer.assign_advantages(groups)
+            trainer.assign_credit(groups)
+            stats = trainer.update(groups, prompts, 0.0)
+            assert all(t.advantage == 0 for g in groups for t in g) and stats["grad_norm"] == 0
+            assert all(math.isfinite(v) for v in stats.values()) and stats["loss"] == 0
+            assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+            figures = trainer.describe(groups)
+            assert figures["all_right"] == right and figures["all_wrong"] == 1 - right
 
 
 def test_which_groups_are_repaired():
