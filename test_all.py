@@ -409,6 +409,25 @@ def test_prompt_and_vision_once_whatever_the_group():
         assert counts == first
 
 
+def test_shared_prompts_have_the_gradients_of_plain_ones():
+    """A prompt computed once a group gives the gradients of one computed for each row."""
+    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    prompts = [rollout.encode_prompt(p, codec) for p in problems]
+    rng, grads = random.Random(0), []
+    owner = [0, 0, 0, 1, 1, 2, 3, 3]
+    rows = [[rng.randrange(5, 400) for _ in range(rng.randint(1, 9))] for _ in owner]
+    for given, of_row in ((prompts, owner), ([prompts[n] for n in owner], list(range(len(owner))))):
+        net.zero_grad()
+        logps, _, mask = rollout.completion_logps(net, given, of_row, rows, codec)
+        weights = torch.linspace(-1, 1, logps.numel()).view_as(logps)
+        (weights * logps * mask).sum().backward()
+        grads.append({n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for shared, plain in zip(*(g.values() for g in grads)):
+        scale = plain.abs().max().clamp(min=1e-3)
+        close(shared / scale, plain / scale, 1e-5)
+
+
 def test_completions_of_one_token():
     """The shortest there are: the update's forward has no row tokens to run."""
     net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()

@@ -1,4 +1,5 @@
-"""Speed of the sampler: against transformers' `generate` on the same weights, and how its cost grows.
+"""Speed of the sampler: against transformers' `generate` on the same weights, and how its cost grows; and
+what sharing the prompt saves in the update.
 
     python experiments/speed.py                     # tables, results/speed.json and speed.png; some minutes
     python experiments/speed.py --device cuda --dtype bfloat16
@@ -123,6 +124,28 @@ def prefill_and_decode(model, codec, problems, groups: list, tokens: int = 33) -
     return {g: {"prefill": a, "step": (b - a) / (tokens - 1)} for g, a, b in zip(groups, first, whole)}
 
 
+def prefix_sharing(model, codec, group: int = 8) -> list[dict]:
+    """Seconds of a training forward and backward pass of 2 prompts x `group` rows, the prompt computed once a
+    group and once a row, by the lengths of prompts and completions."""
+    rows = []
+    for side, tokens in ((56, 256), (224, 256), (224, 64), (448, 64)):
+        prompts = [rollout.encode_prompt(p, codec) for p in problems_of(2, side)]
+        completions = [[7] * tokens] * (2 * group)
+
+        def update(prompts, prompt_of_row):
+            logps, _, _ = rollout.completion_logps(model, prompts, prompt_of_row, completions, codec)
+            logps.sum().backward()
+            model.zero_grad()
+
+        owner = [n // group for n in range(2 * group)]
+        once, each = timed([lambda: update(prompts, owner),
+                            lambda: update([prompts[n] for n in owner], list(range(2 * group)))], 3)
+        rows.append({"prompt": len(prompts[0].ids), "completion": tokens, "ratio": each / once})
+        print(f"prompt {rows[-1]['prompt']}, completion {tokens}: once a group {each / once:.2f} x as fast",
+              flush=True)
+    return rows
+
+
 def growth(device, dtype, codec) -> dict:
     """Seconds of one rollout by group size, completion length, image side and model width, the others
     fixed."""
@@ -181,6 +204,7 @@ def main():
     found["step_64_rows_over_1"] = one[64]["step"] / one[1]["step"]
     print(f"prefill of 8 prompts, G = 64 over G = 8: {found['prefill_64_over_8']:.2f} x; a decode step of 64 "
           f"rows over one row: {found['step_64_rows_over_1']:.2f} x", flush=True)
+    found["prefix_sharing"] = prefix_sharing(model, codec)
     found["growth"] = growth(device, dtype, codec)
     folder = ROOT / "experiments" / "results"
     (folder / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
