@@ -114,6 +114,17 @@ class Check:
         return self.same < DOUBT
 
 
+def in_chain(check: Check, step: Step, ids: list, codec) -> Check:
+    """The check of a step with its token counted among the step's own tokens in a chain, where white space
+    may stand before it and the same text may fall into other tokens than when it was asked alone."""
+    alone, own = rollout.token_ids(rollout.plain(step.text, codec), codec), ids[step.start:step.stop]
+    if check.token is None or own[:len(alone)] == alone:
+        return check
+    text, offsets = text_and_offsets(own, codec)
+    character = text_and_offsets(alone, codec)[1][check.token] + len(text) - len(text.lstrip())
+    return Check(check.same, max(n for n, at in enumerate(offsets) if at <= character))
+
+
 def at_fault(step: Step, check: Check | None) -> tuple[int, int]:
     """The tokens of a chain to blame for a step that is doubted or unknown: the one that the policy would
     have written otherwise (what follows in the step follows from it), or all where none is known."""
@@ -352,7 +363,7 @@ class Locator:
                 self.tokens += len(claims)
             self.known.update(zip(claims, found))
             for c in chains:
-                c.checks = [self.known[c.problem.id, s.text] for s in c.steps]
+                c.checks = [in_chain(self.known[c.problem.id, s.text], s, c.ids, self.codec) for s in c.steps]
             return
         if self.name == "margin":
             faults = [margin_drop(m) for m in answer_margins(self.model, self.codec, chains)]

@@ -6,8 +6,8 @@
     python eval.py --image photo.png --ask "How many dogs are there?" --model runs/x/checkpoint-000200
     python eval.py --localise --data tiny:steps=9          # how well attribute.py finds the first wrong step
 
-Place in the pipeline: before and after training (`train.py` calls `evaluate` and `summarise`). Reads from
-model.py, rollout.py, reward.py and benchmarks/. The paper names no evaluation protocol; the definitions are
+Place in the pipeline: before and after training (`train.py` calls `evaluate`). Reads from model.py,
+rollout.py, reward.py, data/ and benchmarks/. The paper names no evaluation protocol; the definitions are
 the field's usual ones:
   avg@k   mean accuracy of k samples at temperature 1, averaged over problems
   pass@k  chance that at least one of k samples is right, unbiased from n >= k (Chen et al., arXiv 2107.03374)
@@ -27,7 +27,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import rollout
-from benchmarks.figures import interval, report
+from benchmarks.figures import report
 from benchmarks.formats import PROMPTS, Item, load_benchmark
 from benchmarks.localisation import localisation
 from benchmarks.results import parts_of, rows_on_disk, settings_of, usable_rows
@@ -198,21 +198,6 @@ def run(config: EvalConfig, ranks: Ranks, device, dtype):
         print(f"\nrows: {out}")
 
 
-def answer_one(config: EvalConfig, device, dtype) -> str:
-    """`--image FILE --ask QUESTION`: one greedy completion, shown."""
-    codec = rollout.load_codec(config.model, config.max_pixels)
-    text = config.ask + ("\n" + config.instruction if config.instruction else "")
-    question = "<image>" + text.replace("<image>", "< image>")
-    problem = reading.Problem("ask", question, "", [Path(config.image)])
-    bad = reading.check_problems([problem])[1]
-    if bad:
-        raise ValueError(f"--image {config.image}: {bad[0].rpartition(': ')[2]}")
-    rollout.encode_prompt(problem, codec, config.max_prompt_tokens, pixels=False)
-    model = load_model(config.model, device, dtype).eval()
-    t = rollout.sample(model, [problem], codec, 1, config.max_new_tokens or 2048, 0.0)[0][0]
-    return terminal.describe(model, codec, problem, judge(problem, t.text, t.finished))
-
-
 def main(argv=None):
     config = parse_flags(EvalConfig, argv)
     try:
@@ -220,11 +205,11 @@ def main(argv=None):
         device, dtype = device_and_dtype(config.device, config.dtype)
         ranks, device = start_ranks(device)
         if config.ask and ranks.rank == 0:
-            print(answer_one(config, device, dtype))
+            print(terminal.ask(config, device, dtype, judge))
         elif config.localise and ranks.rank == 0:
             codec, model = rollout.load_codec(config.model), load_model(config.model, device, dtype).eval()
             print(localisation(model, codec, config.data, config.flawed, config.planted,
-                               config.max_new_tokens or 256, config.seed, interval))
+                               config.max_new_tokens or 256, config.seed))
         elif not (config.ask or config.localise):
             run(config, ranks, device, dtype)
     except (ValueError, OSError) as e:

@@ -279,9 +279,11 @@ def still_holds(model, codec, mended: list, rules: Rules) -> list:
 
 def log_weights(model, codec, chains: list) -> list[list[float]]:
     """log w = log pi(token | clean context) - log mu of every token of each chain."""
-    prompts = [rollout.encode_prompt(c.problem, codec) for c in chains]
+    problems = {id(c.problem): c.problem for c in chains}                       # each prompt once
+    place = {name: n for n, name in enumerate(problems)}
+    prompts = [rollout.encode_prompt(p, codec) for p in problems.values()]
     with torch.no_grad():
-        logps, _, _ = rollout.completion_logps(model, prompts, list(range(len(chains))),
+        logps, _, _ = rollout.completion_logps(model, prompts, [place[id(c.problem)] for c in chains],
                                                [c.ids for c in chains], codec)
     return [[a - b for a, b in zip(row, c.logps)] for row, c in zip(logps.tolist(), chains)]
 

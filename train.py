@@ -1,9 +1,9 @@
-"""Training: configuration, supervised warm start, the GRPO loop, data parallelism, checkpoints, logs.
+"""Training: configuration, supervised warm start, the loop in phases, the run from start to end.
 
     python train.py                                                       # the embedded default, CPU, minutes
     torchrun --nproc_per_node 8 train.py --model Qwen/Qwen2.5-VL-3B-Instruct --data train.jsonl --lr 1e-6 ...
 
-Place in the pipeline: all of it; nothing imports this file. One step reads
+Place in the pipeline: all of it; nothing that it reads from imports it. One step reads
     problems -> rollout -> reward -> localise -> re-reason -> advantages -> policy update
 The paper says: failed rollouts are screened by reward, the step that lost the image is found, a Re-Reasoning
 Loop repairs the trajectory, and GRPO learns from it. We chose: one update a rollout batch by default, AdamW
@@ -152,6 +152,13 @@ class TrainConfig:
             raise ValueError("--localiser oracle: only tiny has one")
         if self.stage == "rl" and self.group_size < 2:
             raise ValueError("--group_size 1: a group needs at least 2 completions to compare")
+        if not 1 <= self.parents <= max(1, self.group_size // 2):
+            raise ValueError(f"--parents {self.parents}: must be 1 to half of --group_size, since a repair "
+                             "takes another rollout's place")
+        if not 0 <= self.anneal <= 1:
+            raise ValueError(f"--anneal {self.anneal}: must be between 0 and 1")
+        if self.explain and (self.stage != "rl" or ranks > 1):
+            raise ValueError("--explain: tells one step of --stage rl, on one process")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -220,16 +227,21 @@ class Trainer:
         prompts = [rollout.encode_prompt(p, self.codec, c.max_prompt_tokens) for p in problems]
         groups = self.roll_out(problems, prompts)
         self.score(groups)
-        figures, repairs = self.describe(groups), []
-        if c.algo == "ivr":
-            chosen = self.to_rectify(groups, progress)
-            locate = self.localise(groups, chosen)
-            groups, repairs = self.rectify(groups, chosen, locate)
-            figures.update(self.describe_repairs(repairs, locate))
+        figures = self.describe(groups)
+        groups, repairs, locate = self.repair(groups, progress)
+        figures.update(self.describe_repairs(repairs, locate) if locate else {})
         self.assign_advantages(groups)
         self.assign_credit(groups)
         stats = self.update(groups, prompts, progress)
         return {**figures, "generated_tokens": self.tokens, **stats, "groups": groups, "repairs": repairs}
+
+    def repair(self, groups, progress: float):
+        """Phases 4 and 5, of IVR-R1 alone. Returns the groups, the repairs and the locator."""
+        if self.config.algo != "ivr":
+            return groups, [], None
+        chosen = self.to_rectify(groups, progress)
+        locate = self.localise(groups, chosen)
+        return *self.rectify(groups, chosen, locate), locate
 
     def roll_out(self, problems, prompts) -> list:
         """Phase 2, rollout: G completions a problem, at temperature 1: stored log-probs are the policy."""
@@ -350,10 +362,9 @@ class Trainer:
         names = ("loss", "tokens", "entropy", "clip_fraction", "kl_ref", "kl_old", "ratio")
         total = self.ranks.sum(torch.tensor([float(sums.get(n, 0.0)) for n in names], dtype=torch.float64))
         figures = dict(zip(names, total.tolist()))
-        tokens = max(figures.pop("tokens"), 1.0)
-        loss = figures.pop("loss") / c.updates_per_batch
-        return {"loss": loss, **{n: v / tokens for n, v in figures.items()},
-                "grad_norm": sum(norms) / len(norms), "lr": lr}
+        tokens, loss = figures.pop("tokens"), figures.pop("loss") / c.updates_per_batch
+        means = {n: v / tokens if tokens else None for n, v in figures.items()}     # of the policy's own
+        return {"loss": loss, **means, "grad_norm": sum(norms) / len(norms), "lr": lr}
 
     def backward(self, rows, prompts, normaliser: float) -> dict:
         """Loss and gradients of some rows. rows: (index of the prompt, trajectory)."""
@@ -375,7 +386,7 @@ class Trainer:
                                        c.lambda_r, c.gamma)
         loss.backward()
         self.optimizer.collect()
-        return {"loss": loss.item(), "entropy": (entropy * (weights > 0)).sum().item(),
+        return {"loss": loss.item(), "entropy": (entropy * ((weights > 0) & ~rectified)).sum().item(),
                 **{name: value.item() for name, value in stats.items()}}
 
     def describe(self, groups) -> dict:
@@ -392,12 +403,12 @@ class Trainer:
     def describe_repairs(self, repairs, locate) -> dict:
         """What the Re-Reasoning Loop did, over all ranks; its tokens are counted here."""
         rows = self.ranks.gather([(r.outcome == "repaired", r.tokens, r.looks) for r in repairs])
-        by_looks = [sum(done and min(looks, 3) == n for done, _, looks in rows) for n in range(4)]
-        spent = sum(r[1] for r in rows) + sum(self.ranks.gather([locate.tokens]))
+        by_looks = lambda rows: [sum(min(looks, 3) == n for _, _, looks in rows) for n in range(4)]
+        checks, done = sum(self.ranks.gather([locate.tokens])), [r for r in rows if r[0]]
+        spent = checks + sum(r[1] for r in rows)
         self.tokens += spent
-        done = [r for r in rows if r[0]]
-        return {"parents": len(rows), "repaired": len(done), "repaired_by_looks": by_looks,
-                "repair_tokens": spent,
+        return {"parents": len(rows), "repaired": len(done), "tried_by_looks": by_looks(rows),
+                "repaired_by_looks": by_looks(done), "repair_tokens": spent, "check_tokens": checks,
                 "looks": sum(r[2] for r in done) / max(1, len(done))}
 
     # ---- supervised

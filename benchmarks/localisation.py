@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import attribute
 import rollout
+from benchmarks.figures import interval
 from reward import reward_parts
 from tiny import shapes
 
@@ -109,7 +110,7 @@ def planted_kinds(model, codec, stream, count: int) -> list[tuple[str, str, bool
     return [(kind, fault.kind, fault.step == k) for (kind, k), fault in zip(planted, found)]
 
 
-def localisation_report(records: list[dict], interval) -> str:
+def localisation_report(records: list[dict]) -> str:
     """Exact hits, hits within one step, and tokens a rollout of each signal; exact hits by steps and by
     task."""
     columns = [("steps", n) for n in sorted({r["steps"] for r in records})]
@@ -129,9 +130,8 @@ def localisation_report(records: list[dict], interval) -> str:
     return "\n".join(lines)
 
 
-def localisation(model, codec, data: str, count: int, planted: int, max_new_tokens: int, seed: int,
-                 interval) -> str:
-    """The whole report. interval(values) -> (low, high) of a mean."""
+def localisation(model, codec, data: str, count: int, planted: int, max_new_tokens: int, seed: int) -> str:
+    """The whole report."""
     stream = shapes.Stream(data, "heldout", seed)
     found, slips = flawed_rollouts(model, codec, stream, count, max_new_tokens, seed)
     if not found:
@@ -141,7 +141,7 @@ def localisation(model, codec, data: str, count: int, planted: int, max_new_toke
     pairs = planted_kinds(model, codec, stream, planted)
     lines = [f"{len(found)} flawed rollouts with a wrong step, {slips} more with only a wrong answer; "
              f"{length:.1f} tokens a rollout", "",
-             localisation_report(score_localisers(model, codec, found, max_new_tokens), interval), "",
+             localisation_report(score_localisers(model, codec, found, max_new_tokens)), "",
              "| planted | found " + " | ".join(kinds) + " | exact step |", "|---|---|---|---|---|"]
     for kind in kinds:
         hits = [hit for is_kind, _, hit in pairs if is_kind == kind]

@@ -32,9 +32,8 @@ def parts_of(out: Path) -> list[Path]:
 
 
 def usable_rows(out: Path, settings: dict, problems: list, config, judge) -> list[dict]:
-    """The records an evaluation need not make again, judged anew by judge(problem,
-    completion, finished, rules): the rules may be others. ValueError where
-    the file holds those of other settings."""
+    """The records an evaluation need not make again, judged anew by judge(problem, completion, finished,
+    rules): the rules may be others. ValueError where the file holds those of other settings."""
     saved = Path(f"{out}.config.json")
     if not saved.is_file():
         if out.exists() and out.stat().st_size:

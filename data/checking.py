@@ -23,8 +23,7 @@ def demonstration_ids(problem, codec, max_new_tokens: int) -> list:
 
 def check_data(config) -> tuple[str, list[str]]:
     """--check: (what a data file holds, one line a bad row)."""
-    problems, errors = read_problems(config.data, config.image_dir, config.instruction,
-                                             config.outside_images)
+    problems, errors = read_problems(config.data, config.image_dir, config.instruction, config.outside_images)
     codec = rollout.load_codec(config.model, config.max_pixels)
 
     def measure(p):

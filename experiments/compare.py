@@ -80,7 +80,8 @@ def run(out: Path, warm: Path, horizon: int, seed: int, flags: str) -> dict:
     held = json.loads((out / "heldout.json").read_text())
     accuracy = lambda figures: next(v["mean"] for k, v in figures.items() if k.startswith("avg@"))
     tail = rows[-max(1, len(rows) // 10):]
-    mean = lambda key: sum(r[key] for r in tail) / len(tail)
+    known = lambda key: [r[key] for r in tail if r[key] is not None]    # no entropy where nothing is trained
+    mean = lambda key: sum(known(key)) / len(known(key)) if known(key) else None
     return {"horizon": horizon, "seed": seed, "warm_accuracy": accuracy(held["before"]),
             "accuracy": accuracy(held["after"]), "greedy": held["after"]["greedy"]["mean"],
             "generated_tokens": rows[-1]["generated_tokens"], "steps": len(rows),
@@ -215,7 +216,8 @@ def health(results: list) -> str:
     for h, arm in sorted({(r["horizon"], r["algo"]) for r in results}):
         runs = [r for r in results if (r["horizon"], r["algo"]) == (h, arm)]
         mean = lambda key: sum(r[key] for r in runs) / len(runs)
-        lines.append(f"| {h} | {arm} | {min(r['entropy'] for r in runs):.3f} | "
+        entropy = min((r["entropy"] for r in runs if r["entropy"] is not None), default=0)
+        lines.append(f"| {h} | {arm} | {entropy:.3f} | "
                      f"{100 * min(r['format'] for r in runs):.1f} % | "
                      f"{min(r['length'] for r in runs):.0f} to {max(r['length'] for r in runs):.0f} | "
                      f"{100 * mean('greedy'):.1f} % | {100 * mean('rollout_share'):.0f} % |")

@@ -1,4 +1,4 @@
-"""The default run over several seeds: held-out accuracy before and after, the table in README.
+"""The default run over several seeds: held-out accuracy before and after, as a table.
 
     python experiments/seeds.py --seeds 3 [any flag of train.py]
 

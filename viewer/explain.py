@@ -25,14 +25,13 @@ def cut(text: str, width: int = WIDTH) -> str:
 
 def explain(trainer, say):
     """Run one step on the first batch and tell of one group: one that holds a repaired rollout, if any."""
-    c, codec = trainer.config, trainer.codec
-    problems = trainer.draw(0)
+    c, codec, progress = trainer.config, trainer.codec, trainer.progress()
+    problems = trainer.draw(trainer.step)
     prompts = [rollout.encode_prompt(p, codec, c.max_prompt_tokens) for p in problems]
     groups = trainer.roll_out(problems, prompts)
     trainer.score(groups)
-    chosen = trainer.to_rectify(groups, 0.0)
-    before, locate = groups, trainer.localise(groups, chosen)
-    groups, repairs = trainer.rectify(groups, chosen, locate)
+    before = groups
+    groups, repairs, _ = trainer.repair(groups, progress)
     trainer.assign_advantages(groups)
     trainer.assign_credit(groups)
     group = telling(groups)
@@ -44,7 +43,7 @@ def explain(trainer, say):
     tell_update(group, prompts[n], trainer, say)
     t = repair.chain if repair else group[0]
     before = mean_logp(t, prompts[n], trainer)
-    stats = trainer.update(groups, prompts, 0.0)
+    stats = trainer.update(groups, prompts, progress)
     say(f"\n8. The update over all {len(groups)} groups (runtime/optimizer.py): gradient norm "
         f"{stats['grad_norm']:.3f}, clipped at {c.max_grad_norm}, AdamW at rate {stats['lr']:.1e}.\n"
         f"   The {'rectified trajectory' if repair else 'first rollout'}: mean log-prob of a token "
@@ -78,6 +77,7 @@ def tell_repair(r, trainer, say):
     margins = attribute.answer_margins(model, codec, [t])[0]
     depends = attribute.visual_dependence(model, codec, [t])[0]
     by_step = attribute.step_dependence(depends, t.steps)
+    a1 = "A1" if trainer.config.localiser == "check" else trainer.config.localiser
     say("\n4. A wrong rollout in steps (attribute.split_steps). A1: would the policy, shown the pristine "
         f"image, repeat\n   the step (below {attribute.DOUBT} it is doubted)? A2: margin of the right answer "
         "behind it. A3: how much its\n   tokens depend on the image")
@@ -85,7 +85,7 @@ def tell_repair(r, trainer, say):
         truth = shapes.is_right(t.problem, s.text) if t.problem.oracle else None
         word = "" if truth is None else "  (true)" if truth else "  (false)"
         doubt = "  <- doubted" if check and check.doubted else ""
-        say(f"   step {k + 1:2} {cut(s.text, 40):40} A1 {check.same if check else math.nan:.3f}  "
+        say(f"   step {k + 1:2} {cut(s.text, 40):40} {a1} {check.same if check else math.nan:.3f}  "
             f"A2 {margins[k + 1]:+6.2f}  A3 {by_step[k]:.3f}{word}{doubt}")
     if all(t.checks):
         fault = attribute.localise(t.checks, margins, depends, t.steps)
@@ -110,12 +110,15 @@ def tell_update(group: list, prompt, trainer, say):
     mean = sum(rewards) / len(rewards)
     say(f"\n6. Advantages, Eq. (1): rewards {', '.join(f'{x:.1f}' for x in rewards)}, mean {mean:.3f}")
     rows = [t for t in group if t.advantage != 0]
+    if not rows:
+        say("   all the same: no advantage, no gradient from this group")
+        return
     with torch.no_grad():
         logps, _, _ = rollout.completion_logps(trainer.model, [prompt], [0] * len(rows),
                                                [t.ids for t in rows], codec)
-    normaliser = c.batch * c.group_size * c.max_new_tokens
+    normaliser = c.batch // c.updates_per_batch * c.group_size * c.max_new_tokens
     say("\n7. Credit, Eq. (6), and the terms of the loss, Eq. (2)-(4) and (7); normaliser, Eq. (8): "
-        f"{c.batch} x {c.group_size} x {c.max_new_tokens} = {normaliser}")
+        f"{c.batch // c.updates_per_batch} x {c.group_size} x {c.max_new_tokens} = {normaliser}")
     total = 0.0
     for t, row in zip(rows, logps.tolist()):
         weights = [w * s for w, s in zip(t.weights or t.sampled, t.sampled)]
@@ -134,5 +137,5 @@ def tell_update(group: list, prompt, trainer, say):
             w = ratio[far]
             gain = (1 + c.gamma) ** 2 * w / (w + c.gamma) ** 2 if shaped and c.gamma else w
             say(f"   {'':10} token {far} {word!r}: mu {math.exp(t.logps[far]):.3f}, now "
-                f"{math.exp(row[far]):.3f}, ratio {w:.3f}, gradient weight {gain:.3f}")
-    say(f"   the loss of this group is the sum, {total:+.6f}")
+                f"{math.exp(row[far]):.3f}, ratio {w:.3f}, gradient weight {gain:.3f} (before clipping)")
+    say(f"   the loss of this group is the sum, {total:+.6f}" + ", and the KL of Eq. (5)" * (c.beta > 0))

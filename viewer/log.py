@@ -1,6 +1,6 @@
-"""What a training run says while it goes on: a line a step, samples, warnings.
+"""What a training run says while it goes on: a line a step, samples, warnings, its files.
 
-Place in the pipeline: beside it; train.py prints what these return.
+Place in the pipeline: beside it; train.py hands `Log` each step's figures and groups.
 """
 import json
 from pathlib import Path
@@ -18,10 +18,11 @@ def line(step: int, config, m: dict) -> str:
     if config.stage == "sft":
         text = f"loss {m['loss']:.3f}  likely tokens {m['likely_tokens']:.3f}"
     else:
+        known = lambda name, digits: "-" if m[name] is None else f"{m[name]:.{digits}f}"
         text = (f"reward {m['reward']:.3f}  accuracy {m['accuracy']:.3f}  "
                 f"right/mixed/wrong {m['all_right']:.2f}/{m['mixed']:.2f}/{m['all_wrong']:.2f}  "
-                f"length {m['length']:.0f}  entropy {m['entropy']:.3f}  kl {m['kl_old']:.5f}  "
-                f"clipped {m['clip_fraction']:.3f}")
+                f"length {m['length']:.0f}  entropy {known('entropy', 3)}  kl {known('kl_old', 5)}  "
+                f"clipped {known('clip_fraction', 3)}")
         if "parents" in m:
             text += f"  repaired {m['repaired']}/{m['parents']} for {m['repair_tokens']} tokens"
     return (f"step {step}/{config.max_steps}  {text}  |grad| {m['grad_norm']:.2f}  lr {m['lr']:.1e}  "
@@ -62,7 +63,7 @@ def warnings_of(m: dict, first: dict) -> dict:
     elif m["format"] < 0.5 * first["format"]:
         found["format"] = (f"the form of answers is being lost ({share(first, 'format')} -> "
                            f"{share(m, 'format')}): lower --lr or raise --format_weight")
-    if m["mixed"] > 0 and m["entropy"] < 0.005 and m["accuracy"] < 0.8:      # it is of mixed groups' tokens
+    if m["entropy"] is not None and m["entropy"] < 0.005 and m["accuracy"] < 0.8:
         found["entropy"] = (f"entropy fell to {m['entropy']:.4f} with {share(m, 'accuracy')} right: the "
                             "rollouts of a group are the same; lower --lr, or --beta 0.01 to stay near "
                             "the start")
@@ -78,7 +79,7 @@ class Log:
 
     def __init__(self, config, lead: bool):
         self.config, self.lead, self.first, self.warned = config, lead, None, {}
-        self.report = Report(config) if lead else None
+        self.report = None
 
     def say(self, text: str):
         if self.lead:
@@ -92,10 +93,11 @@ class Log:
             f.write(json.dumps(row) + "\n")
 
     def cut(self, step: int):
-        """Rows of later steps go: a run goes on from `step`."""
+        """Begin, or go on from `step`: rows of later steps go."""
         for name in ("metrics.jsonl", "groups.jsonl"):
             rows = [r for r in rows_of(self.file(name)) if r["step"] <= step]
             rewrite(self.file(name), "".join(json.dumps(r) + "\n" for r in rows))
+        self.report = Report(self.config, step)
 
     def step(self, m: dict, groups: list | None):
         """One step: its figures in a row and a line, now and then a sample, and what looks wrong."""
@@ -123,6 +125,8 @@ class Log:
         trace.write(Path(self.config.out))
 
     def close(self):
+        if self.report:
+            self.report.close()
         if self.lead and self.config.trace_every:
             trace.write(Path(self.config.out))
             self.say(f"to look at: {self.file('trace.html')}")

@@ -7,6 +7,7 @@ Worked example: {"step": 3, "accuracy": 0.5, "lr": 3e-5} is written at step 3 as
 0.5 and train/learning_rate 3e-5.
 """
 import dataclasses
+import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,16 +39,17 @@ def check_report(report_to: str):
 
 
 class Report:
-    """Writes each step's figures to the services named in `config.report_to`."""
+    """Writes each step's figures to the services named in `config.report_to`, from behind `step` on."""
 
-    def __init__(self, config):
+    def __init__(self, config, step: int):
         names, out, self.board, self.wandb = config.report_to.split("+"), Path(config.out), None, None
         if "tensorboard" in names:
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(str(out / "tensorboard"))
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
         if "wandb" in names:
             import wandb
-            self.wandb = wandb.init(project="ivr-r1", name=out.name, id=out.name, dir=str(out),
+            name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]     # one a run folder
+            self.wandb = wandb.init(project="ivr-r1", name=out.resolve().name, id=name, dir=str(out),
                                     resume="allow", config=dataclasses.asdict(config))
 
     def write(self, m: dict):
@@ -57,3 +59,9 @@ class Report:
             self.board.flush()
         if self.wandb:
             self.wandb.log(scalars(m), step=m["step"])
+
+    def close(self):
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()

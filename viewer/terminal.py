@@ -7,9 +7,12 @@ Worked example: a step "red 4 6" that the policy would repeat with probability 0
 """
 import os
 import sys
+from pathlib import Path
 
 import attribute
 import rollout
+from data import reading
+from model import load_model
 
 RED, GREEN, END = "\033[31m", "\033[32m", "\033[0m"
 
@@ -39,3 +42,19 @@ def describe(model, codec, problem, record: dict, colour: bool | None = None) ->
     verdict = paint(GREEN, "right") if record["correct"] else paint(RED, "wrong")
     found = "none" if answer is None else clean(answer)
     return "\n".join([*lines, f"answer    {found}" + (f"  ({verdict})" if problem.answer else "")])
+
+
+def ask(config, device, dtype, judge) -> str:
+    """`eval.py --image FILE --ask QUESTION`: one greedy completion, shown. config: an EvalConfig; judge: its
+    judge of completions."""
+    codec = rollout.load_codec(config.model, config.max_pixels)
+    text = config.ask + ("\n" + config.instruction if config.instruction else "")
+    question = "<image>" + text.replace("<image>", "< image>")
+    problem = reading.Problem("ask", question, "", [Path(config.image)])
+    bad = reading.check_problems([problem])[1]
+    if bad:
+        raise ValueError(f"--image {config.image}: {bad[0].rpartition(': ')[2]}")
+    rollout.encode_prompt(problem, codec, config.max_prompt_tokens, pixels=False)
+    model = load_model(config.model, device, dtype).eval()
+    t = rollout.sample(model, [problem], codec, 1, config.max_new_tokens or 2048, 0.0)[0][0]
+    return describe(model, codec, problem, judge(problem, t.text, t.finished))

@@ -1,8 +1,8 @@
 """trace.html: a training run to look at, one self-contained file, written anew while the run goes on.
 
-Place in the pipeline: beside it; `train.py` hands over sampled groups (`group_record`) and calls `write`. The
-page (page.html) holds no data and asks no network; what is put into it is JSON with every "<" escaped, and it
-shows texts as text only, so that nothing a model writes can become markup.
+Place in the pipeline: beside it; viewer/log.py hands over sampled groups (`group_record`) and calls `write`.
+The page (page.html) holds no data and asks no network; what is put into it is JSON with every "<" escaped,
+and it shows texts as text only, so that nothing a model writes can become markup.
 
 Worked example: a completion "</script><b>" stands in the file as "\\u003c/script>\\u003cb>" and on the page
 as the twelve characters it is.
@@ -42,8 +42,8 @@ def rounded(values) -> list:
 
 def group_record(step: int, group: list, repairs: list, model, codec) -> dict:
     """Everything the page shows of one group: the problem, its rollouts with steps, signals, tokens, weights
-    and ratios, and the turns of its repairs. Costs a few forward passes: A2 and A3 for the wrong rollouts,
-    log-probs for the ratios."""
+    and ratios, and the turns of its repairs. Signals and ratios are of `model` as it is now, behind the
+    update. Costs a few forward passes: A2 and A3 for the wrong rollouts, log-probs for the ratios."""
     problem, by_id = group[0].problem, {id(t): n for n, t in enumerate(group)}
     wrong = [t for t in group if t.rewards["accuracy"] == 0 and t.steps and t.text]
     signals = {}
