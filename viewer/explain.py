@@ -35,7 +35,7 @@ def explain(trainer, say):
     trainer.assign_advantages(groups)
     trainer.assign_credit(groups)
     group = telling(groups)
-    n = groups.index(group)
+    n = next(i for i, other in enumerate(groups) if other is group)
     repair = next((r for r in repairs if any(r.chain is t for t in group)), None)
     tell_rollouts(before[n], prompts[n], codec, say)
     if repair:
