@@ -3995,7 +3995,7 @@ def test_collapse_is_warned_of():
                          ({"entropy": 0.001}, "entropy")):
         found = log.warnings_of({**first, **change}, first)
         assert list(found) == [kind] and "--" in found[kind]
-    wrong = {**first, "all_wrong": 1.0, "mixed": 0.0, "entropy": 0.0}       # no token was trained on
+    wrong = {**first, "all_wrong": 1.0, "mixed": 0.0, "entropy": None}      # no token was trained on
     assert list(log.warnings_of(wrong, wrong)) == ["all wrong"] and not log.warnings_of(wrong, first)
     assert not log.warnings_of({**first, "entropy": 0.001, "accuracy": 0.95}, first)
 
