@@ -117,8 +117,10 @@ class Check:
 def in_chain(check: Check, step: Step, ids: list, codec) -> Check:
     """The check of a step with its token counted among the step's own tokens in a chain, where white space
     may stand before it and the same text may fall into other tokens than when it was asked alone."""
+    if check.token is None or not check.doubted:            # nobody asks for the token of the others
+        return check
     alone, own = rollout.token_ids(rollout.plain(step.text, codec), codec), ids[step.start:step.stop]
-    if check.token is None or own[:len(alone)] == alone:
+    if own[:len(alone)] == alone:
         return check
     text, offsets = text_and_offsets(own, codec)
     character = text_and_offsets(alone, codec)[1][check.token] + len(text) - len(text.lstrip())

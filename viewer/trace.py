@@ -17,7 +17,7 @@ import attribute
 import rereason
 import reward
 from data import reading
-from runtime.files import rewrite
+from runtime.files import rewrite, rows_of
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_BYTES = 15_000_000              # of all group records; beyond it every second one of the older half goes
@@ -84,17 +84,12 @@ def rollout_record(t, by_id: dict, signals, log_ratio: list, codec) -> dict:
 
 def write(folder: Path):
     """folder/trace.html from its config.json, metrics.jsonl and groups.jsonl."""
-    def lines(name):
-        file = folder / name
-        return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-
-    groups = lines("groups.jsonl")
+    groups = [json.dumps(row) for row in rows_of(folder / "groups.jsonl")]
     while sum(map(len, groups)) > MAX_BYTES and len(groups) > 2:
         half = len(groups) // 2
         groups = groups[:half:2] + groups[half:]
-    metrics = [json.loads(row) for row in lines("metrics.jsonl")]
     metrics = [{k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in m.items()}
-               for m in metrics]
+               for m in rows_of(folder / "metrics.jsonl")]
     data = json.dumps({"config": json.loads((folder / "config.json").read_text()), "metrics": metrics})
     data = data[:-1] + ', "groups": [' + ",".join(groups) + "]}"
     page = PAGE.read_text(encoding="utf-8").replace('"DATA"', data.replace("<", "\\u003c"))
