@@ -33,6 +33,7 @@ from benchmarks.localisation import localisation
 from benchmarks.results import parts_of, rows_on_disk, settings_of, usable_rows
 from benchmarks.rules import RULES, grade
 from data import reading
+from data.loading import load_data
 from model import load_model
 from reward import answers_match, extract_answer, format_ok
 from runtime.files import rewrite
@@ -146,8 +147,8 @@ def run(config: EvalConfig, ranks: Ranks, device, dtype):
                                             config.outside_images)
         problems = problems[:config.problems or None]
     else:
-        problems = reading.load_data(config.data, "heldout", config.problems, config.image_dir,
-                                     config.instruction, config.outside_images)
+        problems = load_data(config.data, "heldout", config.problems, config.image_dir, config.instruction,
+                             config.outside_images)
     if not (config.greedy or config.samples):
         config.greedy, config.samples = True, 4
     codec = rollout.load_codec(config.model, config.max_pixels)

@@ -155,6 +155,7 @@ WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+|[^\w\s]")      # 3.5 is one word, so 5 i
 def _chain(text: str) -> tuple[str, str, bool]:
     """The steps; the text whose answer counts; whether both are complete and in order. Without <think> the
     form is R1-VL's: ### Image Description:, ### Rationales:, ### Step 1: and on, ### The final answer is:"""
+    text = text[:10 * MAX_STEP_TEXT]                        # megabytes of tags: no answer, but no time either
     sections = [] if "<think>" in text else SECTION.split(text)[1:]
     if not sections:
         steps, closed, _ = text.partition("<think>")[2].partition("</think>")

@@ -342,12 +342,11 @@ def completion_hidden(model: Qwen25VL, prompts: list[Prompt], prompt_of_row: lis
     device = model.head_weight.device
     last, rows, start = prompt_rows(model, prompts, torch.tensor(prompt_of_row, device=device), pad_id, False)
     targets, mask = (a.to(device) for a in pad(completions, pad_id))
-    hidden = last[:, None]
-    if targets.shape[1] > 1:
-        rows.extend(mask[:, :-1])
-        positions = start[:, None] + torch.arange(targets.shape[1] - 1, device=device)
-        hidden = torch.cat((hidden, model.rows_hidden(targets[:, :-1], positions, rows)), dim=1)
-    return hidden, targets, mask
+    fed = targets[:, :max(1, targets.shape[1] - 1)]     # one too many where all end at once: every pass alike
+    rows.extend(mask[:, :fed.shape[1]])                 # (--shard all needs that)
+    positions = start[:, None] + torch.arange(fed.shape[1], device=device)
+    hidden = torch.cat((last[:, None], model.rows_hidden(fed, positions, rows)), dim=1)
+    return hidden[:, :targets.shape[1]], targets, mask
 
 
 def completion_logps(model: Qwen25VL, prompts: list[Prompt], prompt_of_row: list[int],

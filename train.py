@@ -23,7 +23,6 @@ import dataclasses
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import sys
@@ -40,15 +39,18 @@ import grpo
 import rereason
 import reward
 import rollout
-from benchmarks.figures import headline, report, summarise
+from benchmarks.figures import headline, of_repairs, of_rollouts, outcome, report, summarise
 from data import reading
-from data.checking import check_data, demonstration_ids
+from data.checking import check_data
+from data.loading import demonstration, training_data
 from eval import evaluate
 from model import load_model, save_model
+from runtime.balance import exchange
 from runtime.files import intact, rewrite, write_checkpoint
 from runtime.flags import parse_flags
 from runtime.optimizer import Optimizer, learning_rate
 from runtime.process import Stop, device_and_dtype, start_ranks
+from runtime.sharding import ShardedOptimizer
 from tiny import shapes
 from viewer.card import card
 from viewer.explain import explain
@@ -110,6 +112,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0          # gradients are clipped to this norm
     freeze_vision: bool = False         # leave the vision tower as it is
     remat: bool = False                 # recompute activations in the backward pass: less memory, more time
+    shard: str = "optimizer"            # spread over ranks: optimizer (its state, ZeRO-1) | all (FSDP2)
     # supervised stage on tiny
     erosion_first: float = 0.0          # chance of a planted wrong reading at step 1 of a demonstration ...
     erosion_ninth: float = 0.0          # ... and from step 9 on (linear in between)
@@ -142,7 +145,10 @@ class TrainConfig:
         if self.batch % (ranks * self.updates_per_batch):
             raise ValueError(f"--batch {self.batch}: must be a multiple of ranks x updates_per_batch = "
                              f"{ranks} x {self.updates_per_batch}")
+        if self.shard == "all" and ranks == 1:
+            raise ValueError("--shard all: one process has nobody to share with; start it with torchrun")
         for name, known in (("algo", ("ivr", "grpo", "stepgrpo")), ("relook", rereason.RELOOKS),
+                            ("shard", ("optimizer", "all")),
                             ("credit", ("token", "step", "rollout")),
                             ("localiser", attribute.LOCALISERS)):
             if getattr(self, name) not in known:
@@ -174,16 +180,16 @@ class Trainer:
         self.ranks, self.device = start_ranks(device)
         config.validate(self.ranks.world)
         self.config, self.step, self.bad_steps = config, 0, 0
+        self.share = self.places = list(range(self.ranks.rank, config.batch, self.ranks.world))
         self.codec = rollout.load_codec(config.model, config.max_pixels)
-        self.data, self.held_out = self.load_data()
-        if config.stage == "sft" and isinstance(self.data, list):
-            for p in self.data:
-                self.demonstration(p)
-        self.model = load_model(checkpoint or config.model, self.device, dtype)
+        self.data, self.held_out = training_data(config, self.codec)
+        place = ("cpu", torch.float32) if config.shard == "all" else (self.device, dtype)
+        self.model = load_model(checkpoint or config.model, *place)
         self.model.remat = config.remat
         if config.freeze_vision:
             self.model.visual.requires_grad_(False)
-        self.optimizer = Optimizer(self.model, config, self.ranks)
+        self.optimizer = (ShardedOptimizer(self.model, config, self.ranks, self.device, dtype)
+                          if config.shard == "all" else Optimizer(self.model, config, self.ranks))
         self.reference = load_model(config.model, self.device, dtype).eval() if config.beta > 0 else None
         self.tokens = 0                                 # completion tokens generated so far, over all ranks
         if checkpoint:
@@ -191,26 +197,11 @@ class Trainer:
             self.step, self.tokens, self.bad_steps = state["step"], state["tokens"], state["bad_steps"]
             self.optimizer.load(sorted(checkpoint.glob("optimizer-*.safetensors")))
 
-    def load_data(self):
-        """Training data (a Stream or a list) and held-out problems, checked before anything is computed."""
+    def draw(self, step: int, places: list | None = None) -> list:
+        """Phase 1, problems: those at `places` of the global batch (None: this rank's share, every W-th). A
+        file is shuffled anew each epoch."""
         c = self.config
-        if reading.is_tiny(c.data):
-            data = shapes.Stream(c.data, "train", c.seed, run=c.batch)
-        else:
-            data = reading.load_problems(c.data, c.image_dir, c.instruction, c.outside_images)
-        name = c.eval_data or (c.data if reading.is_tiny(c.data) else "")
-        held_out = []
-        if name and c.eval_problems:
-            held_out = reading.load_data(name, "heldout", c.eval_problems, c.image_dir, c.instruction,
-                                         c.outside_images)
-        for p in (data if isinstance(data, list) else [data[0]]) + held_out:
-            rollout.encode_prompt(p, self.codec, c.max_prompt_tokens, pixels=False)
-        return data, held_out
-
-    def draw(self, step: int) -> list:
-        """Phase 1, problems: this rank's share of the global batch. A file is shuffled anew each epoch."""
-        c = self.config
-        places = range(step * c.batch + self.ranks.rank, (step + 1) * c.batch, self.ranks.world)
+        places = [step * c.batch + place for place in (self.share if places is None else places)]
         if not isinstance(self.data, list):
             return [self.data[i] for i in places]
         orders = {}                                     # epoch -> its permutation
@@ -223,17 +214,35 @@ class Trainer:
 
     def rl_step(self) -> dict:
         c, progress = self.config, self.progress()
-        problems = self.draw(self.step)
+        problems, self.places = self.draw(self.step), self.share
         prompts = [rollout.encode_prompt(p, self.codec, c.max_prompt_tokens) for p in problems]
         groups = self.roll_out(problems, prompts)
         self.score(groups)
         figures = self.describe(groups)
+        groups, prompts = self.balance(groups, prompts, progress)
         groups, repairs, locate = self.repair(groups, progress)
         figures.update(self.describe_repairs(repairs, locate) if locate else {})
         self.assign_advantages(groups)
         self.assign_credit(groups)
         stats = self.update(groups, prompts, progress)
         return {**figures, "generated_tokens": self.tokens, **stats, "groups": groups, "repairs": repairs}
+
+    def balance(self, groups, prompts, progress: float):
+        """Groups change hands until all ranks have about as many tokens to work on: those with a gradient or
+        repairs. What becomes of a group does not depend on the rank that holds it."""
+        if self.ranks.world == 1:
+            return groups, prompts
+        chosen = self.to_rectify(groups, progress) if self.config.algo == "ivr" else []
+        work = [n in chosen or len({t.rewards["total"] for t in group}) > 1 for n, group in enumerate(groups)]
+        costs = [w * sum(len(t.ids) for t in group) for w, group in zip(work, groups)]
+        encoded = dict(zip(self.places, prompts))
+        self.places, groups = exchange(self.ranks, self.places, groups, costs)
+        new = [place for place in self.places if place not in encoded]
+        for place, problem in zip(new, self.draw(self.step, new)):
+            encoded[place] = rollout.encode_prompt(problem, self.codec, self.config.max_prompt_tokens)
+            for t in groups[self.places.index(place)]:
+                t.problem = problem
+        return groups, [encoded[place] for place in self.places]
 
     def repair(self, groups, progress: float):
         """Phases 4 and 5, of IVR-R1 alone. Returns the groups, the repairs and the locator."""
@@ -290,7 +299,7 @@ class Trainer:
 
     def slot(self, n: int) -> str:
         """The name of this rank's n-th problem of the step among all ranks' and steps'."""
-        return f"{self.config.seed}/{self.step}/{n * self.ranks.world + self.ranks.rank}"
+        return f"{self.config.seed}/{self.step}/{self.places[n]}"
 
     def rectify(self, groups, chosen: list[int], locate):
         """Phase 5, re-reason: repair failed rollouts of the chosen groups; each success takes the place of
@@ -348,17 +357,21 @@ class Trainer:
         c, sums, norms = self.config, {}, []
         lr = learning_rate(c, self.step, progress)
         self.model.train()
-        share = len(groups) // c.updates_per_batch
+        share = c.batch // c.updates_per_batch                          # problems of all ranks
         for u in range(c.updates_per_batch):
-            part = range(u * share, (u + 1) * share)
             # rows with advantage 0 have no gradient
-            rows = [(i, t) for i in part for t in groups[i] if any(t.weights or t.sampled)
-                    and (t.advantage != 0 or c.beta > 0)]
-            normaliser = share * self.ranks.world * c.group_size * c.max_new_tokens
-            for at in range(0, len(rows), c.micro_rows):
-                for name, value in self.backward(rows[at:at + c.micro_rows], prompts, normaliser).items():
-                    sums[name] = sums.get(name, 0.0) + value
-            norms.append(self.optimizer.step(lr))
+            rows = [(i, t) for i, group in enumerate(groups) for t in group if self.places[i] // share == u
+                    and any(t.weights or t.sampled) and (t.advantage != 0 or c.beta > 0)]
+            normaliser = share * c.group_size * c.max_new_tokens
+            passes = [rows[at:at + c.micro_rows] for at in range(0, len(rows), c.micro_rows)]
+            if c.shard == "all":                        # all ranks gather a layer, or none
+                idle = dataclasses.replace(groups[0][0], ids=self.codec.eos_ids[:1], weights=[0.0])
+                passes += [[(0, idle)]] * (self.ranks.most(len(passes)) - len(passes))
+            with self.optimizer.updating():
+                for rows in passes:
+                    for name, value in self.backward(rows, prompts, normaliser).items():
+                        sums[name] = sums.get(name, 0.0) + value
+                norms.append(self.optimizer.step(lr))
         names = ("loss", "tokens", "entropy", "clip_fraction", "kl_ref", "kl_old", "ratio")
         total = self.ranks.sum(torch.tensor([float(sums.get(n, 0.0)) for n in names], dtype=torch.float64))
         figures = dict(zip(names, total.tolist()))
@@ -391,61 +404,43 @@ class Trainer:
 
     def describe(self, groups) -> dict:
         """What a step's rollouts were like, over all ranks."""
-        one = lambda t: (t.rewards["total"], t.rewards["accuracy"], t.rewards["format"], len(t.ids),
-                         t.finished, sum(t.sampled))
-        rows = self.ranks.gather([[one(t) for t in group] for group in groups])
-        figures = torch.tensor(rows, dtype=torch.float64)                                      # (B, G, 6)
-        self.tokens += int(figures[..., 5].sum())
-        names = ("reward", "accuracy", "format", "length", "finished")
-        return {**dict(zip(names, figures.mean((0, 1)).tolist())), **grpo.group_shares(figures[..., 1]),
-                "rollout_tokens": int(figures[..., 5].sum())}
+        figures = of_rollouts(self.ranks.gather([[outcome(t) for t in group] for group in groups]))
+        self.tokens += figures["rollout_tokens"]
+        return figures
 
     def describe_repairs(self, repairs, locate) -> dict:
         """What the Re-Reasoning Loop did, over all ranks; its tokens are counted here."""
         rows = self.ranks.gather([(r.outcome == "repaired", r.tokens, r.looks) for r in repairs])
-        by_looks = lambda rows: [sum(min(looks, 3) == n for _, _, looks in rows) for n in range(4)]
-        checks, done = sum(self.ranks.gather([locate.tokens])), [r for r in rows if r[0]]
-        spent = checks + sum(r[1] for r in rows)
-        self.tokens += spent
-        return {"parents": len(rows), "repaired": len(done), "tried_by_looks": by_looks(rows),
-                "repaired_by_looks": by_looks(done), "repair_tokens": spent, "check_tokens": checks,
-                "looks": sum(r[2] for r in done) / max(1, len(done))}
+        figures = of_repairs(rows, sum(self.ranks.gather([locate.tokens])))
+        self.tokens += figures["repair_tokens"]
+        return figures
 
     # ---- supervised
-
-    def demonstration(self, problem) -> list:
-        """A problem's demonstration as completion tokens; on tiny it is made here, eroded or not."""
-        c = self.config
-        if not isinstance(self.data, list):
-            rng = random.Random(f"erosion/{c.seed}/{problem.id}")
-            text = shapes.demonstrate(problem, (c.erosion_first, c.erosion_ninth), rng)
-            problem = dataclasses.replace(problem, demonstration=text)
-        return demonstration_ids(problem, self.codec, c.max_new_tokens)
 
     def sft_step(self) -> dict:
         """Imitate demonstrations: cross-entropy of their tokens, the mean over the global batch."""
         c = self.config
         problems, lr = self.draw(self.step), learning_rate(c, self.step, self.progress())
-        completions = [self.demonstration(p) for p in problems]
+        completions = [demonstration(p, c, self.codec) for p in problems]
         prompts = [rollout.encode_prompt(p, self.codec, c.max_prompt_tokens) for p in problems]
         total = self.ranks.sum(torch.tensor(float(sum(map(len, completions))))).item()
         self.model.train()
         loss_sum = right = 0.0
-        for at in range(0, len(problems), c.micro_rows):
-            part = slice(at, at + c.micro_rows)
-            count = len(prompts[part])
-            logps, _, mask = rollout.completion_logps(self.model, prompts[part], list(range(count)),
-                                                      completions[part], self.codec)
-            loss = -logps.sum() / total
-            loss.backward()
-            self.optimizer.collect()
-            loss_sum += loss.item()
-            right += ((logps.exp() > 0.5) & mask).sum().item()
-        norm = self.optimizer.step(lr)
+        with self.optimizer.updating():
+            for at in range(0, len(problems), c.micro_rows):
+                part = slice(at, at + c.micro_rows)
+                logps, _, mask = rollout.completion_logps(self.model, prompts[part],
+                                                          list(range(len(prompts[part]))),
+                                                          completions[part], self.codec)
+                loss = -logps.sum() / total
+                loss.backward()
+                self.optimizer.collect()
+                loss_sum += loss.item()
+                right += ((logps.exp() > 0.5) & mask).sum().item()
+            norm = self.optimizer.step(lr)
         figures = self.ranks.sum(torch.tensor([loss_sum, right / total], dtype=torch.float64)).tolist()
         self.tokens += int(total)
-        return {"loss": figures[0], "likely_tokens": figures[1], "grad_norm": norm,
-                "lr": lr}
+        return {"loss": figures[0], "likely_tokens": figures[1], "grad_norm": norm, "lr": lr}
 
     # ---- looking at it, keeping it
 

@@ -1,8 +1,12 @@
-"""Figures of an evaluation: accuracies with intervals, over all problems and by group.
+"""Figures of an evaluation: accuracies with intervals, over all problems and by group; those of a step.
 
 Place in the pipeline: after the verdicts; eval.py and train.py report with it. Definitions in eval.py.
 """
 import math
+
+import torch
+
+from grpo import group_shares
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -22,6 +26,30 @@ def interval(values: list[float]) -> tuple[float, float]:
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased chance that one of k samples is right when c of n were: 1 - C(n - c, k) / C(n, k)."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def outcome(t) -> tuple:
+    """What `of_rollouts` needs of a trajectory."""
+    return (t.rewards["total"], t.rewards["accuracy"], t.rewards["format"], len(t.ids), t.finished,
+            sum(t.sampled))
+
+
+def of_rollouts(rows: list) -> dict:
+    """What a step's rollouts were like. rows: B groups of G outcomes."""
+    figures = torch.tensor(rows, dtype=torch.float64)                                          # (B, G, 6)
+    names = ("reward", "accuracy", "format", "length", "finished")
+    return {**dict(zip(names, figures.mean((0, 1)).tolist())), **group_shares(figures[..., 1]),
+            "rollout_tokens": int(figures[..., 5].sum())}
+
+
+def of_repairs(rows: list, checks: int) -> dict:
+    """What the Re-Reasoning Loop did. rows: (repaired, tokens, looks) of each try; checks: the tokens that
+    localisation wrote."""
+    by_looks = lambda rows: [sum(min(looks, 3) == n for _, _, looks in rows) for n in range(4)]
+    done = [r for r in rows if r[0]]
+    return {"parents": len(rows), "repaired": len(done), "tried_by_looks": by_looks(rows),
+            "repaired_by_looks": by_looks(done), "repair_tokens": checks + sum(r[1] for r in rows),
+            "check_tokens": checks, "looks": sum(r[2] for r in done) / max(1, len(done))}
 
 
 def summarise(records: list[dict]) -> dict:

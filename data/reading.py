@@ -293,14 +293,3 @@ def load_problems(path, image_dir=None, instruction: str = "", outside: bool = F
 def is_tiny(data: str) -> bool:
     """Whether a data argument names the embedded tasks rather than a file."""
     return data.partition(":")[0] == "tiny"
-
-
-def load_data(data: str, split: str, count: int = 0, image_dir: str = "", instruction: str = "",
-              outside: bool = False) -> list[Problem]:
-    """The first `count` problems of a JSONL file (0 = all), or of a tiny spec such as "tiny:steps=5"
-    (0 = 256)."""
-    if is_tiny(data):
-        from tiny.shapes import Stream          # here, since shapes.py needs Problem
-        stream = Stream(data, split)
-        return [stream[i] for i in range(count or 256)]
-    return load_problems(data, image_dir, instruction, outside)[:count or None]

@@ -1,14 +1,16 @@
 """How much memory a run takes, reckoned, and the reckoning checked against what autograd keeps.
 
-    python experiments/memory.py                # the table in README: 3B and 7B on 1 x 80, 1 x 141, 8 x 80 GB
+    python experiments/memory.py                # the table in README: 3B to 32B on one GPU and on eight
     python experiments/memory.py --check        # small models on CPU: kept tensors, reckoned and counted
 
 `footprint` adds up what stands in memory at the peak of an update: weights, fp32 sums of gradients, the shard
 of masters and moments, one transient gradient, what the forward keeps for the backward, the chunk of logits.
+With --shard all gradients and weights are shards too, but for two layers and what is not in a layer.
 The key-value cache of sampling is freed before the update, so it only counts where it is larger.
 """
 import argparse
 import inspect
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -38,16 +40,21 @@ SIZES = {                                   # the published configurations
            "tie_word_embeddings": True, "vision_config": {**VISION, "out_hidden_size": 2048}},
     "7B": {**SHARED, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
            "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
-           "tie_word_embeddings": False, "vision_config": {**VISION, "out_hidden_size": 3584}}}
+           "tie_word_embeddings": False, "vision_config": {**VISION, "out_hidden_size": 3584}},
+    "32B": {**SHARED, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64,
+            "num_attention_heads": 40, "num_key_value_heads": 8, "vocab_size": 152064,
+            "tie_word_embeddings": False, "vision_config": {**VISION, "intermediate_size": 3456,
+                                                            "out_hidden_size": 5120}}}
 
 
 def parameters(config: Config) -> dict:
-    """Numbers of parameters: all, the vision tower's, the largest matrix."""
+    """Numbers of parameters: all, the vision tower's, the largest matrix, those of a decoder layer."""
     with torch.device("meta"):
         model = Qwen25VL(config)
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     return {"all": sum(sizes.values()), "vision": sum(v for n, v in sizes.items() if n.startswith("visual")),
-            "largest": max(sizes.values())}
+            "largest": max(sizes.values()),
+            "layer": sum(v for n, v in sizes.items() if n.startswith("model.layers.0."))}
 
 
 def kept(config: Config, prompts: int, prompt_tokens: int, rows: int, tokens: int, remat: bool,
@@ -70,7 +77,8 @@ def kept(config: Config, prompts: int, prompt_tokens: int, rows: int, tokens: in
 
 
 def footprint(config: Config, world: int = 1, prompts: int = 1, prompt_tokens: int = 1024, rows: int = 4,
-              tokens: int = 1024, remat: bool = True, freeze_vision: bool = False, size: int = 2) -> dict:
+              tokens: int = 1024, remat: bool = True, freeze_vision: bool = False, size: int = 2,
+              shard_all: bool = False) -> dict:
     """Bytes on each of `world` ranks at the peak of an update of `rows` sequences of `tokens` completion
     tokens, by part. size: bytes a number of the model (2: bfloat16 with fp32 masters, 4: fp32)."""
     n = parameters(config)
@@ -83,7 +91,12 @@ def footprint(config: Config, world: int = 1, prompts: int = 1, prompt_tokens: i
              "optimizer": trained * masters // world,
              "activations": sum(kept(config, prompts, prompt_tokens, rows, tokens, remat, size)),
              "logits": chunk}
-    return {**parts, "total": sum(parts.values()), "cache while sampling": cache}
+    if shard_all:                           # fp32 shards; two layers and the rest of the model gathered
+        rest = n["all"] - config.num_hidden_layers * n["layer"]
+        parts.update(weights=(2 * n["layer"] + rest) * size, gradients=trained * 4 // world + rest * size,
+                     optimizer=(trained * 8 + n["all"] * 4) // world)
+    sampling = n["all"] * size + parts["optimizer"] + cache
+    return {**parts, "total": max(sum(parts.values()), sampling), "while sampling": sampling}
 
 
 def counted(config: Config, prompts: int, rows: int, tokens: int, remat: bool) -> tuple[int, int]:
@@ -126,20 +139,25 @@ def check():
 
 def table():
     """What fits where: the most rows of 1,024 completion tokens a forward-backward pass."""
-    print("| model | GPUs | vision | weights | gradients | optimizer | logits | left for activations, GiB | "
-          "rows a pass |\n|" + "---|" * 9)
+    print("| model | GPUs | vision | --shard | weights | gradients | optimizer | logits | left for "
+          "activations, GiB | rows a pass |\n|" + "---|" * 10)
     for name, raw in SIZES.items():
         config = Config.from_dict(raw, name)
-        for world, gpu in ((1, 80), (1, 141), (8, 80)):
-            for frozen in (False, True):
-                room = 0.94 * gpu * 1e9             # the rest: CUDA itself, fragments
-                fits = [rows for rows in range(1, 257) if footprint(config, world, 1 + rows // 8, rows=rows,
-                                                                    freeze_vision=frozen)["total"] <= room]
-                f = footprint(config, world, rows=1, freeze_vision=frozen)
-                cells = " | ".join(f"{f[k] / GIB:.1f}" for k in list(f)[:3] + ["logits"])
-                left = (room - f["total"] + f["activations"]) / GIB
-                print(f"| {name} | {world} x {gpu} GB | {'frozen' if frozen else 'trained'} | {cells} | "
-                      f"{max(0, left):.1f} | {max(fits, default=0) or 'does not fit'} |")
+        for (world, gpu), frozen, shard in itertools.product(
+                ((8, 80), (8, 141)) if name == "32B" else ((1, 80), (1, 141), (8, 80)),
+                (False, True), ("optimizer", "all")):
+            if frozen and (shard == "all" or name == "32B") or shard == "all" and world == 1:
+                continue
+            room = 0.94 * gpu * 1e9                 # the rest: CUDA itself, fragments
+            how = dict(freeze_vision=frozen, shard_all=shard == "all")
+            fits = [rows for rows in range(1, 257) if footprint(config, world, 1 + rows // 8, rows=rows,
+                                                                **how)["total"] <= room]
+            f = footprint(config, world, rows=1, **how)
+            cells = " | ".join(f"{f[k] / GIB:.1f}" for k in list(f)[:3] + ["logits"])
+            held = sum(f[k] for k in ("weights", "gradients", "optimizer", "logits"))
+            how = f"{'frozen' if frozen else 'trained'} | {shard}"
+            print(f"| {name} | {world} x {gpu} GB | {how} | {cells} | "
+                  f"{max(0, room - held) / GIB:.1f} | {max(fits, default=0) or 'does not fit'} |")
 
 
 def main():

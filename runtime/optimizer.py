@@ -1,7 +1,9 @@
 """AdamW over ranks: fp32 master weights, its state sharded (ZeRO-1), clipped by the norm over all ranks.
 
-Place in the pipeline: last of a step; train.py calls `collect` after each backward pass and `step` once.
+Place in the pipeline: last of a step; train.py calls `collect` after each backward pass and `step` once, both
+within `updating`. runtime/sharding.py has the other way to spread a model over ranks.
 """
+import contextlib
 import math
 from pathlib import Path
 
@@ -29,12 +31,34 @@ class Optimizer:
             self.owners[i] = load.index(min(load))          # the largest first, to who holds least
             load[self.owners[i]] += self.params[i].numel()
         self.sums = [None] * len(self.params)               # fp32 gradients of parameters that are not
-        self.masters = {i: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-                        for i, p in enumerate(self.params) if self.owners[i] == ranks.rank}
+        self.masters = self.own()
         mine = list(self.masters.values())
         groups = [{"params": [m for m in mine if m.dim() > 1], "weight_decay": config.weight_decay},
                   {"params": [m for m in mine if m.dim() <= 1], "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
+
+    def own(self) -> dict:
+        """The masters that this rank updates, by the number of their parameter."""
+        return {i: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+                for i, p in enumerate(self.params) if self.owners[i] == self.ranks.rank}
+
+    def updating(self):
+        """A context for forward and backward passes and `step`."""
+        return contextlib.nullcontext()
+
+    def gradient(self, i: int):
+        """The gradient of parameter i, summed over passes and ranks, where its master lies."""
+        p = self.params[i]
+        grad, p.grad, self.sums[i] = p.grad if self.sums[i] is None else self.sums[i], None, None
+        return self.ranks.reduce(torch.zeros_like(p, dtype=torch.float32) if grad is None else grad,
+                                 self.owners[i])
+
+    def publish(self, i: int):
+        """The updated master of parameter i, to the model of every rank."""
+        p = self.params[i]
+        if i in self.masters and self.masters[i] is not p:
+            p.copy_(self.masters[i])
+        self.ranks.spread(p.data, self.owners[i])
 
     def collect(self):
         """After each backward pass: add bf16 gradients to their fp32 sums (fp32 ones sum up in place)."""
@@ -46,10 +70,8 @@ class Optimizer:
     def step(self, lr: float) -> float:
         """One update. Returns the gradient norm before clipping; where that is not finite, nothing moves."""
         squares = torch.zeros((), dtype=torch.float64)
-        for i, p in enumerate(self.params):
-            grad, p.grad, self.sums[i] = p.grad if self.sums[i] is None else self.sums[i], None, None
-            grad = self.ranks.reduce(torch.zeros_like(p, dtype=torch.float32) if grad is None else grad,
-                                     self.owners[i])
+        for i in range(len(self.params)):
+            grad = self.gradient(i)
             if i in self.masters:
                 self.masters[i].grad = grad
                 squares += grad.norm().double().cpu() ** 2
@@ -61,22 +83,26 @@ class Optimizer:
                 group["lr"] = lr
             self.adamw.step()
             with torch.no_grad():
-                for i, p in enumerate(self.params):
-                    if i in self.masters and self.masters[i] is not p:
-                        p.copy_(self.masters[i])
-                    self.ranks.spread(p.data, self.owners[i])
+                for i in range(len(self.params)):
+                    self.publish(i)
         self.adamw.zero_grad()
         return norm
 
     def state(self) -> dict:
-        """Everything of this rank's that a resumed run needs, as named tensors."""
+        """What a resumed run needs of the parameters that this rank owns, as named tensors."""
         out = {}
         for i, m in self.masters.items():
-            name = self.names[i]
-            out.update({f"{name}/{key}": value for key, value in self.adamw.state[m].items()})
-            if m is not self.params[i]:
-                out[f"{name}/master"] = m.detach()
+            kept = {**self.adamw.state[m], **({} if m is self.params[i] else {"master": m.detach()})}
+            kept = {f"{self.names[i]}/{key}": self.all_of(i, value) for key, value in kept.items()}
+            out.update(kept if self.owners[i] == self.ranks.rank else {})
         return out
+
+    def all_of(self, i: int, tensor):
+        """A tensor of parameter i as it is saved, and as it is held: the same here, where a rank holds all of
+        it or nothing."""
+        return tensor
+
+    held = all_of
 
     def load(self, files: list[Path]):
         """This rank's share out of the files of all ranks, however many they were. ValueError where a
@@ -93,10 +119,10 @@ class Optimizer:
         for i, m in self.masters.items():
             name = self.names[i]
             if f"{name}/master" in state:               # also where the run was in bfloat16 and is no more
-                m.data.copy_(found(f"{name}/master"))
+                m.data.copy_(self.held(i, found(f"{name}/master")))
             keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{k}" in state]
             if not keys and any(key.endswith("/exp_avg") for key in state):
                 raise ValueError(f"--resume: the checkpoint has no optimiser state for {name}: was it "
                                  "frozen?")
-            self.adamw.state[m] = {k: found(f"{name}/{k}").to("cpu" if k == "step" else m.device)
-                                   for k in keys}
+            self.adamw.state[m] = {k: found(f"{name}/{k}") if k == "step" else
+                                   self.held(i, found(f"{name}/{k}")).to(m.device) for k in keys}

@@ -36,6 +36,10 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def most(self, count: int) -> int:
+        """The largest of the ranks' counts."""
+        return max(self.gather([count]))
+
     def reduce(self, tensor, to: int):
         """Sum over ranks, in place, on rank `to`; elsewhere its content is lost."""
         if self.world > 1:
