@@ -3632,6 +3632,8 @@ def test_work_is_dealt_evenly():
         assert all(o == h for o, h, c in zip(owners, holders, costs) if c == 0)
         assert n < world or set(owners) == set(range(world))            # nobody is left without a group
     assert balance.deal([5, 5, 5], [2, 1, 0], 3) == [2, 1, 0]
+    assert [balance.work([2, 3], *how) for how in ((False, False), (True, False), (False, True), (True, True))
+            ] == [0, 5, 7.5, 7.5]
     t = rollout.Trajectory("problem", [1], [1], [0.0], True, "")
     held = {0: ([0, 2, 4], [9, 8, 1]), 1: ([1, 3, 5], [0, 0, 1])}       # places and costs of two ranks
     group = lambda place: [replace(t, text=str(place))]

@@ -45,7 +45,7 @@ from data.checking import check_data
 from data.loading import demonstration, training_data
 from eval import evaluate
 from model import load_model, save_model
-from runtime.balance import exchange
+from runtime.balance import exchange, work
 from runtime.files import intact, rewrite, write_checkpoint
 from runtime.flags import parse_flags
 from runtime.optimizer import Optimizer, learning_rate
@@ -233,8 +233,9 @@ class Trainer:
         if self.ranks.world == 1:
             return groups, prompts
         chosen = self.to_rectify(groups, progress) if self.config.algo == "ivr" else []
-        work = [n in chosen or len({t.rewards["total"] for t in group}) > 1 for n, group in enumerate(groups)]
-        costs = [w * sum(len(t.ids) for t in group) for w, group in zip(work, groups)]
+        varied = [len({t.rewards["total"] for t in group}) > 1 for group in groups]
+        costs = [work([len(t.ids) for t in group], v, n in chosen)
+                 for n, (group, v) in enumerate(zip(groups, varied))]
         encoded = dict(zip(self.places, prompts))
         self.places, groups = exchange(self.ranks, self.places, groups, costs)
         new = [place for place in self.places if place not in encoded]

@@ -5,7 +5,8 @@
 
 After each step the resident memory, the number of open files and the seconds go into
 experiments/results/soak.json. Slopes are least squares over all steps but the first fifth; pace is the
-seconds a generated token. Needs Linux's /proc.
+seconds a generated token: the tenth percentile over the steps, so that what else the machine does for a while
+does not count. Needs Linux's /proc.
 """
 import argparse
 import json
@@ -44,16 +45,16 @@ class Watched(train.Trainer):
 
 
 def slopes(rows: list) -> dict:
-    """Change a minute of memory (MB) and of open files, and the pace of the last fifth over that of the
-    second."""
-    kept, fifth = rows[len(rows) // 5:], max(1, len(rows) // 5)
+    """Change a minute of memory (MB) and of open files, and the pace of the second half over that of the
+    first."""
+    kept, half = rows[len(rows) // 5:], len(rows) // 2
     minutes = np.array([r["minute"] for r in kept])
     slope = lambda name: float(np.polyfit(minutes, [r[name] for r in kept], 1)[0])
-    pace = lambda part: sum(r["seconds"] for r in part) / sum(r["tokens"] for r in part)
+    pace = lambda part: float(np.quantile([r["seconds"] / r["tokens"] for r in part], 0.1))
     return {"minutes": rows[-1]["minute"], "steps": len(rows), "files": rows[-1]["files"],
             "files_a_minute": slope("files"), "memory_mb": rows[-1]["memory_mb"],
             "memory_mb_a_minute": slope("memory_mb"),
-            "pace_last_over_first": pace(kept[-fifth:]) / pace(kept[:fifth])}
+            "pace_second_over_first_half": pace(rows[half:]) / pace(rows[:half])}
 
 
 def main(argv=None):

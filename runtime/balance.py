@@ -5,6 +5,12 @@ Place in the pipeline: between rewards and repairs; train.py moves whole groups 
 from dataclasses import replace
 
 
+def work(lengths: list[int], varied: bool, chosen: bool) -> float:
+    """What a group of rollouts costs from here on, in tokens: an update where its rewards differ or may come
+    to differ, half as much for a repair (experiments/scaling.py measures both)."""
+    return sum(lengths) * ((varied or chosen) + 0.5 * chosen)
+
+
 def deal(costs: list, holders: list[int], world: int) -> list[int]:
     """Who of `world` ranks does each piece of work: the largest first, to the rank with the least so far; of
     several, to its holder. Pieces without cost stay. The longest share is then at most 4/3 of the best
