@@ -33,6 +33,7 @@ from benchmarks.localisation import localisation
 from benchmarks.results import parts_of, rows_on_disk, settings_of, usable_rows
 from benchmarks.rules import RULES, grade
 from data import reading
+from data.codec import load_codec
 from data.loading import load_data
 from model import load_model
 from reward import answers_match, extract_answer, format_ok
@@ -151,7 +152,7 @@ def run(config: EvalConfig, ranks: Ranks, device, dtype):
                              config.outside_images)
     if not (config.greedy or config.samples):
         config.greedy, config.samples = True, 4
-    codec = rollout.load_codec(config.model, config.max_pixels)
+    codec = load_codec(config.model, config.max_pixels)
     for p in problems:
         rollout.encode_prompt(p, codec, config.max_prompt_tokens, pixels=False)
     default = f"runs/eval/{Path(bench).stem}-{'-'.join(Path(config.model).parts[-2:])}.jsonl" if bench else ""
@@ -208,7 +209,7 @@ def main(argv=None):
         if config.ask and ranks.rank == 0:
             print(terminal.ask(config, device, dtype, judge))
         elif config.localise and ranks.rank == 0:
-            codec, model = rollout.load_codec(config.model), load_model(config.model, device, dtype).eval()
+            codec, model = load_codec(config.model), load_model(config.model, device, dtype).eval()
             print(localisation(model, codec, config.data, config.flawed, config.planted,
                                config.max_new_tokens or 256, config.seed))
         elif not (config.ask or config.localise):

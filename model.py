@@ -27,6 +27,7 @@ import json
 import math
 import shutil
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -373,6 +374,7 @@ class Rows:
         self.prefix_kv, self.prefix_mask, self.prompt, self.grow = prefix_kv, prefix_mask.bool(), prompt, grow
         self.kv = {layer: None for layer in prefix_kv}          # per layer: a buffer (2, R, K, capacity, d)
         self.mask = torch.zeros(len(prompt), 0, dtype=torch.bool, device=prompt.device)
+        self.column = None                                      # static shapes: where the next token goes
         self._place()
 
     def _place(self):
@@ -397,7 +399,23 @@ class Rows:
 
     def extend(self, new_mask):
         """Announce the tokens of the next forward: new_mask (R, T) bool."""
-        self.mask = torch.cat((self.mask, new_mask), dim=1)
+        if self.column is None:
+            self.mask = torch.cat((self.mask, new_mask), dim=1)
+        else:
+            self.mask.index_copy_(1, self.column.add_(1), new_mask)
+            self.used += 1
+
+    def settle(self):
+        """Static shapes from here on, for one token a row at a time: buffers and mask of more columns than
+        the `used` ones, written in place. Columns not written yet are masked."""
+        self.used = used = self.mask.shape[1] if self.column is None else self.used
+        columns = max(64, 2 * used)
+        for layer, buffer in self.kv.items():
+            grown = buffer.new_zeros(*buffer.shape[:3], columns, buffer.shape[4])
+            grown[:, :, :, :used] = buffer[:, :, :, :used]
+            self.kv[layer] = grown
+        self.mask = F.pad(self.mask[:, :used], (0, columns - used))
+        self.column = torch.tensor([used - 1], device=self.mask.device)
 
     def attend(self, layer: int, q, k, v):
         """q (R, H, T, d), k and v (R, K, T, d) of the new tokens -> (R, H, T, d)."""
@@ -418,6 +436,8 @@ class Rows:
         """Write the new columns into the layer's buffer, which doubles when it is full."""
         end, new = self.mask.shape[1], k.shape[2]
         buffer = self.kv[layer]
+        if self.column is not None:
+            return buffer[0].index_copy_(2, self.column, k), buffer[1].index_copy_(2, self.column, v)
         if buffer is None or buffer.shape[3] < end:
             capacity = max(32, 2 * end)
             grown = k.new_zeros(2, *k.shape[:2], capacity, k.shape[3])
@@ -497,6 +517,12 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+@lru_cache                                      # a copy to the GPU at each token would halt it
+def frequencies(d: int, theta: float, device):
+    """Rotations a position (d/2,), computed on the CPU as transformers does."""
+    return (1.0 / theta ** (torch.arange(0, d, 2, dtype=torch.float) / d)).to(device)
+
+
 class Decoder(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
@@ -508,9 +534,8 @@ class Decoder(nn.Module):
     def rope(self, position_ids, dtype):
         """M-RoPE: position_ids (3, B, T) of (time, height, width) -> cos, sin (B, 1, T, d). Section i of the
         frequencies turns with axis i mod 3."""
-        d = 2 * sum(self.c.mrope_section)
-        inv_freq = 1.0 / self.c.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float) / d)
-        angles = position_ids[..., None].float() * inv_freq.to(position_ids.device)     # (3, B, T, d/2)
+        inv_freq = frequencies(2 * sum(self.c.mrope_section), self.c.rope_theta, position_ids.device)
+        angles = position_ids[..., None].float() * inv_freq                             # (3, B, T, d/2)
         parts = angles.split(self.c.mrope_section, dim=-1)
         angles = torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)       # (B, T, d/2)
         angles = torch.cat((angles, angles), dim=-1)[:, None]
@@ -570,6 +595,7 @@ class Qwen25VL(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.remat = False          # activation checkpointing: recompute each layer in the backward pass
+        self.graphs = False         # sample through CUDA graphs
 
     @property
     def head_weight(self):
@@ -598,6 +624,11 @@ class Qwen25VL(nn.Module):
         x = self.model.embed_tokens(input_ids)
         return self.model(x, position_ids[None].expand(3, -1, -1), context,
                           self._remat() and not context.grow)
+
+    def next_hidden(self, token, position, context: Rows):
+        """`rows_hidden` of one more real token a row: token, position (R, 1) -> hidden (R, 1, D)."""
+        context.extend(torch.ones_like(token, dtype=torch.bool))
+        return self.rows_hidden(token, position, context)
 
     def forward(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None):
         """input_ids (B, T), attention_mask (B, T), pixel_values (N, ...), image_grid_thw (images, 3), all as

@@ -17,16 +17,17 @@ token 1, since 0.2 <= 0.65 < 0.7; its log-prob is ln 0.5 = -0.693. A row's numbe
 sampled in a batch equals the row sampled alone.
 """
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import grpo
+from data.codec import Codec
 from data.reading import DataError, Problem, image_file, open_image
-from model import Config, ImageConfig, Qwen25VL, Rows, load_image_config, preprocess_image, smart_resize
-from runtime.files import read_json, resolve
+from model import ImageConfig, Qwen25VL, Rows, preprocess_image, smart_resize
+from runtime.graphs import Graphed
 
 
 @dataclass
@@ -53,62 +54,11 @@ class Trajectory:
 
 
 @dataclass
-class Codec:
-    """Tokenizer, image settings and token rules of one checkpoint."""
-    tokenizer: object
-    image_config: ImageConfig
-    image_token_id: int
-    eos_ids: tuple
-    pad_id: int
-    logit_mask: torch.Tensor            # (V,) float, 0 where a token may be generated, -inf where not
-    specials: tuple                     # control tokens as text
-    newline_ids: tuple                  # tokens that hold a line break
-
-
-@dataclass
 class Prompt:
     """One encoded prompt."""
     ids: list
     pixel_values: torch.Tensor | None   # (N, features)
     grids: list                         # (1, rows, cols) per image
-
-
-def load_codec(path_or_id: str, max_pixels: int = 0) -> Codec:
-    """Read tokenizer and processor files of a checkpoint; `max_pixels` > 0 bounds images more tightly than
-    the checkpoint does. ValueError names what is missing."""
-    from transformers import AutoTokenizer
-    folder = resolve(path_or_id)
-    config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{folder}: no readable tokenizer: {str(e).splitlines()[0]}") from None
-    image_id = config.image_token_id
-    if (folder / "chat_template.json").is_file():           # where Qwen2.5-VL keeps the one that knows images
-        tokenizer.chat_template = read_json(folder / "chat_template.json")["chat_template"]
-    if not tokenizer.chat_template:
-        raise ValueError(f"{folder}: neither chat_template.json nor the tokenizer has a chat template")
-    if tokenizer.convert_tokens_to_ids("<|image_pad|>") != image_id:
-        raise ValueError(f"{folder}: the tokenizer's <|image_pad|> is not "
-                         f"image_token_id {image_id} of config.json")
-    generation = folder / "generation_config.json"
-    eos = ((read_json(generation) if generation.is_file() else {}).get("eos_token_id")
-           or tokenizer.eos_token_id)
-    eos = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
-    if None in eos:
-        raise ValueError(f"{folder}: neither generation_config.json nor the tokenizer names an eos token")
-    mask = torch.zeros(config.vocab_size)
-    mask[len(tokenizer):] = -torch.inf          # rows of the embedding that no token owns
-    banned = (set(tokenizer.all_special_ids)
-              | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special})
-    mask[sorted(banned - set(eos))] = -torch.inf
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
-    image_config = load_image_config(folder)
-    if max_pixels:
-        image_config = replace(image_config, max_pixels=max_pixels)
-    specials = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-    newlines = tuple(i for t, i in tokenizer.get_vocab().items() if "\n" in t or "\u010a" in t)  # byte level
-    return Codec(tokenizer, image_config, image_id, eos, pad, mask, specials, newlines)
 
 
 def image_grid(image, config: ImageConfig) -> tuple[int, int, int]:
@@ -182,10 +132,10 @@ def collate(prompts: list[Prompt], pad_id: int, device) -> dict:
     """Right-padded batch: input_ids, attention_mask (B, P), pixel_values (N, ...), image_grid_thw
     (images, 3)."""
     ids, mask = pad([p.ids for p in prompts], pad_id)
-    pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
+    pixels = [p.pixel_values.to(device, non_blocking=True) for p in prompts if p.pixel_values is not None]
     grids = [g for p in prompts for g in p.grids]
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device),
-            "pixel_values": torch.cat(pixels).to(device) if pixels else None,
+            "pixel_values": torch.cat(pixels) if pixels else None,
             "image_grid_thw": torch.tensor(grids, device=device) if grids else None}
 
 
@@ -248,17 +198,18 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
     total = torch.full((rows,), -1, device=device)                                      # length; -1 = running
     eos, mask = torch.tensor((*codec.eos_ids, *stop_ids), device=device), codec.logit_mask.to(device)
     alive = torch.arange(rows, device=device)                                           # original row of each
+    decode = Graphed(model) if model.graphs else model.next_hidden
     for step in range(max_new_tokens):
         token, logp = next_token(F.linear(last, model.head_weight), mask, temperature,
                                  None if temperature == 0
                                  else uniforms[alive, length.clamp(max=max_new_tokens - 1)])
         column = length.clamp(max=max_new_tokens - 1)
         open_rows = (total[alive] < 0) & (length < limit[alive])
-        tokens[alive[open_rows], column[open_rows]] = token[open_rows]
-        logps[alive[open_rows], column[open_rows]] = logp[open_rows]
+        tokens[alive, column] = torch.where(open_rows, token, tokens[alive, column])    # bool indices would
+        logps[alive, column] = torch.where(open_rows, logp, logps[alive, column])      # wait for the GPU
         length = length + 1
         done = open_rows & (torch.isin(token, eos) | (length >= limit[alive]))
-        total[alive[done]] = length[done]
+        total[alive] = torch.where(done, length, total[alive])
         if device.type == "cpu" or step % 4 == 3 or step == max_new_tokens - 1:     # on a GPU it costs a sync
             keep = (total[alive] < 0).nonzero()[:, 0]
             if len(keep) == 0:
@@ -266,8 +217,7 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
             if len(keep) <= 0.9 * len(alive):
                 cache.select(keep)
                 alive, length, token, start = alive[keep], length[keep], token[keep], start[keep]
-        cache.extend(torch.ones(len(alive), 1, dtype=torch.bool, device=device))
-        last = model.rows_hidden(token[:, None], (start + length - 1)[:, None], cache)[:, 0]
+        last = decode(token[:, None], (start + length - 1)[:, None], cache)[:, 0]
 
     out = [trajectory(problems[r // group_size], prefixes[r], new[:n], mu[:n], codec)
            for r, (new, mu, n) in enumerate(zip(tokens.tolist(), logps.tolist(), total.tolist()))]

@@ -45,6 +45,7 @@ import train
 from answers import equal
 from benchmarks import figures, formats, rules
 from data import reading
+from data.codec import load_codec
 from experiments import kills
 from reward import (answers_match, extract_answer, format_ok, reward_parts, step_rar, step_reward_parts,
                     step_rvr)
@@ -271,7 +272,7 @@ def test_image_tokens_must_match_images():
 
 def test_remat_changes_nothing():
     net, ps = random_model(), mixed_problems()
-    codec = rollout.load_codec(TINY)
+    codec = load_codec(TINY)
     prompts = [rollout.encode_prompt(p, codec) for p in ps]
     grads = []
     for net.remat in (False, True):
@@ -306,7 +307,7 @@ def rolled(net, codec, problems, group_size=3, length=14, key="test", **kwargs):
 
 def test_sampled_logps_are_the_models():
     """Cached sampling of a ragged batch against one uncached forward a token."""
-    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    net, codec, problems = random_model(), load_codec(TINY), mixed_problems()
     lengths = set()
     for group in rolled(net, codec, problems):
         for t in group:
@@ -318,7 +319,7 @@ def test_sampled_logps_are_the_models():
 
 def test_sampled_logps_equal_training_logps():
     """What the update recomputes (prompts shared, rows padded) is what the sampler stored, to 1e-4."""
-    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    net, codec, problems = random_model(), load_codec(TINY), mixed_problems()
     flat = [(i, t) for i, group in enumerate(rolled(net, codec, problems)) for t in group]
     flat = flat[::2] + flat[1::3]                       # any order, any number a prompt
     hidden, targets, mask = rollout.completion_hidden(
@@ -330,7 +331,7 @@ def test_sampled_logps_equal_training_logps():
 
 
 def test_row_in_batch_equals_row_alone():
-    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    net, codec, problems = random_model(), load_codec(TINY), mixed_problems()
     together = rolled(net, codec, problems)
     assert len({tuple(t.ids) for t in together[0]}) > 1, "the rows of a group must differ"
     for problem, group in zip(problems, together):
@@ -348,7 +349,7 @@ def eager_to_stop(net, codec, bias=6.0):
 
 def test_finished_rows_leave_and_nothing_changes():
     """Rows end at different times, the batch shrinks, and still each row is what it is alone."""
-    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    net, codec, problems = random_model(), load_codec(TINY), mixed_problems()
     codec = eager_to_stop(net, codec)
     sizes, forward = [], net.rows_hidden
     net.rows_hidden = lambda ids, *rest: sizes.append(len(ids)) or forward(ids, *rest)
@@ -366,7 +367,7 @@ def test_finished_rows_leave_and_nothing_changes():
 
 def test_prefix_continues_like_the_uncached_forward():
     """Restart at any token: forced tokens are marked, and what follows is what would have followed."""
-    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    net, codec, problems = random_model(), load_codec(TINY), mixed_problems()
     numbers = torch.cat([rollout.uniforms(p.id, 2, 12) for p in problems])
     whole = [t for g in rollout.sample(net, problems, codec, 2, 12, uniforms=numbers) for t in g]
     cuts = [0, 3, 5, 1, 2, 7, 4, 0]
@@ -383,7 +384,7 @@ def test_prefix_continues_like_the_uncached_forward():
 
 
 def test_rows_end_at_limits_and_stop_tokens_of_their_own():
-    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    net, codec, problems = random_model(), load_codec(TINY), mixed_problems()
     whole = [t for g in rolled(net, codec, problems, 2, 12) for t in g]
     limits = [3, 12, 1, 7, 12, 2, 5, 9]
     short = [t for g in rolled(net, codec, problems, 2, 12, limits=limits) for t in g]
@@ -396,7 +397,7 @@ def test_rows_end_at_limits_and_stop_tokens_of_their_own():
 
 
 def test_prompt_and_vision_once_whatever_the_group():
-    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    net, codec, problems = random_model(), load_codec(TINY), mixed_problems()
     patches, prompt_tokens = [], []
     visual, decoder = net.visual.forward, net.model.forward
     net.visual.forward = lambda x, *rest: patches.append(len(x)) or visual(x, *rest)
@@ -411,7 +412,7 @@ def test_prompt_and_vision_once_whatever_the_group():
 
 def test_shared_prompts_have_the_gradients_of_plain_ones():
     """A prompt computed once a group gives the gradients of one computed for each row."""
-    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    net, codec, problems = random_model(), load_codec(TINY), mixed_problems()
     prompts = [rollout.encode_prompt(p, codec) for p in problems]
     rng, grads = random.Random(0), []
     owner = [0, 0, 0, 1, 1, 2, 3, 3]
@@ -430,7 +431,7 @@ def test_shared_prompts_have_the_gradients_of_plain_ones():
 
 def test_completions_of_one_token():
     """The shortest there are: the update's forward has no row tokens to run."""
-    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    net, codec, problems = random_model(), load_codec(TINY), mixed_problems()
     groups = rolled(net, codec, problems, 2, 1)
     prompts = [rollout.encode_prompt(p, codec) for p in problems]
     ids = [t.ids for g in groups for t in g]
@@ -441,7 +442,7 @@ def test_completions_of_one_token():
 
 
 def test_greedy_is_argmax():
-    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    net, codec, problems = random_model(), load_codec(TINY), mixed_problems()
     for group in rollout.sample(net, problems, codec, 1, 6, temperature=0):
         t, prompt = group[0], rollout.encode_prompt(group[0].problem, codec)
         for k, token in enumerate(t.ids):
@@ -467,7 +468,7 @@ def test_next_token_follows_the_distribution():
 
 
 def test_forbidden_tokens_never_come():
-    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    net, codec, problems = random_model(), load_codec(TINY), mixed_problems()
     banned = set(torch.nonzero(codec.logit_mask < 0)[:, 0].tolist())
     assert codec.image_token_id in banned and codec.pad_id in banned and not banned & set(codec.eos_ids)
     with torch.no_grad():
@@ -483,7 +484,7 @@ def test_uniforms_belong_to_their_key():
 
 
 def test_sampling_leaves_inputs_alone():
-    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    net, codec, problems = random_model(), load_codec(TINY), mixed_problems()
     prompts = [rollout.encode_prompt(p, codec) for p in problems]
     before = [(list(p.ids), None if p.pixel_values is None else p.pixel_values.clone()) for p in prompts]
     weights = [p.clone() for p in net.parameters()]
@@ -507,15 +508,15 @@ def test_chat_template_beside_the_tokenizer():
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
         p = shapes.make_problem("tiles", 4)
-        assert rollout.encode_prompt(p, rollout.load_codec(str(folder))).ids == \
-            rollout.encode_prompt(p, rollout.load_codec(TINY)).ids
-        small = rollout.encode_prompt(p, rollout.load_codec(TINY, max_pixels=28 * 28 * 4))
-        whole = rollout.encode_prompt(p, rollout.load_codec(TINY))
+        assert rollout.encode_prompt(p, load_codec(str(folder))).ids == \
+            rollout.encode_prompt(p, load_codec(TINY)).ids
+        small = rollout.encode_prompt(p, load_codec(TINY, max_pixels=28 * 28 * 4))
+        whole = rollout.encode_prompt(p, load_codec(TINY))
         assert len(small.pixel_values) <= 16 < len(whole.pixel_values)
 
 
 def test_prompt_is_the_chat_template():
-    codec = rollout.load_codec(TINY)
+    codec = load_codec(TINY)
     p = shapes.make_problem("tiles", 4)
     prompt = rollout.encode_prompt(p, codec)
     pads = prompt.ids.count(codec.image_token_id)
@@ -554,7 +555,7 @@ def test_jsonl_aliases_and_image_tags():
         assert got[5].question == "Which?\n(A) x (B) y\nThink."
         assert got[1].question == "<image>Find y.\nThink." and got[1].demonstration.startswith("<think>")
         assert got[3].id == "q" and "\nA. 1\nB. 2" in got[4].question
-        codec = rollout.load_codec(TINY)
+        codec = load_codec(TINY)
         for p in got:
             rollout.encode_prompt(p, codec)
 
@@ -585,7 +586,7 @@ def test_bad_rows_are_named_all_at_once():
         (folder / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"problem": "x", "answer": "1"}\r\n')
         assert reading.load_problems(folder / "bom.jsonl")[0].question == "x"
         Image.new("RGB", (1, 300)).save(folder / "a.png")
-        codec, thin = rollout.load_codec(TINY), reading.load_problems(write_rows(folder, [good]))[0]
+        codec, thin = load_codec(TINY), reading.load_problems(write_rows(folder, [good]))[0]
         Image.new("RGB", (1, 300)).save(folder / "a.png")
         raises(reading.DataError, ["data.jsonl:1", "images", "aspect"], rollout.encode_prompt, thin, codec)
         raises(reading.DataError, "no rows", reading.load_problems, folder / "empty.jsonl")
@@ -698,7 +699,7 @@ def test_rows_of_other_projects():
         chat = [{"role": "user", "content": [{"type": "image", "image": f"file://{name}"},
                                              {"type": "text", "text": "How many?"}]}]
         sources = rows_of_other_projects(png, chat)
-        codec = rollout.load_codec(TINY)
+        codec = load_codec(TINY)
         for source, row in sources.items():
             p = reading.parse_row(row, source, folder, "Think.")
             assert p.answer in ("48", "3", "$3$", "60", "A"), (source, p.answer)
@@ -784,7 +785,7 @@ def test_check_names_all_bad_rows_and_counts_tokens():
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             raises(SystemExit, "0", train.main, flags)
-        p, codec = reading.load_problems(path, None, reading.INSTRUCTION)[0], rollout.load_codec(TINY)
+        p, codec = reading.load_problems(path, None, reading.INSTRUCTION)[0], load_codec(TINY)
         prompt = rollout.encode_prompt(p, codec)
         table = [x.split("|") for x in out.getvalue().splitlines() if "|" in x]
         cells = {x[1].strip(): x[2].strip() for x in table}
@@ -1490,7 +1491,7 @@ def assert_steps(codec, text, want, end=None):
 
 def test_split_steps_of_tiny_chains():
     """Every line of the think block is a step and owns its tokens and its line break."""
-    codec, rng = rollout.load_codec(TINY), random.Random(0)
+    codec, rng = load_codec(TINY), random.Random(0)
     for i in range(24):
         p = shapes.make_problem(shapes.KINDS[i % 4], 1 + i // 2, index=i)
         text = shapes.demonstrate(p, (0.3, 0.3), rng)
@@ -1509,7 +1510,7 @@ def test_split_steps_of_tiny_chains():
 
 
 def test_split_steps_of_qwen_like_texts():
-    codec = rollout.load_codec(TINY)
+    codec = load_codec(TINY)
     assert_steps(codec, "<think>\n1. First, AB = 3.\n2. Then BC = 4.\n\n3. So AC = 5.\n</think>\n\n"
                  "<answer>5</answer>", ["1. First, AB = 3.", "2. Then BC = 4.", "3. So AC = 5."], "</think>")
     assert_steps(codec, "<think>\nFirst:\n- AB is 3\n  - by the figure\n* BC is 4</think>",
@@ -1543,14 +1544,14 @@ def test_split_steps_of_qwen_like_texts():
 
 def test_split_steps_first_header_behind_the_tag():
     """"<think>Step 1: ..." on one line: the first step is one as well."""
-    codec = rollout.load_codec(TINY)
+    codec = load_codec(TINY)
     assert_steps(codec, "<think>Step 1: red\nis 4\nStep 2: blue\n</think><answer>7</answer>",
                  ["Step 1: red\nis 4", "Step 2: blue"], "</think>")
 
 
 def test_split_steps_line_spacing_is_no_formula():
     """The \\[4pt] of a table of equations opens nothing."""
-    codec = rollout.load_codec(TINY)
+    codec = load_codec(TINY)
     formula = "$$\n\\begin{aligned} a &= b \\\\[4pt]\nc &= d \\end{aligned}\n$$"
     assert_steps(codec, f"<think>See:\n{formula}\nSo 7.\nEnd.</think>", ["See:", formula, "So 7.", "End."],
                  "</think>")
@@ -1558,7 +1559,7 @@ def test_split_steps_line_spacing_is_no_formula():
 
 def test_split_steps_without_the_end_token():
     """The end token is no part of the last step where no tag closes it: neither its text nor its token."""
-    codec = rollout.load_codec(TINY)
+    codec = load_codec(TINY)
     for text in ("<think>red 4\nblue 5", "red 4\nblue 5", "Step 1: red\nStep 2: blue\n"):
         ids = encode(codec, text)
         plain = attribute.split_steps(ids, codec)
@@ -1568,7 +1569,7 @@ def test_split_steps_without_the_end_token():
 
 def test_split_steps_keeps_unicode():
     """Characters that take several tokens (all but ASCII in a byte-level tokenizer) come out whole."""
-    codec = rollout.load_codec(TINY)
+    codec = load_codec(TINY)
     for lines in (["∠ABC = 60°", "角 90°"], ["√2 ≈ 1.41", "é🙂👩\u200d👧", "x² ≤ 5°"],
                   ["\u202e\u05d0 7", "a\u2028b"]):
         ids = encode(codec, "<think>" + "\n".join(lines) + "</think><answer>5</answer>")
@@ -1604,7 +1605,7 @@ def test_split_steps_unicode_and_tags_in_one_token():
 
 
 def test_split_steps_of_hostile_texts():
-    codec = rollout.load_codec(TINY)
+    codec = load_codec(TINY)
     for text, count in (("x" * 20_000, 1), ("\n" * 3000, 0), ("a\n" * 3000, 3000), (" " * 20_000, 0),
                         ("\t\n " * 5000, 0), ("é中\u202e\U0001f642\x00\r\u2028\ud7ff" * 1500, 1),
                         ("<think>" * 3000, 1), ("$$\n" * 3000, 1500), ("\\[" * 5000, 1),
@@ -1620,7 +1621,7 @@ def test_split_steps_of_hostile_texts():
 
 def test_split_steps_of_random_tokens():
     """Whatever a policy may sample, control tokens and broken characters among it."""
-    codec, rng = rollout.load_codec(TINY), random.Random(0)
+    codec, rng = load_codec(TINY), random.Random(0)
     for _ in range(50):
         ids = [rng.choice((rng.randrange(len(codec.tokenizer)), encode(codec, "\n")[0])) for _ in range(200)]
         steps = attribute.split_steps(ids, codec)
@@ -1629,7 +1630,7 @@ def test_split_steps_of_random_tokens():
 
 
 def test_flawed_screens_what_cannot_be_located():
-    codec, (p, *_) = rollout.load_codec(TINY), mixed_problems()
+    codec, (p, *_) = load_codec(TINY), mixed_problems()
     good = replace(chain(codec, p, ["red 4", "blue 5"], "red 4"), rewards={"accuracy": 0.0})
     choice = replace(p, choices=["a cat", "a dog", "a cow"], answer="A")
     left_out = {
@@ -1670,7 +1671,7 @@ def same_checks(a, b, tolerance=1e-3):
 def test_pristine_check_is_the_uncached_forward():
     """Against the claim rendered as a whole prompt of its own and one uncached forward a token; in any order
     and in any number at once."""
-    net, codec, problems = random_model(spread=0.12), rollout.load_codec(TINY), mixed_problems()
+    net, codec, problems = random_model(spread=0.12), load_codec(TINY), mixed_problems()
     claims, want = some_claims(problems), []
     for p, text in claims:
         whole = replace(p, question=p.question + attribute.CHECK + text)
@@ -1692,7 +1693,7 @@ def test_pristine_check_is_the_uncached_forward():
 
 def test_pristine_check_is_a_probability():
     """Over all next tokens the checks of one-token claims add up to 1."""
-    net, codec, (p, *_) = random_model(spread=0.02), rollout.load_codec(TINY), mixed_problems()
+    net, codec, (p, *_) = random_model(spread=0.02), load_codec(TINY), mixed_problems()
     texts = ["red", "blue", "4", "x"]
     asked = [replace(p, question=p.question + attribute.CHECK + t) for t in texts]
     checks = attribute.pristine_check(net, codec, [(p, t) for t in texts])
@@ -1705,7 +1706,7 @@ def test_pristine_check_is_a_probability():
 
 def test_pristine_check_of_a_question_with_the_slot():
     """A question that happens to hold the character which stands for the step."""
-    net, codec, (p, *_) = random_model(), rollout.load_codec(TINY), mixed_problems()
+    net, codec, (p, *_) = random_model(), load_codec(TINY), mixed_problems()
     p = replace(p, question=p.question + " " + attribute.SLOT)
     whole = replace(p, question=p.question + attribute.CHECK + "red 4")
     logps = uncached_logps(net, codec, whole, encode(codec, "red 4"))
@@ -1713,7 +1714,7 @@ def test_pristine_check_of_a_question_with_the_slot():
 
 
 def test_answer_margins_are_the_uncached_forward():
-    net, codec, (a, b, c, _) = random_model(), rollout.load_codec(TINY), mixed_problems()
+    net, codec, (a, b, c, _) = random_model(), load_codec(TINY), mixed_problems()
     chains = [chain(codec, a, ["red 4 6", "blue 5 7"], "red 6 blue 7"),
               chain(codec, b, ["red 4"], "9"),
               chain(codec, c, ["red 4", "blue 5", "so 9"], text="red 4\nblue 5\nso 9\n<answer>9 9</answer>"),
@@ -1789,7 +1790,7 @@ def block_prompt(codec):
 
 def test_drop_patches_takes_whole_blocks():
     """The four patches of a merged block (the same colour here) stay or go together."""
-    codec = rollout.load_codec(TINY)
+    codec = load_codec(TINY)
     prompt, rng = block_prompt(codec), torch.Generator().manual_seed(1)
     pixels = prompt.pixel_values.clone()
     half = len(pixels) // 2                                         # two pictures with the same colours
@@ -1814,7 +1815,7 @@ def test_drop_patches_takes_whole_blocks():
 
 def test_visual_dependence_is_the_divergence_of_full_logits():
     """Token by token against two uncached forwards, with the image and without (all zeros)."""
-    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    net, codec, problems = random_model(), load_codec(TINY), mixed_problems()
     groups = rolled(net, codec, problems, 2, 6)
     mixed = [t for pair in zip(*groups) for t in pair]              # neighbours belong to different problems
     want = []
@@ -1856,7 +1857,7 @@ def test_visual_dependence_is_the_divergence_of_full_logits():
 
 def test_visual_dependence_alone_equals_in_batch():
     """A problem's masks are its own: what is measured beside it, and on how many ranks, changes nothing."""
-    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    net, codec, problems = random_model(), load_codec(TINY), mixed_problems()
     both = [group[0] for group in rolled(net, codec, problems[:2], 1, 8)]
     together = attribute.visual_dependence(net, codec, both)
     for t, d in zip(both, together):
@@ -1905,7 +1906,7 @@ def test_search_is_a_linear_scan():
 
 def test_monte_carlo_finds_where_success_dies():
     """With a sampler whose restarts succeed (one in four) up to a planted step and never behind it."""
-    codec, asked, seen, known = rollout.load_codec(TINY), [], [], {}
+    codec, asked, seen, known = load_codec(TINY), [], [], {}
     plants = [(6, 4), (3, 0), (9, 8), (1, 0), (6, 2)]
     problems = [shapes.make_problem("tiles", steps, index=n) for n, (steps, _) in enumerate(plants)]
     chains = [chain(codec, p, [f"red {k} {k}" for k in range(n)]) for p, (n, _) in zip(problems, plants)]
@@ -1944,7 +1945,7 @@ def test_monte_carlo_finds_where_success_dies():
 
 def test_monte_carlo_of_the_tiny_model():
     """A wrong reading planted in chains of two steps: behind it no restart is right, before it some are."""
-    net, codec, rng = m.load_model(TINY).eval(), rollout.load_codec(TINY), random.Random(0)
+    net, codec, rng = m.load_model(TINY).eval(), load_codec(TINY), random.Random(0)
     problems = [shapes.make_problem(kind, 2, "free", "heldout", 7) for kind in ("tiles", "bars")]
     wrong = [(p, shapes.corrupt(p.oracle, {k}, rng)) for p in problems for k in (0, 1)]
     chains = [chain(codec, p, steps, shapes.answer_from_steps(p.oracle, steps)) for p, steps in wrong]
@@ -1954,7 +1955,7 @@ def test_monte_carlo_of_the_tiny_model():
 
 
 def test_restarts_are_judged_by_the_training_reward():
-    codec, (p, *_) = rollout.load_codec(TINY), mixed_problems()
+    codec, (p, *_) = load_codec(TINY), mixed_problems()
     t = chain(codec, p, ["red 4"], p.answer)
     assert attribute.right(t) and not attribute.right(replace(t, text=t.text.replace(p.answer, "no")))
     assert not attribute.right(replace(t, text=t.text + "<answer>no</answer>"))     # two answers earn nothing
@@ -2003,7 +2004,7 @@ def test_localise_without_images_is_reasoning():
 
 
 def test_locator_asks_each_claim_once():
-    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    net, codec, problems = random_model(), load_codec(TINY), mixed_problems()
     a, b = problems[0], problems[3]
     chains = [chain(codec, a, ["red 4", "blue 5"]), chain(codec, a, ["red 4", "red 4", "lime 1"]),
               chain(codec, b, ["red 4", "blue 6"]), chain(codec, b, [])]
@@ -2032,7 +2033,7 @@ def test_locator_asks_each_claim_once():
 
 def test_doubted_token_is_found_in_the_chain():
     """Whatever stands before the step and however its text falls into tokens there."""
-    codec = rollout.load_codec(TINY)
+    codec = load_codec(TINY)
     for lead in ("", "  ", "\t", " "):
         ids = encode(codec, f"<think>{lead}blue 3 5\nred 1 2</think><answer>9</answer>")
         step = attribute.split_steps(ids, codec)[0]
@@ -2048,7 +2049,7 @@ def test_doubted_token_is_found_in_the_chain():
 
 
 def test_locator_oracle_is_the_truth():
-    codec, rng, verdicts = rollout.load_codec(TINY), random.Random(0), set()
+    codec, rng, verdicts = load_codec(TINY), random.Random(0), set()
     problems = [shapes.make_problem(shapes.KINDS[i % 4], 5, index=i) for i in range(8)]
     chains = [chain(codec, p, shapes.corrupt(p.oracle, set(rng.sample(range(5), 2)), rng) + ["hm"])
               for p in problems]
@@ -2063,7 +2064,7 @@ def test_locator_oracle_is_the_truth():
 
 def test_locators_of_one_step():
     """margin, dependence, monte_carlo and random know one fault: right before it, unknown behind it."""
-    net, codec, problems = random_model(), rollout.load_codec(TINY), mixed_problems()
+    net, codec, problems = random_model(), load_codec(TINY), mixed_problems()
     chains = [chain(codec, p, [f"red {k} {n}" for k in range(2 + n)], "9") for n, p in enumerate(problems)]
 
     def cuts(name, some=chains, **kwargs):
@@ -2142,7 +2143,7 @@ def repaired(net, codec, parents, **rules):
 @functools.lru_cache(None)
 def loop_results():
     """The tiny model, its codec, and what the loop made of a dozen planted failures."""
-    net, codec = m.load_model(TINY).eval(), rollout.load_codec(TINY)
+    net, codec = m.load_model(TINY).eval(), load_codec(TINY)
     parents = [planted(codec, kind, 6, wrong, i) for i in range(2) for kind in ("tiles", "bars")
                for wrong in ((1,), (0, 3), (2, 5))]
     blank = [replace(t, logps=[0.0] * len(t.ids)) for t in parents]
@@ -2229,7 +2230,7 @@ def test_when_a_second_look_is_fair():
 
 
 def test_two_turns_two_images():
-    p, codec = shapes.make_problem("tiles", 3), rollout.load_codec(TINY)
+    p, codec = shapes.make_problem("tiles", 3), load_codec(TINY)
     look = rereason.relook_problem(p, "<think>red 1 2\n", "blue 3 4")
     text, prompt = rollout.render(look, codec), rollout.encode_prompt(look, codec)
     assert text.count("<|im_start|>user") == 2 and text.count("<|im_start|>assistant") == 2
@@ -2281,7 +2282,7 @@ def test_hostile_chains_do_not_stop_the_loop():
 
 
 def test_put_step_moves_what_follows():
-    codec = rollout.load_codec(TINY)
+    codec = load_codec(TINY)
     t = planted(codec, steps=5, wrong=(2,))
     t.checks = [attribute.Check(1.0, 0)] * 5
     for k, text in ((2, "red 4 6 8"), (4, "blue 1"), (0, "a")):  # longer, shorter; the last has no line break
@@ -2633,7 +2634,7 @@ def test_eq5_k3_is_not_negative_and_unbiased():
 def test_eq6_step_credit():
     """A token counts where it is at fault: the one the policy would have written otherwise; all of a step of
     which no more is known."""
-    codec, rng = rollout.load_codec(TINY), random.Random(0)
+    codec, rng = load_codec(TINY), random.Random(0)
     for i in range(20):
         t = chain(codec, None, [f"red {k} {i}" for k in range(1 + i % 5)], "9")
         checks = [rng.choice((None, attribute.Check(0.0), attribute.Check(0.1, rng.randrange(3))))
@@ -3083,7 +3084,7 @@ def test_mmmu_files():
             rules.grade(items[0], "It is None", "vlmeval")[0] is None
             and rules.grade(items[0], "B", "vlmeval")[1]
         )
-        codec = rollout.load_codec(TINY)
+        codec = load_codec(TINY)
         assert len(rollout.encode_prompt(items[0], codec).grids) == 3
         bad = write_tsv(folder / "mmmu_bad.tsv",
                         [{**rows[0], "question": "<image 3>"}, {**rows[0], "image": "%%%" * 40}])
@@ -3420,7 +3421,7 @@ def test_answers_in_the_terminal():
                              p.question.replace("<image>", "")])
         lines = printed.getvalue().splitlines()
         assert lines[0].startswith("question  ") and lines[-1].startswith("answer    ")
-        net, codec = m.load_model(TINY).eval(), rollout.load_codec(TINY)
+        net, codec = m.load_model(TINY).eval(), load_codec(TINY)
         t = rollout.sample(net, [p], codec, 1, 60, 0.0)[0][0]
         t.steps = attribute.split_steps(t.ids, codec)
         attribute.Locator(net, codec)([t])
@@ -3598,7 +3599,7 @@ def test_folders_like_the_hubs_train_and_open_again():
                          "preprocessor_config.json", "vocab.json", "merges.txt"):
                 assert (saved / name).read_bytes() == (folder / name).read_bytes(), name
             for place in (folder, saved):
-                p, codec = reading.load_problems(data)[0], rollout.load_codec(str(place))
+                p, codec = reading.load_problems(data)[0], load_codec(str(place))
                 assert len(codec.eos_ids) == 2 and "You are a helpful assistant." in rollout.render(p, codec)
                 found = rollout.sample(m.load_model(place).eval(), [p], codec, 1, 12, 0.0)[0][0]
                 reference, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -4304,6 +4305,23 @@ def traced_run(folder):
     return out, hostile
 
 
+def test_static_shapes_sample_alike():
+    """What a CUDA graph needs: buffers that stand still. Rows of different prefixes and ends; buffers that
+    grow."""
+    net, codec = m.load_model(TINY).eval(), load_codec(TINY)
+    problems = [shapes.make_problem("tiles", 4 * n + 3, index=n) for n in range(4)]
+    numbers = rollout.uniforms("static", 16, 110)
+    for prefixes in (None, [[9 + n] * (n % 5) for n in range(16)]):
+        found = []
+        for net.graphs in (False, True):
+            groups = rollout.sample(net, problems, codec, 4, 110, 1.0, numbers, prefixes)
+            found.append([t for group in groups for t in group])
+        assert len({len(t.ids) for t in found[0]}) > 2 and max(len(t.ids) for t in found[0]) > 66
+        for a, b in zip(*found):
+            assert a.ids == b.ids
+            close(a.logps, b.logps, 1e-4)
+
+
 def test_memory_reckoned_is_what_autograd_keeps():
     """With and without recomputation, to within a sixth; and the figures of a 7B model add up."""
     from experiments import memory
@@ -4324,7 +4342,7 @@ def test_memory_reckoned_is_what_autograd_keeps():
 
 def test_worked_examples_of_the_headers():
     """Those that no other test recomputes."""
-    codec = rollout.load_codec(TINY)
+    codec = load_codec(TINY)
     height, width = m.smart_resize(200, 300, 28, 56 * 56, 10 ** 6)                          # model.py
     assert (width, height) == (308, 196)
     grid = (1, height // 14, width // 14)
@@ -4387,8 +4405,8 @@ def test_file_map_of_the_readme():
         f"{f.name}/" for f in ROOT.iterdir() if f.is_dir() and list(f.glob("*.py"))}
     assert there == set(sizes)
     assert sum(n for name, n in sizes.items() if name.endswith(".py") and name != "test_all.py") <= 3000
-    order = ("runtime answers.equal reward data.reading model grpo rollout data.checking attribute rereason "
-             "tiny.shapes data.loading benchmarks viewer eval train").split()
+    order = ("runtime answers.equal reward data.reading model grpo data.codec rollout data.checking "
+             "attribute rereason tiny.shapes data.loading benchmarks viewer eval train").split()
     place = lambda name: next((n for n, part in enumerate(order) if name.startswith(part)), -1)
     for name in ("answers", "data", "runtime", "benchmarks", "viewer", ""):
         for file in (ROOT / name).glob("*.py"):

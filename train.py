@@ -27,6 +27,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,7 @@ import reward
 import rollout
 from benchmarks.figures import headline, of_repairs, of_rollouts, outcome, report, summarise
 from data import reading
+from data.codec import load_codec
 from data.checking import check_data
 from data.loading import demonstration, training_data
 from eval import evaluate
@@ -112,6 +114,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0          # gradients are clipped to this norm
     freeze_vision: bool = False         # leave the vision tower as it is
     remat: bool = False                 # recompute activations in the backward pass: less memory, more time
+    graphs: bool = False                # sample through CUDA graphs (not yet tried on a GPU)
     shard: str = "optimizer"            # spread over ranks: optimizer (its state, ZeRO-1) | all (FSDP2)
     # supervised stage on tiny
     erosion_first: float = 0.0          # chance of a planted wrong reading at step 1 of a demonstration ...
@@ -181,17 +184,18 @@ class Trainer:
         config.validate(self.ranks.world)
         self.config, self.step, self.bad_steps = config, 0, 0
         self.share = self.places = list(range(self.ranks.rank, config.batch, self.ranks.world))
-        self.codec = rollout.load_codec(config.model, config.max_pixels)
+        self.codec = load_codec(config.model, config.max_pixels)
         self.data, self.held_out = training_data(config, self.codec)
         place = ("cpu", torch.float32) if config.shard == "all" else (self.device, dtype)
         self.model = load_model(checkpoint or config.model, *place)
-        self.model.remat = config.remat
+        self.model.remat, self.model.graphs = config.remat, config.graphs
         if config.freeze_vision:
             self.model.visual.requires_grad_(False)
         self.optimizer = (ShardedOptimizer(self.model, config, self.ranks, self.device, dtype)
                           if config.shard == "all" else Optimizer(self.model, config, self.ranks))
         self.reference = load_model(config.model, self.device, dtype).eval() if config.beta > 0 else None
         self.tokens = 0                                 # completion tokens generated so far, over all ranks
+        self.ahead = {}                                 # the next step's problems and prompts, where encoded
         if checkpoint:
             state = json.loads((checkpoint / "trainer.json").read_text())
             self.step, self.tokens, self.bad_steps = state["step"], state["tokens"], state["bad_steps"]
@@ -210,12 +214,20 @@ class Trainer:
             orders[epoch] = torch.randperm(len(self.data), generator=rng).tolist()
         return [self.data[orders[i // len(self.data)][i % len(self.data)]] for i in places]
 
+    def encode(self, step: int) -> tuple:
+        """A step's problems and prompts; images, for a GPU, in memory that it reads without the processor."""
+        problems = self.draw(step)
+        prompts = [rollout.encode_prompt(p, self.codec, self.config.max_prompt_tokens) for p in problems]
+        for p in prompts if self.device.type == "cuda" else ():
+            p.pixel_values = None if p.pixel_values is None else p.pixel_values.pin_memory()
+        return problems, prompts
+
     # ---- reinforcement learning
 
     def rl_step(self) -> dict:
-        c, progress = self.config, self.progress()
-        problems, self.places = self.draw(self.step), self.share
-        prompts = [rollout.encode_prompt(p, self.codec, c.max_prompt_tokens) for p in problems]
+        progress = self.progress()
+        problems, prompts = self.ahead.pop(self.step, None) or self.encode(self.step)
+        self.places = self.share
         groups = self.roll_out(problems, prompts)
         self.score(groups)
         figures = self.describe(groups)
@@ -224,7 +236,10 @@ class Trainer:
         figures.update(self.describe_repairs(repairs, locate) if locate else {})
         self.assign_advantages(groups)
         self.assign_credit(groups)
-        stats = self.update(groups, prompts, progress)
+        with ThreadPoolExecutor(1) as pool:                     # meanwhile the images of the next step
+            ahead = pool.submit(self.encode, self.step + 1)
+            stats = self.update(groups, prompts, progress)
+        self.ahead = {} if ahead.exception() else {self.step + 1: ahead.result()}
         return {**figures, "generated_tokens": self.tokens, **stats, "groups": groups, "repairs": repairs}
 
     def balance(self, groups, prompts, progress: float):

@@ -6,6 +6,7 @@ tokenised.
 import sys
 
 import rollout
+from data.codec import load_codec
 from data.reading import DataError, check_problems, read_problems
 
 
@@ -24,7 +25,7 @@ def demonstration_ids(problem, codec, max_new_tokens: int) -> list:
 def check_data(config) -> tuple[str, list[str]]:
     """--check: (what a data file holds, one line a bad row)."""
     problems, errors = read_problems(config.data, config.image_dir, config.instruction, config.outside_images)
-    codec = rollout.load_codec(config.model, config.max_pixels)
+    codec = load_codec(config.model, config.max_pixels)
 
     def measure(p):
         prompt = rollout.encode_prompt(p, codec, config.max_prompt_tokens, pixels=False)

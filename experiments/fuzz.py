@@ -26,6 +26,7 @@ import rereason  # noqa: E402
 import reward  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
+from data.codec import load_codec  # noqa: E402
 from model import load_model  # noqa: E402
 from test_all import EXTRACT, HOSTILE, fields, match_rows  # noqa: E402
 from tiny import shapes  # noqa: E402
@@ -137,7 +138,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the mutations")
     args = parser.parse_args(argv)
     rng, clock = random.Random(args.seed), Clock()
-    model, codec = load_model(ROOT / "tiny").eval(), rollout.load_codec(str(ROOT / "tiny"))
+    model, codec = load_model(ROOT / "tiny").eval(), load_codec(str(ROOT / "tiny"))
     problems = [shapes.make_problem(kind, 4, index=n) for kind in shapes.KINDS for n in range(5)]
     harmless = [[controls(p, codec) for p in prompts_with(problem, "", "x")] for problem in problems]
     real = [shapes.demonstrate(p, (0.3, 0.3), rng) for p in problems for _ in range(5)]

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import grpo  # noqa: E402
 import rollout  # noqa: E402
+from data.codec import load_codec  # noqa: E402
 from model import Config, Qwen25VL, init_model  # noqa: E402
 from runtime.files import read_json  # noqa: E402
 from tiny import shapes  # noqa: E402
@@ -104,7 +105,7 @@ def counted(config: Config, prompts: int, rows: int, tokens: int, remat: bool) -
     once, parameters left out."""
     model = init_model(config)
     model.remat = remat
-    codec = rollout.load_codec(str(ROOT / "tiny"))
+    codec = load_codec(str(ROOT / "tiny"))
     problems = [replace(shapes.make_problem("tiles", 9, index=0), images=[], question="red " * 100)] * prompts
     encoded = [rollout.encode_prompt(p, codec) for p in problems]
     own, seen = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}

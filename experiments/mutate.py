@@ -10,6 +10,7 @@ be killed by a new test or explained. A stopped study goes on where it stopped.
 """
 import argparse
 import ast
+import contextlib
 import json
 import random
 import re
@@ -82,7 +83,22 @@ def mutant(source: str, functions, n: int) -> tuple[int, str, str]:
     else:
         what = f"{node.value} -> {node.value + 1}"
         node.value += 1
-    return node.lineno, f"{what} in {before[:60]}", ast.unparse(tree)
+    return node.lineno, f"{what} in {before[:60]}", planted(source, node, tree)
+
+
+def planted(source: str, node, tree) -> str:
+    """The source with the changed node in its place and all else, lines and comments, as it was; where that
+    is not possible (within an f-string), the whole tree written anew."""
+    lines = source.encode().split(b"\n")                       # columns count bytes
+    first, last = lines[node.lineno - 1], lines[node.end_lineno - 1]
+    text = ("(" + ast.unparse(node) + "\n" * (node.end_lineno - node.lineno) + ")").encode()
+    lines[node.lineno - 1:node.end_lineno] = (first[:node.col_offset] + text
+                                              + last[node.end_col_offset:]).split(b"\n")
+    with contextlib.suppress(SyntaxError):
+        new = b"\n".join(lines).decode()
+        if ast.dump(ast.parse(new)) == ast.dump(ast.parse(ast.unparse(tree))):
+            return new
+    return ast.unparse(tree)
 
 
 def tests_for(name: str) -> list[str]:

@@ -20,6 +20,7 @@ import rereason  # noqa: E402
 import rollout  # noqa: E402
 from benchmarks.localisation import flawed_rollouts  # noqa: E402
 from benchmarks.figures import interval  # noqa: E402
+from data.codec import load_codec  # noqa: E402
 from model import load_model  # noqa: E402
 from tiny import shapes  # noqa: E402
 
@@ -58,7 +59,7 @@ def main():
                         help="tiny spec, held-out split")
     parser.add_argument("--parents", type=int, default=300, help="failed rollouts to repair")
     args = parser.parse_args()
-    model, codec = load_model(args.model).eval(), rollout.load_codec(args.model)
+    model, codec = load_model(args.model).eval(), load_codec(args.model)
     stream = shapes.Stream(args.data, "heldout", 1)
     found, _ = flawed_rollouts(model, codec, stream, args.parents, 256, 1)
     rows = []

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import rollout  # noqa: E402
+from data.codec import load_codec  # noqa: E402
 from model import Config, init_model, save_model  # noqa: E402
 from runtime.files import read_json  # noqa: E402
 from runtime.process import device_and_dtype  # noqa: E402
@@ -193,7 +194,7 @@ def main():
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     args = parser.parse_args()
     device, dtype = device_and_dtype(args.device, args.dtype)
-    codec = endless(rollout.load_codec(str(ROOT / "tiny")))
+    codec = endless(load_codec(str(ROOT / "tiny")))
     torch.manual_seed(0)
     found = {"threads": torch.get_num_threads(), "device": str(device)}
     found["generate"] = against_generate(device, dtype, codec)

@@ -12,6 +12,7 @@ from pathlib import Path
 import attribute
 import rollout
 from data import reading
+from data.codec import load_codec
 from model import load_model
 
 RED, GREEN, END = "\033[31m", "\033[32m", "\033[0m"
@@ -47,7 +48,7 @@ def describe(model, codec, problem, record: dict, colour: bool | None = None) ->
 def ask(config, device, dtype, judge) -> str:
     """`eval.py --image FILE --ask QUESTION`: one greedy completion, shown. config: an EvalConfig; judge: its
     judge of completions."""
-    codec = rollout.load_codec(config.model, config.max_pixels)
+    codec = load_codec(config.model, config.max_pixels)
     text = config.ask + ("\n" + config.instruction if config.instruction else "")
     question = "<image>" + text.replace("<image>", "< image>")
     problem = reading.Problem("ask", question, "", [Path(config.image)])
