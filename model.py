@@ -386,6 +386,9 @@ class Rows:
         g[order] = torch.arange(len(order), device=order.device) - first
         self.g_max = int(counts.max())
         self.slot = self.prompt * self.g_max + g                                        # (R,)
+        places = torch.arange(len(self.prefix_mask) * self.g_max, device=g.device)
+        self.in_place = torch.equal(self.slot, places)              # every slot has its row, in order
+        self.away = ~self.prefix_mask[:, None, None]
 
     def select(self, rows):
         """Keep only these rows (indices); prompts left without a row are dropped."""
@@ -450,28 +453,26 @@ class Rows:
 
     def _decode(self, layer, q, k, v):
         """One new token a row. The prompt part is one matmul a prompt over all its rows: its keys are read
-        once, not G times. Two softmax halves are joined through one concatenated score tensor."""
+        once, not G times. Both parts share a softmax, laid out by prompt, since the prompt's is the longer."""
         kp, vp = self.prefix_kv[layer]                                                  # (B, K, P, d)
         (r, h, _, d), (b, kh, p, _) = q.shape, kp.shape
         rep, g = h // kh, self.g_max
         q = (q * d ** -0.5).view(r, kh, rep, d)
 
-        def to_slots(a):                                                  # (R, K, rep, x) -> (B, K, G*rep, x)
-            if r < b * g:
-                a = a.new_zeros(b * g, *a.shape[1:]).index_copy_(0, self.slot, a)
-            elif b > 1 or g > 1:
-                a = a[torch.argsort(self.slot)]
-            return a.view(b, g, kh, rep, -1).transpose(1, 2).reshape(b, kh, g * rep, -1)
+        def to_slots(a):                                                  # (R, K, rep, x) -> (B, K, G, rep, x)
+            a = a if self.in_place else a.new_zeros(b * g, *a.shape[1:]).index_copy_(0, self.slot, a)
+            return a.view(b, g, kh, rep, -1).transpose(1, 2)
 
         def to_rows(a):                                                                 # the inverse
-            return a.view(b, kh, g, rep, -1).transpose(1, 2).reshape(b * g, kh, rep, -1)[self.slot]
+            a = a.transpose(1, 2).reshape(b * g, kh, rep, -1)
+            return a if self.in_place else a[self.slot]
 
-        shared = to_rows(
-            (to_slots(q) @ kp.transpose(2, 3)).masked_fill(~self.prefix_mask[:, None, None], -torch.inf))
-        own = (q @ k.transpose(2, 3)).masked_fill(~self.mask[:, None, None], -torch.inf)
-        weights = torch.cat((shared, own), dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
-        out = to_rows(to_slots(weights[..., :p]) @ vp) + weights[..., p:] @ v           # (R, K, rep, d)
-        return out.view(r, h, 1, d)
+        shared = to_slots(q).flatten(2, 3) @ kp.transpose(2, 3)                         # (B, K, G rep, P)
+        shared = shared.masked_fill_(self.away, -torch.inf).reshape(b, kh, g, rep, p)
+        own = (q @ k.transpose(2, 3)).masked_fill_(~self.mask[:, None, None], -torch.inf)
+        weights = torch.cat((shared, to_slots(own)), dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
+        out = (weights[..., :p].flatten(2, 3) @ vp).reshape(b, kh, g, rep, d)
+        return (to_rows(out) + to_rows(weights[..., p:]) @ v).reshape(r, h, 1, d)
 
 
 def sdpa(q, k, v, mask=None, causal: bool = False):

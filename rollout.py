@@ -269,7 +269,7 @@ def next_token(logits, logit_mask, temperature: float, uniform=None):
     if temperature == 0:
         token = logp.argmax(-1)
     else:
-        cumulative = logp.double().exp().cumsum(-1)     # fp32 sums over a large vocabulary drift
+        cumulative = logp.exp().double().cumsum(-1)     # fp32 sums over a large vocabulary drift
         token = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1)
     return token, logp.gather(1, token[:, None])[:, 0]
 

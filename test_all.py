@@ -1994,6 +1994,9 @@ def test_localise_worked_example_and_kinds():
         close(fault.confidence, 0.9 * 0.5 * 0.8, 1e-12)
     assert attribute.localise([attribute.Check(0.49, 0), None, None]) == attribute.Fault(0, "misread", 0.51)
     assert attribute.localise([attribute.Check(1.0, 0), attribute.Check(0.0, 0), None]).confidence == 1
+    for token, want in ((None, "misread"), (0, "reasoning"), (1, "misread")):   # not known which: any may look
+        fault = attribute.localise([attribute.Check(0.1, token)], None, [0.0, 1.0], [attribute.Step(0, 2, "")])
+        assert fault.kind == want
 
 
 def test_localise_without_images_is_reasoning():
@@ -2363,6 +2366,18 @@ def test_restarts_only_and_blind_looks():
     assert failed(blind) > failed(loop_results()[3]) + 2, "unseen is guessed"
 
 
+def test_loop_ends_after_its_turns():
+    """What is not done by then is given up; the rest is as it would be with more turns."""
+    net, codec, parents, usual = loop_results()
+    done = []
+    for turns in (0, 2, 3, 4):
+        found = repaired(net, codec, parents, turns=turns)
+        for r, free in zip(found, usual):
+            assert r.outcome == "too many turns" or (r.outcome, r.chain.ids) == (free.outcome, free.chain.ids)
+        done.append(sum(r.outcome == "repaired" for r in found))
+    assert 0 == done[0] < done[1] < done[2] < done[3] <= sum(r.outcome == "repaired" for r in usual)
+
+
 def test_loop_is_the_same_in_any_company():
     net, codec, parents, repairs = loop_results()
     for some in ((1,), (11, 4, 7, 0)):
@@ -2586,6 +2601,26 @@ def loss_inputs(seed=0):
     advantages = torch.tensor([0.75, -0.25, -0.25, 0.5, -2.0, 0.0])[:, None]
     weights = (torch.rand(6, 9, generator=g) > 0.3).float() * torch.rand(6, 9, generator=g).clamp(min=0.3)
     return logps, old, advantages, weights, logps + torch.randn(6, 9, generator=g) * 0.5
+
+
+def test_edges_of_the_loss():
+    """No tokens at all; a ratio on the edge of the clip range; an advantage of 0; a bounded KL."""
+    logps, spread = grpo.token_logps(torch.zeros(0, 4), torch.zeros(3, 4), torch.zeros(0).long(),
+                                     torch.zeros(3), entropy=True)
+    assert logps.shape == spread.shape == (0,)
+    one = torch.ones(1, 1)
+
+    def stats(ratio, advantage, **kwargs):
+        return grpo.policy_loss(one * math.log(ratio), one * 0, one * advantage, one, 1.0, **kwargs)
+
+    for advantage in (1.0, -1.0):
+        assert stats(1.0, advantage, clip_low=0.0, clip_high=0.0)[1]["clip_fraction"] == 0
+        for ratio in (0.1, 2.0):
+            assert stats(ratio, 0.0)[1]["clip_fraction"] == 0
+            assert stats(ratio, advantage)[1]["clip_fraction"] == float((ratio > 1) == (advantage > 0))
+    for gap, wanted in ((30.0, math.exp(10) - 11), (-30.0, math.exp(-10) + 9)):
+        loss, found = stats(1.0, 0.0, beta=1.0, ref_logps=one * gap)
+        close([loss, found["kl_ref"]], [wanted, wanted], 1e-2)
 
 
 def test_eq2_to_eq5_policy_loss():

@@ -381,11 +381,11 @@ class Trainer:
             normaliser = share * c.group_size * c.max_new_tokens
             passes = [rows[at:at + c.micro_rows] for at in range(0, len(rows), c.micro_rows)]
             if c.shard == "all":                        # all ranks gather a layer, or none
-                idle = dataclasses.replace(groups[0][0], ids=self.codec.eos_ids[:1], weights=[0.0])
+                idle = rollout.Trajectory(None, [0], [0], [0.0], True, "", weights=[0.0])
                 passes += [[(0, idle)]] * (self.ranks.most(len(passes)) - len(passes))
             with self.optimizer.updating():
-                for rows in passes:
-                    for name, value in self.backward(rows, prompts, normaliser).items():
+                for part in passes:
+                    for name, value in self.backward(part, prompts, normaliser).items():
                         sums[name] = sums.get(name, 0.0) + value
                 norms.append(self.optimizer.step(lr))
         names = ("loss", "tokens", "entropy", "clip_fraction", "kl_ref", "kl_old", "ratio")

@@ -5,7 +5,8 @@ what sharing the prompt saves in the update.
     python experiments/speed.py --device cuda --dtype bfloat16
 
 Every ratio is of two times taken alternately in this run, each the best of several; absolute times are this
-machine's. Weights are random, the end-of-sequence token is banned, so every completion has its full length.
+machine's. But for the first comparison weights are random and the end-of-sequence token is banned, so that
+every completion has its full length.
 """
 import argparse
 import json
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import rollout  # noqa: E402
 from data.codec import load_codec  # noqa: E402
-from model import Config, init_model, save_model  # noqa: E402
+from model import Config, init_model, load_model, save_model  # noqa: E402
 from runtime.files import read_json  # noqa: E402
 from runtime.process import device_and_dtype  # noqa: E402
 from tiny import shapes  # noqa: E402
@@ -71,50 +72,72 @@ def problems_of(count: int, side: int = 0) -> list:
 
 
 def ours(model, codec, problems, group: int, tokens: int):
-    """A call of our sampler, everything from the problems on."""
-    return lambda: rollout.sample(model, problems, codec, group, tokens)
+    """A call of our sampler, everything from the problems on; returns the number of tokens."""
+    return lambda: sum(len(t.ids) for g in rollout.sample(model, problems, codec, group, tokens) for t in g)
 
 
-def theirs(model, raw: dict, codec, problems, group: int, tokens: int, device, dtype):
+def theirs(hub, codec, problems, group: int, tokens: int):
     """The same of transformers' `generate`: prompts of one batch, `group` returned sequences each, its own
     cache, scaled_dot_product_attention. Encoding the prompts is left out."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(model, folder, ROOT / "tiny")
-        (Path(folder) / "config.json").write_text(json.dumps(raw))
-        hub = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval().to(device)
-    prompts = [rollout.encode_prompt(p, codec) for p in problems]
+    device, prompts = hub.device, [rollout.encode_prompt(p, codec) for p in problems]
     batch = {k: v for k, v in rollout.collate(prompts, codec.pad_id, device).items() if v is not None}
     ids, mask = rollout.pad([p.ids for p in prompts], codec.pad_id, left=True)
     batch.update(input_ids=ids.to(device), attention_mask=mask.long().to(device))
-    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    batch["pixel_values"] = batch["pixel_values"].to(hub.dtype)
     kinds = torch.zeros_like(batch["input_ids"])
     kinds[batch["input_ids"] == codec.image_token_id] = 1
     batch["mm_token_type_ids"] = kinds
+    ends = torch.tensor(codec.eos_ids, device=device)
+    shortest = tokens if codec.logit_mask[list(codec.eos_ids)].isinf().all() else 1
 
     def call():
         with torch.no_grad():
-            out = hub.generate(**batch, do_sample=True, num_return_sequences=group, min_new_tokens=tokens,
+            out = hub.generate(**batch, do_sample=True, num_return_sequences=group, min_new_tokens=shortest,
                                max_new_tokens=tokens, top_k=0, top_p=1.0, temperature=1.0,
-                               pad_token_id=codec.pad_id)
-        assert out.shape == (len(prompts) * group, ids.shape[1] + tokens)
+                               eos_token_id=list(codec.eos_ids), pad_token_id=codec.pad_id)
+        ended = torch.isin(out[:, ids.shape[1]:], ends).int().cumsum(1)     # the first end counts as a token
+        return int(((ended - torch.isin(out[:, ids.shape[1]:], ends).int()) == 0).sum())
 
     return call
 
 
-def against_generate(device, dtype, codec) -> list[dict]:
-    """Tokens a second of both, 8 prompts x 8 samples x 64 tokens."""
-    rows, problems = [], problems_of(8)
+def hub_of(model, raw: dict, device, dtype):
+    """The same weights in transformers."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, folder, ROOT / "tiny")
+        (Path(folder) / "config.json").write_text(json.dumps(raw))
+        return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval().to(device)
+
+
+def against_generate(device, dtype) -> list[dict]:
+    """Tokens a second of both, 8 prompts x 8 samples. First the shipped model on problems of the default job,
+    ends where it ends; then 64 tokens each with random weights, by the length of the prompt."""
+    rows, codec = [], load_codec(str(ROOT / "tiny"))
+
+    def compare(name, model, hub, codec, batches, tokens, times):
+        spent, count = [0.0, 0.0], [0, 0]
+        for problems in batches:
+            calls = [ours(model, codec, problems, 8, tokens), theirs(hub, codec, problems, 8, tokens)]
+            count = [a + call() for a, call in zip(count, calls)]                    # and warm up
+            spent = [a + b for a, b in zip(spent, timed(calls, times))]
+        speeds = [n / s for n, s in zip(count, spent)]
+        prompt = max(len(rollout.encode_prompt(p, codec).ids) for problems in batches for p in problems)
+        rows.append({"model": name, "prompt": prompt, "ours": speeds[0], "generate": speeds[1],
+                     "ratio": speeds[0] / speeds[1]})
+        print(f"{name}, prompts to {prompt} tokens: {speeds[0]:.0f} tokens/s, generate {speeds[1]:.0f}, "
+              f"{speeds[0] / speeds[1]:.1f} x", flush=True)
+
+    stream = shapes.Stream("tiny", "train", 0)
+    trained, raw = load_model(ROOT / "tiny", device, dtype).eval(), read_json(ROOT / "tiny" / "config.json")
+    compare("tiny (1.4 M), default job", trained, hub_of(trained, raw, device, dtype), codec,
+            [[stream[8 * n + i] for i in range(8)] for n in range(6)], 64, 2)
     for name, size in SIZES.items():
         model, raw = model_of(size, device, dtype)
-        calls = [ours(model, codec, problems, 8, 64),
-                 theirs(model, raw, codec, problems, 8, 64, device, dtype)]
-        for call in calls:
-            call()                                                      # warm up
-        a, b = timed(calls, 3 if not size else 2)
-        rows.append({"model": name, "ours": 8 * 8 * 64 / a, "generate": 8 * 8 * 64 / b, "ratio": b / a})
-        print(f"{name}: {rows[-1]['ours']:.0f} tokens/s, generate {rows[-1]['generate']:.0f}, "
-              f"{b / a:.1f} x", flush=True)
+        hub = hub_of(model, raw, device, dtype)
+        for side in (0, 224) if size else (0, 224, 448):
+            compare(f"{name}, 64 tokens", model, hub, endless(codec), [problems_of(8, side)], 64,
+                    1 if size else 3)
     return rows
 
 
@@ -197,7 +220,7 @@ def main():
     codec = endless(load_codec(str(ROOT / "tiny")))
     torch.manual_seed(0)
     found = {"threads": torch.get_num_threads(), "device": str(device)}
-    found["generate"] = against_generate(device, dtype, codec)
+    found["generate"] = against_generate(device, dtype)
     model, _ = model_of({}, device, dtype)
     by_group = prefill_and_decode(model, codec, problems_of(8), [8, 64])
     one = prefill_and_decode(model, codec, problems_of(1), [1, 64])
