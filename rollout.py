@@ -2,7 +2,7 @@
 
 Place in the pipeline: first. `train.py` and `eval.py` sample G completions of each problem with `sample`, and
 recompute them with `completion_hidden` for the update. Reads from model.py, grpo.py (log-probs in
-chunks) and data/reading.py.
+chunks), data/codec.py and data/reading.py.
 
 What matters here (ours; the paper says nothing of its sampler):
   1. Vision and prompt run once a prompt, whatever G is; finished rows leave the batch.

@@ -77,6 +77,17 @@ def scratch():
         yield Path(folder)
 
 
+@contextlib.contextmanager
+def swapped(holder, name, value):
+    """Another value in the place of one, for a while."""
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
 def close(a, b, tolerance=1e-4):
     difference = (torch.as_tensor(a, dtype=torch.double)
                   - torch.as_tensor(b, dtype=torch.double)).abs().max().item()
@@ -1127,6 +1138,16 @@ def test_reward_match():
     assert len(cases) > 120
 
 
+def test_how_far_back_an_answer_is_looked_for():
+    """4,000 characters, and 300 for a letter in passing."""
+    passing = lambda n: extract_answer("So B,\n" + "z" * n, ["red", "blue", "teal"])
+    assert passing(297) == "B" and passing(298) is None
+    said = lambda n: extract_answer("The answer is 7\n" + "so it goes\n" * (n // 11) + "z" * (n % 11))
+    assert said(3998) == "7" and said(3999) != "7"
+    words = [f"word{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(30)]          # letters end at Z
+    assert [extract_answer(f"<answer>{words[n]}</answer>", words) for n in (0, 25, 26)] == ["A", "Z", None]
+
+
 def test_reward_extract():
     wrong = [(t, extract_answer(t), want) for t, want in EXTRACT if extract_answer(t) != want]
     assert not wrong, wrong
@@ -1994,8 +2015,9 @@ def test_localise_worked_example_and_kinds():
         close(fault.confidence, 0.9 * 0.5 * 0.8, 1e-12)
     assert attribute.localise([attribute.Check(0.49, 0), None, None]) == attribute.Fault(0, "misread", 0.51)
     assert attribute.localise([attribute.Check(1.0, 0), attribute.Check(0.0, 0), None]).confidence == 1
-    for token, want in ((None, "misread"), (0, "reasoning"), (1, "misread")):   # not known which: any may look
-        fault = attribute.localise([attribute.Check(0.1, token)], None, [0.0, 1.0], [attribute.Step(0, 2, "")])
+    for token, want in ((None, "misread"), (0, "reasoning"), (1, "misread")):   # unknown: any may look
+        fault = attribute.localise([attribute.Check(0.1, token)], None, [0.0, 1.0],
+                                   [attribute.Step(0, 2, "")])
         assert fault.kind == want
 
 
@@ -2284,6 +2306,113 @@ def test_hostile_chains_do_not_stop_the_loop():
     assert r.outcome == "a lucky guess"
 
 
+def test_what_comes_next_for_a_chain():
+    """rereason.plan by a table: look, redo, go on, make it anew, give up; and what counts as a failure."""
+    good, bad = attribute.Check(0.9, 0), attribute.Check(0.1, 0)
+    margins = [[0.5]]
+
+    def ask(checks, finished=True, cuts=(), failed=0, tokens=0, relook="image", line="blue 2", lines=3):
+        texts = ["red 1", line, "teal 3"][:lines]
+        steps = [attribute.Step(3 * n, 3 * n + 3, text) for n, text in enumerate(texts)]
+        chain = rollout.Trajectory(reading.Problem("p", "<image>q", "9", []), list(range(12)), [1] * 12,
+                                   [0.0] * 12, finished, "<think>x</think><answer>7</answer>", steps=steps,
+                                   checks=list(checks))
+        r = rereason.Repair(chain, chain, "key", 50.0, cuts=list(cuts), failed=failed, tokens=tokens)
+        with swapped(attribute, "answer_margins", lambda *args, last=False: [[margins[0][-1]]] if last
+                     else margins):
+            found = rereason.plan(r, None, None, rereason.Rules(relook=relook))
+        return (*(found if found[0] else (r.outcome,)), r.failed, r.cuts)
+
+    one, fine = [good, bad, good], [good] * 3
+    assert ask(one) == ("look", 1, 0, [1])
+    assert ask(one, cuts=[1]) == ("look", 1, 1, [1, 1]) and ask(one, cuts=[2]) == ("look", 1, 1, [2, 1])
+    assert ask(one, cuts=[0]) == ("look", 1, 0, [0, 1])                     # it got further
+    assert ask(fine, finished=False) == ("go on", 12, 0, [])                # so far every step agrees
+    assert ask(fine, finished=False, cuts=[2]) == ("go on", 12, 0, [2])
+    assert ask(one, finished=False, cuts=[1]) == ("look", 1, 1, [1, 1])
+    assert ask(one, failed=3) == ("look", 1, 3, [1])
+    assert ask(one, failed=4) == ("go on", 0, 4, [-1])                      # the whole chain anew, once
+    assert ask(one, cuts=[-1], failed=3) == ("look", 1, 3, [-1, 1])
+    assert ask(one, cuts=[-1], failed=4) == ask(one, cuts=[-1, 0], failed=4)[:1] + (4, [-1])
+    assert ask(one, cuts=[-1], failed=4)[0] == "given up"
+    assert ask(one, cuts=[1], failed=4) == ("go on", 0, 5, [1, -1])
+    assert ask([], lines=0) == ("go on", 0, 0, [-1])
+    assert ask(one, tokens=100)[0] == "look" and ask(one, tokens=101)[0] == "given up"
+    assert ask(fine) == ("go on", 9, 0, [3])                                # the steps lead to the answer
+    assert ask(fine, cuts=[1]) == ("go on", 9, 1, [1, 3])
+    margins = [[2.0, 1.5, -4.0, -5.0]]                                      # lost at the second step
+    assert ask(fine) == ("redo", 1, 0, [1]) and ask(fine, line="blue\n2") == ("go on", 3, 0, [1])
+    assert ask(one, relook="none") == ("redo", 1, 0, [1])
+    assert ask(one, relook="none", line="blue\n2") == ("go on", 3, 0, [1])
+    assert ask(one, line="blue\n2") == ("look", 1, 0, [1])
+    assert ask(one, line="so 9") == ("redo", 1, 0, [1])                     # it says the answer: no look
+    assert ask(one, relook="only") == ("look", 1, 0, [1])
+    assert ask(one, relook="only", line="so 9")[0] == ask(one, relook="only", cuts=[1])[0] == "given up"
+    assert ask(fine, relook="only", finished=False) == ("go on", 12, 0, [])
+
+
+def test_a_step_written_anew():
+    """rereason.rewrite: how much a reply may write; one that says nothing new goes back one step."""
+    codec, asked = load_codec(TINY), []
+    t = planted(codec, steps=5, wrong=(2,))
+    t.checks = [attribute.Check(0.9, 0)] * 5
+
+    def reply(text):
+        def one_each(model, codec, problems, keys, prefixes, limits, stop_ids=()):
+            asked.append((keys, prefixes, limits, stop_ids))
+            new, before = encode(codec, text) + [codec.eos_ids[0]], prefixes[0]
+            return [rollout.Trajectory(problems[0], before + new, [0] * len(before) + [1] * len(new),
+                                       [-0.1] * len(before + new), True, text)]
+        return one_each
+
+    def after(what, k, text, relook="image"):
+        r = rereason.Repair(t, replace(t), "key", 50.0, cuts=[4, k])
+        with swapped(rereason, "one_each", reply(text)), swapped(rereason, "still_holds", lambda *a: a[2]):
+            found = rereason.rewrite(None, codec, [(r, what, k)], 7, rereason.Rules(relook=relook))
+        return r, found
+
+    size = lambda k: t.steps[k].stop - t.steps[k].start
+    for what, k, before in (("look", 3, 0), ("redo", 3, t.steps[3].start)):
+        r, found = after(what, k, "red 1 2")
+        assert asked[-1] == ([f"key/{what}/7"], [t.ids[:before]], [before + 16 + 2 * size(k)],
+                             () if what == "look" else codec.newline_ids)
+        assert found == [(r, k)] and r.cuts == [4, k] and r.failed == 0 and r.looks == (what == "look")
+        assert r.tokens == len(encode(codec, "red 1 2")) + 1 and r.chain.steps[k].text == "red 1 2"
+    for k, back in ((3, 2), (1, 0), (0, 0)):
+        r, found = after("look", k, t.steps[k].text)                        # the same again
+        assert found == [(r, t.steps[back].start)] and r.cuts == [4, back] and (r.failed, r.looks) == (1, 0)
+        assert r.chain.ids == t.ids
+        r, found = after("look", k, t.steps[k].text, "only")
+        assert found == [] and r.cuts == [4, back] and r.failed == 1
+
+
+def test_how_far_a_chain_is_sampled_on():
+    """rereason.go_on: two steps ahead, twice as far each time nothing was completed, within the limit."""
+    codec, asked = load_codec(TINY), []
+    t = planted(codec, steps=5, wrong=(2,))
+    t.checks = [attribute.Check(0.9, 0)] * 5
+    a_step = t.steps[-1].stop // 5
+
+    def one_each(model, codec, problems, keys, prefixes, limits, stop_ids=()):
+        asked.append((keys, prefixes, limits))
+        n = limits[0]
+        return [rollout.Trajectory(problems[0], t.ids[:n], [1] * n, [-0.1] * n, False, "")]
+
+    for stalled, at, most in ((0, t.steps[1].stop, 200), (1, t.steps[0].stop, 200), (0, t.steps[1].stop, 12),
+                              (0, t.steps[1].stop, t.steps[1].stop)):
+        r = rereason.Repair(t, replace(t), "key", 50.0, stalled=stalled)
+        with swapped(rereason, "one_each", one_each):
+            rereason.go_on(None, codec, [(r, at)], most, 3, rereason.Rules())
+        if at >= most:
+            assert r.outcome == "too long" and len(asked) == 3
+            continue
+        limit = min(most, at + 2 ** stalled * max(8, 2 * a_step))
+        assert asked[-1] == (["key/go on/3"], [t.ids[:at]], [limit])
+        assert r.tokens == limit and r.chain.logps[:at] == t.logps[:at] and not r.fresh
+        assert len(r.chain.ids) <= limit and r.chain.checks[:1] == [t.checks[0]]
+        assert r.chain.steps == t.steps[:len(r.chain.steps)]                    # whole steps alone
+
+
 def test_put_step_moves_what_follows():
     codec = load_codec(TINY)
     t = planted(codec, steps=5, wrong=(2,))
@@ -2320,6 +2449,10 @@ def test_steps_stay_only_as_long_as_they_hold():
     strange = list(clean)
     strange[t.steps[2].start + 1] += 4.0                                # mu was e^4 times higher there
     assert after([good] * 6, strange) == t.steps[2].start
+    for place in (t.steps[2].start + 1, t.steps[5].stop + 3):            # twice min_log_w, not half of it
+        strange = list(clean)
+        strange[place] += 2.0
+        assert after([good] * 6, strange) == "fresh"
     strange = list(clean)
     strange[t.steps[5].stop + 3] += 4.0
     assert after([good] * 6, strange) == t.steps[5].stop + 3            # a token of the answer
@@ -2330,18 +2463,24 @@ def test_what_is_accepted():
     net, codec, parents, repairs = loop_results()
     r = next(r for r in repairs if r.outcome == "repaired")
 
-    def verdict(rules=rereason.Rules(), median=50.0, **change):
+    def verdict(rules=rereason.Rules(), median=50.0, cuts=(), looks=1, **change):
         again = rereason.Repair(r.parent, replace(r.chain, **change), "key", median, changed=r.changed,
-                                looks=1)
+                                looks=looks, cuts=list(cuts))
         rereason.accept(net, codec, [again], 120, rules)
-        return again.outcome
+        return (again.chain.provenance if cuts else "") or again.outcome
 
     assert verdict() == "repaired"
+    assert verdict(cuts=[1]) == "relook 1" and verdict(cuts=[0, 1], looks=2) == "relook 2"
+    assert verdict(cuts=[1], looks=0) == verdict(cuts=[-1, 1], looks=0) == "restart"
+    assert verdict(cuts=[1, -1]) == verdict(cuts=[-1], looks=0) == "regenerated"
     assert verdict(median=len(r.chain.ids) / 1.6) == "not well-formed"
     assert verdict(text=r.chain.text.replace("<think>", "")) == "not well-formed"
     hinted = r.chain.text.replace("</think>", "\nLooking again, fine</think>")
     assert verdict(text=hinted) == "talks of the hint"
     assert verdict(rereason.Rules(min_log_w=5.0)) == "too unlikely"
+    logps, last = list(r.chain.logps), r.chain.steps[-1]
+    logps[last.start:last.stop] = [x + 9.0 for x in logps[last.start:last.stop]]
+    assert verdict(logps=logps) == "too unlikely"                      # one part of several is enough
     lucky = replace(r.chain.problem, answer="A", choices=["unheard of", "x", "y", "z"])
     assert verdict(problem=lucky) == "a lucky guess"                   # the steps do not lead to it again
 
