@@ -846,9 +846,25 @@ def test_chunks_hold_what_fits():
         assert all(len(c) == 1 or len(c) * max(lengths[n] for n in c) <= 10 for c in found)
         assert all(len(a) + 1 > 10 // max(1, max(lengths[n] for n in [*a, b[0]]))
                    for a, b in zip(found, found[1:]))
+    full = list(rollout.chunks([5, 5, 1, 10, 4, 4], 10))
+    assert full == [range(0, 2), range(2, 3), range(3, 4), range(4, 6)]
+
+
+def test_what_sample_takes_and_gives():
+    net, codec = m.load_model(TINY).eval(), load_codec(TINY)
+    problem = shapes.make_problem("tiles", 2, index=0)
+    groups = rollout.sample(net, [problem] * 2, codec, max_new_tokens=4)                # one each by default
+    assert [len(group) for group in groups] == [1, 1]
+    for prefixes in ([[9] * 4, [9]], [[9]], [[9]] * 3):                 # no room left; not one a row
+        raises(ValueError, ["prefix_ids must hold 2"], rollout.sample, net, [problem] * 2, codec, 1, 4, 1.0,
+               None, prefixes)
+    (a,), (b,) = rollout.sample(net, [problem] * 2, codec, 1, 4, 1.0, None, [[9] * 3, []])
+    assert (a.ids[:3], a.sampled) == ([9] * 3, [0, 0, 0, 1]) and b.sampled == [1] * len(b.ids)
 
 
 def test_pad():
+    data, mask = rollout.pad([], 0)
+    assert data.shape == mask.shape == (0, 0)
     data, mask = rollout.pad([[1], [2, 3, 4], []], 0)
     assert data.tolist() == [[1, 0, 0], [2, 3, 4], [0, 0, 0]] and mask.sum(1).tolist() == [1, 3, 0]
     data, mask = rollout.pad([[1], [2, 3, 4]], 9, left=True)
@@ -1136,6 +1152,16 @@ def test_reward_match():
     swapped = [c for c in cases if c[0] and c[1] and answers_match(c[1], c[0]) is not c[2]]
     assert not swapped, swapped
     assert len(cases) > 120
+
+
+def test_small_print_of_equality():
+    """Products of up to three letters, a minus before a power, roots as powers."""
+    for a, b, same in (("2abc", "2cab", True), ("2abcd", "2dcba", False), ("2abc", "2ac", False),
+                       ("-x^2", "0-x^2", True), ("-x^2", "(-x)^2", False), ("-2x", "0-2x", True),
+                       ("4^(1/2)", "2", True), ("4^(1/2)", "1", False), ("2^64", str(2 ** 64), True),
+                       ("x-x=0", "y=2", False), ("x-x=y-y", "x-x=2", False), ("2x<4", "-2x<-4", False),
+                       ("sqrt(2)/10^13", "sqrt(3)/10^13", False), ("sin(π)", "0", True)):
+        assert equal.equal(a, b) == equal.equal(b, a) == same, (a, b)
 
 
 def test_how_far_back_an_answer_is_looked_for():
@@ -2483,6 +2509,17 @@ def test_what_is_accepted():
     assert verdict(logps=logps) == "too unlikely"                      # one part of several is enough
     lucky = replace(r.chain.problem, answer="A", choices=["unheard of", "x", "y", "z"])
     assert verdict(problem=lucky) == "a lucky guess"                   # the steps do not lead to it again
+    asked = []
+    for right, want in ((3, "repaired"), (2, "repaired"), (1, "a lucky guess"), (0, "a lucky guess")):
+
+        def votes(net, problems, codec, group_size, longest, temperature, numbers, prefixes):
+            asked.append((problems, group_size, prefixes))
+            wrong = replace(r.chain, text=r.parent.text)
+            return [[r.chain] * right + [wrong] * (3 - right)]
+
+        with swapped(rollout, "sample", votes), swapped(rereason, "guessable", lambda problem: True):
+            assert verdict() == want
+        assert asked[-1] == ([r.chain.problem], 3, [r.chain.ids[:r.chain.steps[-1].stop]] * 3)
 
 
 def test_restarts_only_and_blind_looks():
@@ -2747,6 +2784,9 @@ def test_edges_of_the_loss():
     logps, spread = grpo.token_logps(torch.zeros(0, 4), torch.zeros(3, 4), torch.zeros(0).long(),
                                      torch.zeros(3), entropy=True)
     assert logps.shape == spread.shape == (0,)
+    hidden, head = torch.randn(5, 4), torch.randn(3, 4)
+    every = grpo.token_logps(hidden, head, torch.tensor([0, 2, 1, 0, 1]), torch.zeros(3))[0]
+    close(grpo.token_logps(hidden[:1], head, torch.tensor([0]), torch.zeros(3))[0], every[:1], 1e-6)
     one = torch.ones(1, 1)
 
     def stats(ratio, advantage, **kwargs):

@@ -52,7 +52,6 @@ from runtime.files import intact, rewrite, write_checkpoint
 from runtime.flags import parse_flags
 from runtime.optimizer import Optimizer, learning_rate
 from runtime.process import Stop, device_and_dtype, start_ranks
-from runtime.sharding import ShardedOptimizer
 from tiny import shapes
 from viewer.card import card
 from viewer.explain import explain
@@ -191,8 +190,11 @@ class Trainer:
         self.model.remat, self.model.graphs = config.remat, config.graphs
         if config.freeze_vision:
             self.model.visual.requires_grad_(False)
-        self.optimizer = (ShardedOptimizer(self.model, config, self.ranks, self.device, dtype)
-                          if config.shard == "all" else Optimizer(self.model, config, self.ranks))
+        if config.shard == "all":
+            from runtime.sharding import ShardedOptimizer           # here, since it takes a second
+            self.optimizer = ShardedOptimizer(self.model, config, self.ranks, self.device, dtype)
+        else:
+            self.optimizer = Optimizer(self.model, config, self.ranks)
         self.reference = load_model(config.model, self.device, dtype).eval() if config.beta > 0 else None
         self.tokens = 0                                 # completion tokens generated so far, over all ranks
         self.ahead = {}                                 # the next step's problems and prompts, where encoded
