@@ -860,6 +860,8 @@ def test_what_sample_takes_and_gives():
                None, prefixes)
     (a,), (b,) = rollout.sample(net, [problem] * 2, codec, 1, 4, 1.0, None, [[9] * 3, []])
     assert (a.ids[:3], a.sampled) == ([9] * 3, [0, 0, 0, 1]) and b.sampled == [1] * len(b.ids)
+    (t,), = rollout.sample(net, [problem], codec, 1, 4, 1.0, torch.ones(1, 4))          # the very edge
+    assert all(codec.logit_mask[i] == 0 for i in t.ids)
 
 
 def test_pad():

@@ -137,7 +137,7 @@ def against_generate(device, dtype) -> list[dict]:
         hub = hub_of(model, raw, device, dtype)
         for side in (0, 224) if size else (0, 224, 448):
             compare(f"{name}, 64 tokens", model, hub, endless(codec), [problems_of(8, side)], 64,
-                    1 if size else 3)
+                    2 if size else 3)
     return rows
 
 
