@@ -438,9 +438,8 @@ class Trainer:
     def sft_step(self) -> dict:
         """Imitate demonstrations: cross-entropy of their tokens, the mean over the global batch."""
         c = self.config
-        problems, lr = self.draw(self.step), learning_rate(c, self.step, self.progress())
+        (problems, prompts), lr = self.encode(self.step), learning_rate(c, self.step, self.progress())
         completions = [demonstration(p, c, self.codec) for p in problems]
-        prompts = [rollout.encode_prompt(p, self.codec, c.max_prompt_tokens) for p in problems]
         total = self.ranks.sum(torch.tensor(float(sum(map(len, completions))))).item()
         self.model.train()
         loss_sum = right = 0.0

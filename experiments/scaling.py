@@ -47,8 +47,7 @@ def measure(steps: int) -> tuple[list, dict]:
         "--data", "tiny:steps=9", "--max_new_tokens", "110", "--eval_problems", "0", "--device", "cpu"]))
     groups, decode, repairs, updates = [], [], [], []
     for _ in tqdm(range(steps), desc="measuring"):
-        problems = trainer.draw(trainer.step)
-        prompts = [train.rollout.encode_prompt(p, trainer.codec) for p in problems]
+        problems, prompts = trainer.encode(trainer.step)
         for count in (1, PROBLEMS):                         # two batch sizes: two equations
             trainer.places = trainer.share[:count]
             few = lambda: trainer.roll_out(problems[:count], prompts[:count])

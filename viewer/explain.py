@@ -26,8 +26,7 @@ def cut(text: str, width: int = WIDTH) -> str:
 def explain(trainer, say):
     """Run one step on the first batch and tell of one group: one that holds a repaired rollout, if any."""
     c, codec, progress = trainer.config, trainer.codec, trainer.progress()
-    problems = trainer.draw(trainer.step)
-    prompts = [rollout.encode_prompt(p, codec, c.max_prompt_tokens) for p in problems]
+    problems, prompts = trainer.encode(trainer.step)
     groups = trainer.roll_out(problems, prompts)
     trainer.score(groups)
     before = groups
