@@ -40,6 +40,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from runtime.files import COMPANIONS, read_json, resolve
+from runtime.linear import Linear, linear
 
 # ------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -196,8 +197,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        y = x.float()
-        return self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -205,9 +205,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int, bias: bool):
         super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden, bias=bias)
-        self.up_proj = nn.Linear(dim, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, dim, bias=bias)
+        self.gate_proj = Linear(dim, hidden, bias=bias)
+        self.up_proj = Linear(dim, hidden, bias=bias)
+        self.down_proj = Linear(hidden, dim, bias=bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -257,8 +257,8 @@ class VisionAttention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x, cos, sin, groups):
         n, dim = x.shape
@@ -293,7 +293,7 @@ class PatchEmbed(nn.Module):
                               kernel_size=(c.v_temporal_patch_size, c.v_patch_size, c.v_patch_size))
 
     def forward(self, x):
-        return F.linear(x.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+        return linear(x.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
 
 
 class PatchMerger(nn.Module):
@@ -303,8 +303,8 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.ln_q = RMSNorm(c.v_hidden_size, 1e-6)
         self.width = c.v_hidden_size * c.v_merge_size ** 2
-        self.mlp = nn.Sequential(nn.Linear(self.width, self.width), nn.GELU(),
-                                 nn.Linear(self.width, c.hidden_size))
+        self.mlp = nn.Sequential(Linear(self.width, self.width), nn.GELU(),
+                                 Linear(self.width, c.hidden_size))
 
     def forward(self, x):
         return self.mlp(self.ln_q(x).view(-1, self.width))
@@ -371,6 +371,8 @@ class Rows:
     nothing is cached, and gradients flow."""
 
     def __init__(self, prefix_kv, prefix_mask, prompt, grow: bool = True):
+        if grow:                            # laid out for the products, which else copy them at each step
+            prefix_kv = {layer: (k.contiguous(), v.contiguous()) for layer, (k, v) in prefix_kv.items()}
         self.prefix_kv, self.prefix_mask, self.prompt, self.grow = prefix_kv, prefix_mask.bool(), prompt, grow
         self.kv = {layer: None for layer in prefix_kv}          # per layer: a buffer (2, R, K, capacity, d)
         self.mask = torch.zeros(len(prompt), 0, dtype=torch.bool, device=prompt.device)
@@ -453,13 +455,13 @@ class Rows:
 
     def _decode(self, layer, q, k, v):
         """One new token a row. The prompt part is one matmul a prompt over all its rows: its keys are read
-        once, not G times. Both parts share a softmax, laid out by prompt, since the prompt's is the longer."""
+        once, not G times. Both parts share a softmax, laid out by prompt, since that part is longer."""
         kp, vp = self.prefix_kv[layer]                                                  # (B, K, P, d)
         (r, h, _, d), (b, kh, p, _) = q.shape, kp.shape
         rep, g = h // kh, self.g_max
         q = (q * d ** -0.5).view(r, kh, rep, d)
 
-        def to_slots(a):                                                  # (R, K, rep, x) -> (B, K, G, rep, x)
+        def to_slots(a):                                                 # (R, K, rep, x) -> (B, K, G, rep, x)
             a = a if self.in_place else a.new_zeros(b * g, *a.shape[1:]).index_copy_(0, self.slot, a)
             return a.view(b, g, kh, rep, -1).transpose(1, 2)
 
@@ -492,10 +494,10 @@ class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.layer, self.d = layer, c.hidden_size // c.num_attention_heads
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * self.d)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.d)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.d)
-        self.o_proj = nn.Linear(c.num_attention_heads * self.d, c.hidden_size, bias=False)
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * self.d)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * self.d)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * self.d)
+        self.o_proj = Linear(c.num_attention_heads * self.d, c.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, context):
         b, t, _ = x.shape
@@ -594,7 +596,7 @@ class Qwen25VL(nn.Module):
         self.visual = VisionTower(config)
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.remat = False          # activation checkpointing: recompute each layer in the backward pass
         self.graphs = False         # sample through CUDA graphs
 

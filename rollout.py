@@ -21,13 +21,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import grpo
 from data.codec import Codec
 from data.reading import DataError, Problem, image_file, open_image
 from model import ImageConfig, Qwen25VL, Rows, preprocess_image, smart_resize
 from runtime.graphs import Graphed
+from runtime.linear import linear
 
 
 @dataclass
@@ -183,44 +183,44 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
     device = model.head_weight.device
     prompts = prompts or [encode_prompt(p, codec) for p in problems]
     rows = len(problems) * group_size
-    prefixes = prefix_ids or [[]] * rows
-    if len(prefixes) != rows or any(len(p) >= max_new_tokens for p in prefixes):
+    prefixes, limits = prefix_ids or [[]] * rows, limits or [max_new_tokens] * rows
+    if len(prefixes) != rows or any(len(p) >= min(n, max_new_tokens) for p, n in zip(prefixes, limits)):
         raise ValueError(f"prefix_ids must hold {rows} lists shorter than max_new_tokens {max_new_tokens}")
-    if temperature > 0:
-        uniforms = torch.rand(rows, max_new_tokens) if uniforms is None else uniforms
-        uniforms = uniforms.clamp(max=1 - 1e-6).to(device)
 
     prompt = torch.arange(len(problems), device=device).repeat_interleave(group_size)   # (R,)
-    last, cache, start, length = prefill(model, prompts, prompt, prefixes, codec.pad_id)
-    limit = torch.tensor(limits or [max_new_tokens] * rows, device=device)
+    last, cache, position, length = prefill(model, prompts, prompt, prefixes, codec.pad_id)
+    left = torch.tensor(limits, device=device) - length                                 # still to be sampled
+    if temperature > 0:                                                 # those of the first new token first
+        uniforms = torch.rand(rows, max_new_tokens) if uniforms is None else uniforms
+        columns = length[:, None] + torch.arange(max_new_tokens, device=device)
+        uniforms = uniforms.clamp(max=1 - 1e-6).to(device).gather(1, columns.clamp(max=max_new_tokens - 1))
     tokens = torch.full((rows, max_new_tokens), codec.pad_id, device=device)
     logps = torch.zeros(rows, max_new_tokens, device=device)
-    total = torch.full((rows,), -1, device=device)                                      # length; -1 = running
-    eos, mask = torch.tensor((*codec.eos_ids, *stop_ids), device=device), codec.logit_mask.to(device)
-    alive = torch.arange(rows, device=device)                                           # original row of each
+    ends, mask = (*codec.eos_ids, *stop_ids), codec.logit_mask.to(device)
+    eos = torch.tensor(ends, device=device)
+    alive, running = torch.arange(rows, device=device), torch.ones_like(prompt, dtype=torch.bool)
+    position = position + length                                                        # of the first new one
     decode = Graphed(model) if model.graphs else model.next_hidden
     for step in range(max_new_tokens):
-        token, logp = next_token(F.linear(last, model.head_weight), mask, temperature,
-                                 None if temperature == 0
-                                 else uniforms[alive, length.clamp(max=max_new_tokens - 1)])
-        column = length.clamp(max=max_new_tokens - 1)
-        open_rows = (total[alive] < 0) & (length < limit[alive])
-        tokens[alive, column] = torch.where(open_rows, token, tokens[alive, column])    # bool indices would
-        logps[alive, column] = torch.where(open_rows, logp, logps[alive, column])      # wait for the GPU
-        length = length + 1
-        done = open_rows & (torch.isin(token, eos) | (length >= limit[alive]))
-        total[alive] = torch.where(done, length, total[alive])
+        token, logp = next_token(linear(last, model.head_weight), mask, temperature,
+                                 None if temperature == 0 else uniforms[alive, step])
+        tokens[alive, step], logps[alive, step] = token, logp       # behind a row's end: without meaning
+        running = running & ~torch.isin(token, eos) & (left > step + 1)
         if device.type == "cpu" or step % 4 == 3 or step == max_new_tokens - 1:     # on a GPU it costs a sync
-            keep = (total[alive] < 0).nonzero()[:, 0]
+            keep = running.nonzero()[:, 0]
             if len(keep) == 0:
                 break
             if len(keep) <= 0.9 * len(alive):
                 cache.select(keep)
-                alive, length, token, start = alive[keep], length[keep], token[keep], start[keep]
-        last = decode(token[:, None], (start + length - 1)[:, None], cache)[:, 0]
+                alive, left, token, position = (a[keep] for a in (alive, left, token, position))
+                running = running[keep]
+        last = decode(token[:, None], (position + step)[:, None], cache)[:, 0]
 
-    out = [trajectory(problems[r // group_size], prefixes[r], new[:n], mu[:n], codec)
-           for r, (new, mu, n) in enumerate(zip(tokens.tolist(), logps.tolist(), total.tolist()))]
+    out = []
+    for r, (new, mu) in enumerate(zip(tokens.tolist(), logps.tolist())):
+        most = limits[r] - len(prefixes[r])
+        n = next((i + 1 for i, t in enumerate(new[:most]) if t in ends), most)
+        out.append(trajectory(problems[r // group_size], prefixes[r], new[:n], mu[:n], codec))
     return [out[i:i + group_size] for i in range(0, rows, group_size)]
 
 
@@ -240,14 +240,12 @@ def prefill(model: Qwen25VL, prompts: list[Prompt], prompt, prefixes: list, pad_
     return last, cache, start, length
 
 
-def trajectory(problem: Problem, forced: list, tokens: list, logps: list, codec: Codec) -> Trajectory:
-    """A sampled row, its forced prefix in place: tokens and logps have one entry a completion token, those of
-    the prefix without meaning."""
-    at = len(forced)
-    ids = list(forced) + tokens[at:]
+def trajectory(problem: Problem, forced: list, new: list, logps: list, codec: Codec) -> Trajectory:
+    """A row of forced tokens and the new ones, of which logps are."""
+    at, ids = len(forced), list(forced) + new
     finished = ids[-1] in codec.eos_ids
     text = codec.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
-    return Trajectory(problem, ids, [0] * at + [1] * (len(ids) - at), [0.0] * at + logps[at:], finished, text)
+    return Trajectory(problem, ids, [0] * at + [1] * len(new), [0.0] * at + logps, finished, text)
 
 
 def prompt_rows(model: Qwen25VL, prompts: list[Prompt], prompt, pad_id: int, grow: bool = True):

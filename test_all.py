@@ -4521,6 +4521,26 @@ def traced_run(folder):
     return out, hostile
 
 
+def test_large_products_are_those_of_linear():
+    """Above the size at which another library multiplies, with and without bias, whatever the strides; and
+    gradients flow."""
+    from runtime.linear import LARGE, linear
+    rng = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*size, generator=rng) for size in ((4, 16, 512), (1024, 512), (1024,)))
+    turned = torch.randn(512, 1024, generator=rng).t()
+    assert x.numel() * len(weight) >= LARGE
+    for given in (x, x.transpose(0, 1), x[0].repeat(64, 1), x[:, :1].expand(-1, 16, -1)):
+        for w, b in ((weight, bias), (weight, None), (turned, bias)):
+            want = given.double() @ w.double().t() + (0 if b is None else b.double())
+            with torch.no_grad():
+                assert linear(given, w, b).shape == want.shape
+                close(linear(given, w, b), want.float(), 2e-4)
+            w.requires_grad_().grad = None
+            linear(given, w, b).sum().backward()
+            close(w.grad, given.reshape(-1, 512).sum(0).expand(1024, -1), 1e-3)
+            w.requires_grad_(False)
+
+
 def test_static_shapes_sample_alike():
     """What a CUDA graph needs: buffers that stand still. Rows of different prefixes and ends; buffers that
     grow."""

@@ -44,10 +44,10 @@ def model_of(size: dict, device, dtype):
 
 
 def endless(codec):
-    """The codec without an end of sequence."""
+    """The codec without an end of sequence, and for images as large as real ones."""
     mask = codec.logit_mask.clone()
     mask[list(codec.eos_ids)] = -torch.inf
-    return replace(codec, logit_mask=mask)
+    return replace(codec, logit_mask=mask, image_config=replace(codec.image_config, max_pixels=1 << 20))
 
 
 def timed(functions: list, times: int = 3) -> list[float]:
@@ -72,13 +72,15 @@ def problems_of(count: int, side: int = 0) -> list:
 
 
 def ours(model, codec, problems, group: int, tokens: int):
-    """A call of our sampler, everything from the problems on; returns the number of tokens."""
-    return lambda: sum(len(t.ids) for g in rollout.sample(model, problems, codec, group, tokens) for t in g)
+    """A call of our sampler, the prompts encoded before; returns the number of tokens."""
+    prompts = [rollout.encode_prompt(p, codec) for p in problems]
+    return lambda: sum(len(t.ids) for g in rollout.sample(model, problems, codec, group, tokens,
+                                                          prompts=prompts) for t in g)
 
 
 def theirs(hub, codec, problems, group: int, tokens: int):
     """The same of transformers' `generate`: prompts of one batch, `group` returned sequences each, its own
-    cache, scaled_dot_product_attention. Encoding the prompts is left out."""
+    cache, scaled_dot_product_attention."""
     device, prompts = hub.device, [rollout.encode_prompt(p, codec) for p in problems]
     batch = {k: v for k, v in rollout.collate(prompts, codec.pad_id, device).items() if v is not None}
     ids, mask = rollout.pad([p.ids for p in prompts], codec.pad_id, left=True)
@@ -135,7 +137,7 @@ def against_generate(device, dtype) -> list[dict]:
     for name, size in SIZES.items():
         model, raw = model_of(size, device, dtype)
         hub = hub_of(model, raw, device, dtype)
-        for side in (0, 224) if size else (0, 224, 448):
+        for side in (0, 224) if size else (0, 224, 448, 672, 896):
             compare(f"{name}, 64 tokens", model, hub, endless(codec), [problems_of(8, side)], 64,
                     2 if size else 3)
     return rows
