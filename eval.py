@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import rollout
@@ -216,9 +215,7 @@ def main(argv=None):
             run(config, ranks, device, dtype)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    if ranks.world > 1:
-        dist.barrier()                      # no rank leaves while another still talks
-        dist.destroy_process_group()
+    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
 
     prompt = torch.arange(len(problems), device=device).repeat_interleave(group_size)   # (R,)
     last, cache, position, length = prefill(model, prompts, prompt, prefixes, codec.pad_id)
-    left = torch.tensor(limits, device=device) - length                                 # still to be sampled
+    left = torch.tensor(limits, device=device) - length                                 # tokens to be sampled
     if temperature > 0:                                                 # those of the first new token first
         uniforms = torch.rand(rows, max_new_tokens) if uniforms is None else uniforms
         columns = length[:, None] + torch.arange(max_new_tokens, device=device)
@@ -198,22 +198,21 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
     logps = torch.zeros(rows, max_new_tokens, device=device)
     ends, mask = (*codec.eos_ids, *stop_ids), codec.logit_mask.to(device)
     eos = torch.tensor(ends, device=device)
-    alive, running = torch.arange(rows, device=device), torch.ones_like(prompt, dtype=torch.bool)
+    alive = torch.arange(rows, device=device)                                           # original row of each
     position = position + length                                                        # of the first new one
     decode = Graphed(model) if model.graphs else model.next_hidden
     for step in range(max_new_tokens):
         token, logp = next_token(linear(last, model.head_weight), mask, temperature,
                                  None if temperature == 0 else uniforms[alive, step])
         tokens[alive, step], logps[alive, step] = token, logp       # behind a row's end: without meaning
-        running = running & ~torch.isin(token, eos) & (left > step + 1)
+        left = left.masked_fill(torch.isin(token, eos), 0)
         if device.type == "cpu" or step % 4 == 3 or step == max_new_tokens - 1:     # on a GPU it costs a sync
-            keep = running.nonzero()[:, 0]
+            keep = (left > step + 1).nonzero()[:, 0]
             if len(keep) == 0:
                 break
             if len(keep) <= 0.9 * len(alive):
                 cache.select(keep)
                 alive, left, token, position = (a[keep] for a in (alive, left, token, position))
-                running = running[keep]
         last = decode(token[:, None], (position + step)[:, None], cache)[:, 0]
 
     out = []

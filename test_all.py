@@ -3865,6 +3865,27 @@ def test_work_is_dealt_evenly():
         assert [g[0].problem for g in groups] == ["problem" if p in places else None for p in found]
 
 
+def test_queue_gives_every_group_once():
+    """Own groups first, the largest of them first; then what others have left; nothing stays in the store."""
+    store = torch.distributed.HashStore()
+    queues = [balance.Queue(SimpleNamespace(rank=rank, world=2, store=store)) for rank in (0, 1)]
+    t = rollout.Trajectory("problem", [1, 2], [1, 1], [0.5, 0.25], True, "", "rectified", advantage=2.0,
+                           weights=[1.0, 0.5], parent="parent")
+    long = replace(t, ids=[1, 2, 3])
+    for name in ("0/0", "0/1", "1/0"):
+        late = queues[1].take(name, [(1, t), (3, long), (3, t), (5, t)])
+        assert [(n, x.ids) for n, x in next(late)] == [(3, [1, 2, 3]), (3, [1, 2])]
+        early = list(queues[0].take(name, [(0, t), (2, t), (2, long)]))
+        assert [[n for n, _ in rows] for rows in early] == [[2, 2], [0], [1], [5]]
+        assert list(late) == []
+        kept = replace(t, problem=None, parent=None)
+        assert early[2] == [(1, kept)] and early[1] == [(0, kept)]
+    for rank, queue in enumerate(queues):
+        assert [n for n, _ in next(queue.take("last", [(rank, t)]))] == [rank]
+    assert not any(store.check([f"circle 0/{key}"]) for key in ("1/0 list 2", "1/0 group 3", "1/0 taken 1"))
+    assert balance.Queue(SimpleNamespace(rank=9, world=11, store=store)).ranks == 3
+
+
 def same_metrics(one, two):
     for a, b in zip(metrics(one), metrics(two), strict=True):
         for key in a:
@@ -3910,6 +3931,22 @@ def test_two_ranks_equal_one():
             assert any(a["grad_norm"] > 0 for a in metrics(folder / "one"))
             assert "stage" in kwargs or any(0 < a["repaired"] < 4 for a in metrics(folder / "one"))
             same_weights(weights_of(folder / "one"), weights_of(folder / "two"), 1e-3)
+
+
+def test_ranks_that_take_others_groups_train_alike():
+    """--balance queue with one rank late against one process: two updates a batch, prompts of others."""
+    with scratch() as folder:
+        kwargs = dict(updates_per_batch=2, micro_rows=3, beta=0.1, lr=1e-4, max_new_tokens=80,
+                      data="tiny:steps=7,kinds=tiles+bars")
+        one = small_run(folder / "one", **kwargs)
+        late = ("import time\nbackward = train.Trainer.backward\ndef late(*given):\n"
+                "    time.sleep(0.1 * rank)\n    return backward(*given)\ntrain.Trainer.backward = late")
+        done = torchrun(folder, late, *flags_of(replace(one, out=str(folder / "two"), balance="queue")))
+        assert done.returncode == 0, done.stderr[-3000:]
+        same_metrics(folder / "one", folder / "two")
+        same_weights(weights_of(folder / "one"), weights_of(folder / "two"), 1e-3)
+        raises(ValueError, ["--balance queue", "--shard all"],
+               replace(one, balance="queue", shard="all").validate, 2)
 
 
 def test_ivr_without_repairs_is_grpo():

@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import attribute
@@ -47,7 +46,7 @@ from data.checking import check_data
 from data.loading import demonstration, training_data
 from eval import evaluate
 from model import load_model, save_model
-from runtime.balance import exchange, work
+from runtime.balance import Queue, exchange, work
 from runtime.files import intact, rewrite, write_checkpoint
 from runtime.flags import parse_flags
 from runtime.optimizer import Optimizer, learning_rate
@@ -115,6 +114,7 @@ class TrainConfig:
     remat: bool = False                 # recompute activations in the backward pass: less memory, more time
     graphs: bool = False                # sample through CUDA graphs (not yet tried on a GPU)
     shard: str = "optimizer"            # spread over ranks: optimizer (its state, ZeRO-1) | all (FSDP2)
+    balance: str = "tokens"    # groups go to ranks: by tokens | queue (to who is free; not equal to the bit)
     # supervised stage on tiny
     erosion_first: float = 0.0          # chance of a planted wrong reading at step 1 of a demonstration ...
     erosion_ninth: float = 0.0          # ... and from step 9 on (linear in between)
@@ -134,24 +134,22 @@ class TrainConfig:
 
     def validate(self, ranks: int):
         """ValueError names the flag that can not be."""
-        if self.stage not in ("rl", "sft"):
-            raise ValueError(f"--stage {self.stage}: must be rl or sft")
-        for name in ("max_steps", "batch", "group_size", "max_new_tokens", "updates_per_batch", "micro_rows",
-                     "keep", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("eval_problems", "eval_samples", "eval_every", "print_every", "trace_every",
+        positive = ("max_steps", "batch", "group_size", "max_new_tokens", "updates_per_batch", "micro_rows",
+                    "keep", "max_bad_steps")
+        for name in (*positive, "eval_problems", "eval_samples", "eval_every", "print_every", "trace_every",
                      "save_every", "max_pixels"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
+            if getattr(self, name) < (name in positive):
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least {int(name in positive)}")
         if self.batch % (ranks * self.updates_per_batch):
             raise ValueError(f"--batch {self.batch}: must be a multiple of ranks x updates_per_batch = "
                              f"{ranks} x {self.updates_per_batch}")
         if self.shard == "all" and ranks == 1:
             raise ValueError("--shard all: one process has nobody to share with; start it with torchrun")
-        for name, known in (("algo", ("ivr", "grpo", "stepgrpo")), ("relook", rereason.RELOOKS),
-                            ("shard", ("optimizer", "all")),
-                            ("credit", ("token", "step", "rollout")),
+        if self.shard == "all" and self.balance == "queue":
+            raise ValueError("--balance queue: with --shard all every pass is one of all ranks")
+        for name, known in (("stage", ("rl", "sft")), ("algo", ("ivr", "grpo", "stepgrpo")),
+                            ("relook", rereason.RELOOKS), ("credit", ("token", "step", "rollout")),
+                            ("shard", ("optimizer", "all")), ("balance", ("tokens", "queue")),
                             ("localiser", attribute.LOCALISERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}")
@@ -183,6 +181,7 @@ class Trainer:
         config.validate(self.ranks.world)
         self.config, self.step, self.bad_steps = config, 0, 0
         self.share = self.places = list(range(self.ranks.rank, config.batch, self.ranks.world))
+        self.queue = Queue(self.ranks) if config.balance == "queue" and self.ranks.world > 1 else None
         self.codec = load_codec(config.model, config.max_pixels)
         self.data, self.held_out = training_data(config, self.codec)
         place = ("cpu", torch.float32) if config.shard == "all" else (self.device, dtype)
@@ -216,9 +215,9 @@ class Trainer:
             orders[epoch] = torch.randperm(len(self.data), generator=rng).tolist()
         return [self.data[orders[i // len(self.data)][i % len(self.data)]] for i in places]
 
-    def encode(self, step: int) -> tuple:
-        """A step's problems and prompts; images, for a GPU, in memory that it reads without the processor."""
-        problems = self.draw(step)
+    def encode(self, step: int, places: list | None = None) -> tuple:
+        """Problems and prompts; images, for a GPU, in memory that it reads without the processor."""
+        problems = self.draw(step, places)
         prompts = [rollout.encode_prompt(p, self.codec, self.config.max_prompt_tokens) for p in problems]
         for p in prompts if self.device.type == "cuda" else ():
             p.pixel_values = None if p.pixel_values is None else p.pixel_values.pin_memory()
@@ -232,32 +231,32 @@ class Trainer:
         self.places = self.share
         groups = self.roll_out(problems, prompts)
         self.score(groups)
-        figures = self.describe(groups)
+        rollouts = groups
         groups, prompts = self.balance(groups, prompts, progress)
         groups, repairs, locate = self.repair(groups, progress)
-        figures.update(self.describe_repairs(repairs, locate) if locate else {})
         self.assign_advantages(groups)
         self.assign_credit(groups)
         with ThreadPoolExecutor(1) as pool:                     # meanwhile the images of the next step
             ahead = pool.submit(self.encode, self.step + 1)
             stats = self.update(groups, prompts, progress)
         self.ahead = {} if ahead.exception() else {self.step + 1: ahead.result()}
+        figures = self.describe(rollouts)                       # here, since ranks wait for each other in it
+        figures.update(self.describe_repairs(repairs, locate) if locate else {})
         return {**figures, "generated_tokens": self.tokens, **stats, "groups": groups, "repairs": repairs}
 
     def balance(self, groups, prompts, progress: float):
         """Groups change hands until all ranks have about as many tokens to work on: those with a gradient or
         repairs. What becomes of a group does not depend on the rank that holds it."""
-        if self.ranks.world == 1:
+        if self.ranks.world == 1 or self.queue:
             return groups, prompts
         chosen = self.to_rectify(groups, progress) if self.config.algo == "ivr" else []
-        varied = [len({t.rewards["total"] for t in group}) > 1 for group in groups]
-        costs = [work([len(t.ids) for t in group], v, n in chosen)
-                 for n, (group, v) in enumerate(zip(groups, varied))]
+        costs = [work([len(t.ids) for t in g], len({t.rewards["total"] for t in g}) > 1, n in chosen)
+                 for n, g in enumerate(groups)]
         encoded = dict(zip(self.places, prompts))
         self.places, groups = exchange(self.ranks, self.places, groups, costs)
         new = [place for place in self.places if place not in encoded]
-        for place, problem in zip(new, self.draw(self.step, new)):
-            encoded[place] = rollout.encode_prompt(problem, self.codec, self.config.max_prompt_tokens)
+        for place, problem, prompt in zip(new, *self.encode(self.step, new)):
+            encoded[place] = prompt
             for t in groups[self.places.index(place)]:
                 t.problem = problem
         return groups, [encoded[place] for place in self.places]
@@ -373,21 +372,16 @@ class Trainer:
     def update(self, groups, prompts, progress: float) -> dict:
         """Phase 7, policy update: `updates_per_batch` optimiser steps, each over its share of the groups."""
         c, sums, norms = self.config, {}, []
-        lr = learning_rate(c, self.step, progress)
+        lr, encoded = learning_rate(c, self.step, progress), dict(zip(self.places, prompts))
         self.model.train()
         share = c.batch // c.updates_per_batch                          # problems of all ranks
         for u in range(c.updates_per_batch):
-            # rows with advantage 0 have no gradient
-            rows = [(i, t) for i, group in enumerate(groups) for t in group if self.places[i] // share == u
-                    and any(t.weights or t.sampled) and (t.advantage != 0 or c.beta > 0)]
+            rows = [(n, t) for n, group in zip(self.places, groups) for t in group if n // share == u
+                    and any(t.weights or t.sampled) and (t.advantage != 0 or c.beta > 0)]   # else no gradient
             normaliser = share * c.group_size * c.max_new_tokens
-            passes = [rows[at:at + c.micro_rows] for at in range(0, len(rows), c.micro_rows)]
-            if c.shard == "all":                        # all ranks gather a layer, or none
-                idle = rollout.Trajectory(None, [0], [0], [0.0], True, "", weights=[0.0])
-                passes += [[(0, idle)]] * (self.ranks.most(len(passes)) - len(passes))
             with self.optimizer.updating():
-                for part in passes:
-                    for name, value in self.backward(part, prompts, normaliser).items():
+                for part in self.passes(rows, encoded, f"{self.step}/{u}"):
+                    for name, value in self.backward(part, encoded, normaliser).items():
                         sums[name] = sums.get(name, 0.0) + value
                 norms.append(self.optimizer.step(lr))
         names = ("loss", "tokens", "entropy", "clip_fraction", "kl_ref", "kl_old", "ratio")
@@ -397,8 +391,21 @@ class Trainer:
         means = {n: v / tokens if tokens else None for n, v in figures.items()}     # of the policy's own
         return {"loss": loss, **means, "grad_norm": sum(norms) / len(norms), "lr": lr}
 
+    def passes(self, rows, encoded: dict, name: str):
+        """Rows (place, trajectory) of each forward and backward pass: of this rank's, or from the queue.
+        encoded: prompts by place, to which those of other ranks' groups are added."""
+        c = self.config
+        for rows in self.queue.take(name, rows) if self.queue else [rows]:
+            new = list({place for place, _ in rows} - set(encoded))
+            encoded.update(zip(new, self.encode(self.step, new)[1]))
+            parts = [rows[at:at + c.micro_rows] for at in range(0, len(rows), c.micro_rows)]
+            if c.shard == "all":                        # all ranks gather a layer, or none
+                idle = rollout.Trajectory(None, [0], [0], [0.0], True, "", weights=[0.0])
+                parts += [[(self.places[0], idle)]] * (self.ranks.most(len(parts)) - len(parts))
+            yield from parts
+
     def backward(self, rows, prompts, normaliser: float) -> dict:
-        """Loss and gradients of some rows. rows: (index of the prompt, trajectory)."""
+        """Loss and gradients of some rows (number of the prompt, trajectory)."""
         c = self.config
         used = sorted({i for i, _ in rows})
         inputs = ([prompts[i] for i in used], [used.index(i) for i, _ in rows], [t.ids for _, t in rows])
@@ -588,9 +595,7 @@ def run(trainer: Trainer) -> dict:
                 log.say(f"held-out {when + ':':7} {headline(found) if found else 'not measured'}")
     log.close()
     log.say(f"checkpoint {out / f'checkpoint-{trainer.step:06d}'}")
-    if ranks.world > 1:
-        dist.barrier()                      # no rank leaves while another still talks
-        dist.destroy_process_group()
+    ranks.leave()
     if not done:
         log.say(f"stopped after step {trainer.step}; go on with: python train.py --resume {out}")
         sys.exit(128 + (stop.asked or signal.SIGTERM))

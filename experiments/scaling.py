@@ -5,8 +5,10 @@
 Measured on tiny: the lengths and verdicts of real rollouts, and how long a decode step takes by the number of
 rows, a repair and an update by their tokens. Simulated: W ranks of 8 problems x 8 samples each draw such
 groups at random. All wait for the slowest rank after the rollouts and after the update, and then for the
-links. Efficiency is the time in which a rank works over the time of the step; "as they are" is without
-dealing groups out anew (runtime/balance.py).
+links. Efficiency is the time in which a rank works over the time of the step. "As they are": each rank keeps
+its groups; "dealt out": --balance tokens, groups change hands after the rollouts; "queue": --balance queue,
+nobody waits after the rollouts, and who is through with its own groups takes those of others
+(runtime/balance.py).
 
 The second table is on paper: a 3B model on H200 GPUs. Reckoned there, not measured: a decode step reads all
 weights at 60 % of 4.8 TB/s, an update makes 8 operations a parameter and token (with --remat) at 40 % of 990
@@ -15,6 +17,7 @@ and end at 2,048. Links: 400 GB/s a GPU within a node of 8, 50 GB/s across nodes
 owners, bf16 weights come back, and no transfer hides behind work.
 """
 import argparse
+import heapq
 import json
 import sys
 import time
@@ -26,7 +29,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-from runtime.balance import deal, work  # noqa: E402
+from runtime.balance import CIRCLE, deal, work  # noqa: E402
 from runtime.flags import parse_flags  # noqa: E402
 
 PROBLEMS, GROUP = 8, 8                                      # a rank
@@ -86,9 +89,29 @@ def on_paper(rng) -> tuple[list, dict]:
                     "links": link}
 
 
+def queue(rolled, repairs, updates) -> float:
+    """When the last of a circle of ranks is through, each of which repairs its own groups once its rollouts
+    are done, then updates on them, the largest first, then on those that others have left. rolled (ranks,);
+    repairs, updates (ranks, groups): seconds."""
+    ready = rolled + repairs.sum(1)
+    left = {r: sorted(own) for r, own in enumerate(updates)}
+    ranks, last = [(t, r) for r, t in enumerate(ready)], 0.0
+    heapq.heapify(ranks)
+    while any(left.values()):
+        now, r = heapq.heappop(ranks)
+        there = [o for o in sorted(left, key=lambda o: (o != r, ready[o])) if left[o] and ready[o] <= now]
+        if there:
+            now += left[there[0]].pop()
+        else:
+            now = min(ready[o] for o in left if left[o])
+        last = max(last, now)
+        heapq.heappush(ranks, (now, r))
+    return last
+
+
 def simulate(groups: list, cost: dict, world: int, rng, steps: int = 40) -> dict:
     """Shares of a step: work, and what is waited for. Groups are dealt out by tokens, as in training."""
-    spent = {"rollouts": 0.0, "update, as they are": 0.0, "update, dealt": 0.0}
+    spent = {"rollouts": 0.0, "update, as they are": 0.0, "update, dealt": 0.0, "queue": 0.0}
     useful = {"rollouts": 0.0, "update": 0.0}
     for _ in range(steps):
         drawn = [groups[i] for i in rng.integers(len(groups), size=world * PROBLEMS)]
@@ -96,17 +119,23 @@ def simulate(groups: list, cost: dict, world: int, rng, steps: int = 40) -> dict
         rollouts = cost["step"] * lengths.max(1) + cost["row"] * lengths.sum(1)
         holders = [n // PROBLEMS for n in range(len(drawn))]
         tokens = [work(*g) for g in drawn]
-        took = [cost["token"] * sum(g[0]) * g[1] + cost["repair"] * g[2] for g in drawn]
+        repairs = np.array([cost["repair"] * chosen for _, _, chosen in drawn])
+        updates = np.array([cost["token"] * sum(own) * varied for own, varied, _ in drawn])
+        took = repairs + updates
         load = lambda owners: np.bincount(owners, took, world)
         spent["rollouts"] += rollouts.max()
         spent["update, as they are"] += load(holders).max()
         spent["update, dealt"] += load(deal(tokens, holders, world)).max()
+        circles = zip(*(np.split(a.reshape(world, -1), range(CIRCLE, world, CIRCLE))
+                        for a in (rollouts, repairs, updates)))
+        spent["queue"] += max(queue(a[:, 0], b, c) for a, b, c in circles)
         useful["rollouts"] += rollouts.mean()
         useful["update"] += sum(took) / world
     links = cost["links"](world) * steps
     whole = sum(useful.values())
     return {"GPUs": world, "as they are": whole / (spent["rollouts"] + spent["update, as they are"] + links),
             "dealt out": whole / (spent["rollouts"] + spent["update, dealt"] + links),
+            "queue": whole / (spent["queue"] + links),
             "waits for rollouts": (spent["rollouts"] - useful["rollouts"]) / whole,
             "waits for repairs and update": (spent["update, dealt"] - useful["update"]) / whole,
             "waits for links": links / whole}

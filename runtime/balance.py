@@ -1,8 +1,17 @@
-"""Work dealt out to ranks by its size.
+"""Work spread over ranks: dealt out by its size, or taken by those that are free.
 
-Place in the pipeline: between rewards and repairs; train.py moves whole groups with it. Ours.
+Place in the pipeline: `exchange` between rewards and repairs, `Queue` in the update. Both move whole groups.
+What they bring on many GPUs: experiments/scaling.py. Ours.
 """
+import json
+import pickle
 from dataclasses import replace
+from datetime import timedelta
+
+import torch.distributed as dist
+
+CIRCLE = 8                              # ranks that have a queue in common: a node's
+PATIENCE = timedelta(minutes=30)        # how long a rank waits for another's rollouts
 
 
 def work(lengths: list[int], varied: bool, chosen: bool) -> float:
@@ -34,3 +43,41 @@ def exchange(ranks, places: list[int], groups: list, costs: list) -> tuple[list,
     here.update(dict(ranks.gather(list(sent.items()))))
     mine = sorted(place for place, owner in owners.items() if owner == ranks.rank)
     return mine, [here[place] for place in mine]
+
+
+class Queue:
+    """Groups that any rank of a circle may update on, so that none waits for the rollouts of another. Each
+    puts in its own as soon as it has them and takes these first, then what others have put in and not yet
+    taken. Who comes first decides who adds a gradient to which sum: runs are equal up to rounding only."""
+
+    def __init__(self, ranks):
+        start = ranks.rank // CIRCLE * CIRCLE
+        self.ranks = min(CIRCLE, ranks.world - start)
+        self.store, self.keys = dist.PrefixStore(f"circle {start}", ranks.store), []
+
+    def put(self, key: str, value: bytes):
+        self.store.set(key, value)
+        self.keys.append(key)
+
+    def take(self, name: str, own: list):
+        """own: this rank's rows (place, trajectory) for the update `name`. Yields lists of such rows, of one
+        place each; those of all ranks hold each row once. All must be through with the update before."""
+        for key in self.keys:
+            self.store.delete_key(key)
+        self.keys, groups = [f"{name} lists"], {}
+        for place, t in own:
+            bare = replace(t, problem=None, parent=None, steps=None, checks=None)       # images are not sent
+            groups.setdefault(place, []).append((place, bare))
+        order = sorted(groups, key=lambda place: -sum(len(t.ids) for _, t in groups[place]))
+        for place in order:
+            self.put(f"{name} group {place}", pickle.dumps(groups[place]))
+            self.keys.append(f"{name} taken {place}")
+        n = self.store.add(f"{name} lists", 1)
+        self.put(f"{name} list {n}", json.dumps(order).encode())
+        first = lambda place: self.store.add(f"{name} taken {place}", 1) == 1
+        yield from (groups[place] for place in order if first(place))
+        for n in range(1, self.ranks + 1):                              # in the order in which they came
+            self.store.wait([f"{name} list {n}"], PATIENCE)
+            for place in json.loads(self.store.get(f"{name} list {n}")):
+                if place not in groups and first(place):
+                    yield pickle.loads(self.store.get(f"{name} group {place}"))

@@ -29,6 +29,7 @@ class Ranks:
     """This process among the others. With one process every method is the identity."""
     rank: int = 0
     world: int = 1
+    store: object = None                                # torch.distributed's table of keys that all see
 
     def sum(self, tensor):
         """Sum over ranks, in place."""
@@ -63,6 +64,12 @@ class Ranks:
         """Rank 0's value, on every rank."""
         return self.gather([value])[0]
 
+    def leave(self):
+        """The end: no rank leaves while another still talks."""
+        if self.world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
 
 def start_ranks(device: torch.device) -> tuple[Ranks, torch.device]:
     """Join torchrun's process group, if there is one (gloo on CPU, nccl on CUDA, one GPU a local rank)."""
@@ -73,9 +80,10 @@ def start_ranks(device: torch.device) -> tuple[Ranks, torch.device]:
         torch.cuda.set_device(device)
     store, rank, world = next(dist.rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")     # addresses of an earlier one are dead
+    store = dist.PrefixStore(f"attempt {attempt}", store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank,
-                            world_size=world, store=dist.PrefixStore(f"attempt {attempt}", store))
-    return Ranks(dist.get_rank(), dist.get_world_size()), device
+                            world_size=world, store=store)
+    return Ranks(rank, world, store), device
 
 
 class Stop:
