@@ -371,7 +371,7 @@ class Rows:
     nothing is cached, and gradients flow."""
 
     def __init__(self, prefix_kv, prefix_mask, prompt, grow: bool = True):
-        if grow:                            # laid out for the products, which else copy them at each step
+        if grow:                            # laid out for the products, which else copy them at every step
             prefix_kv = {layer: (k.contiguous(), v.contiguous()) for layer, (k, v) in prefix_kv.items()}
         self.prefix_kv, self.prefix_mask, self.prompt, self.grow = prefix_kv, prefix_mask.bool(), prompt, grow
         self.kv = {layer: None for layer in prefix_kv}          # per layer: a buffer (2, R, K, capacity, d)

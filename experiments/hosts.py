@@ -50,15 +50,15 @@ def run(commands: list, names: list):
         sys.exit("\n".join(text[-3000:] for text in said))
 
 
-def two_hosts(out: str):
+def two_hosts(out: str, *flags):
     """The job with one process in each namespace."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
                 "--rdzv_backend", "c10d", "--rdzv_id", "ivr", "--rdzv_endpoint", f"{HOSTS['ivr-a']}:29500"]
     try:
         cable()
         run([["ip", "netns", "exec", name, *torchrun, "--rdzv_conf", f"is_host={int(name == 'ivr-a')}",
-              "--local_addr", address, "train.py", *JOB, "--out", out] for name, address in HOSTS.items()],
-            ["cable-a", "cable-b"])
+              "--local_addr", address, "train.py", *JOB, "--out", out, *flags]
+             for name, address in HOSTS.items()], ["cable-a", "cable-b"])
     finally:
         for name in HOSTS:
             ip(f"netns del {name}", must=False)
@@ -67,15 +67,16 @@ def two_hosts(out: str):
 def main():
     with tempfile.TemporaryDirectory() as folder:
         run([[sys.executable, "train.py", *JOB, "--out", f"{folder}/1 process"]], [""])
-        for n in (2, 4):
-            run([[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n),
-                  "train.py", *JOB, "--out", f"{folder}/{n} processes"]], [""])
-        two_hosts(f"{folder}/2 hosts")
+        for flags, name in (((), ""), (("--balance", "queue"), ", queue")):
+            for n in (2, 4):
+                run([[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                      str(n), "train.py", *JOB, "--out", f"{folder}/{n} processes{name}", *flags]], [""])
+            two_hosts(f"{folder}/2 hosts{name}", *flags)
         first, worst = losses(Path(folder) / "1 process"), 0.0
         for out in sorted(Path(folder).iterdir()):
             gap = max(abs(a - b) for a, b in zip(first, losses(out), strict=True))
             worst = max(worst, gap)
-            print(f"{out.name:12} losses {', '.join(f'{x:.6f}' for x in losses(out))}  off by {gap:.1e}")
+            print(f"{out.name:18} losses {', '.join(f'{x:.6f}' for x in losses(out))}  off by {gap:.1e}")
         sys.exit(0 if worst < 1e-4 else 1)
 
 
