@@ -3869,20 +3869,20 @@ def test_queue_gives_every_group_once():
     """Own groups first, the largest of them first; then what others have left; nothing stays in the store."""
     store = torch.distributed.HashStore()
     queues = [balance.Queue(SimpleNamespace(rank=rank, world=2, store=store)) for rank in (0, 1)]
-    t = rollout.Trajectory("problem", [1, 2], [1, 1], [0.5, 0.25], True, "", "rectified", advantage=2.0,
+    t = rollout.Trajectory("problem", [1, 2], [1, 1], [0.5, 0.25], True, "text", "rectified", advantage=2.0,
                            weights=[1.0, 0.5], parent="parent")
-    long = replace(t, ids=[1, 2, 3])
+    long = replace(t, ids=list(range(10 ** 6)))                 # more than the store takes at once
     for name in ("0/0", "0/1", "1/0"):
-        late = queues[1].take(name, [(1, t), (3, long), (3, t), (5, t)])
-        assert [(n, x.ids) for n, x in next(late)] == [(3, [1, 2, 3]), (3, [1, 2])]
-        early = list(queues[0].take(name, [(0, t), (2, t), (2, long)]))
-        assert [[n for n, _ in rows] for rows in early] == [[2, 2], [0], [1], [5]]
+        late = queues[1].take(name, [(1, t), (3, long), (3, long), (5, long)])
+        assert [n for n, _ in next(late)] == [3, 3]
+        early = list(queues[0].take(name, [(0, t), (2, t), (2, t)]))
+        assert [[n for n, _ in rows] for rows in early] == [[2, 2], [0], [5], [1]]
         assert list(late) == []
-        kept = replace(t, problem=None, parent=None)
-        assert early[2] == [(1, kept)] and early[1] == [(0, kept)]
+        kept = replace(t, problem=None, parent=None, text="")
+        assert early[1:] == [[(0, kept)], [(5, replace(kept, ids=long.ids))], [(1, kept)]]
     for rank, queue in enumerate(queues):
         assert [n for n, _ in next(queue.take("last", [(rank, t)]))] == [rank]
-    assert not any(store.check([f"circle 0/{key}"]) for key in ("1/0 list 2", "1/0 group 3", "1/0 taken 1"))
+    assert not any(store.check([f"circle 0/{key}"]) for key in ("1/0 list 2", "1/0 group 3 0", "1/0 taken 1"))
     assert balance.Queue(SimpleNamespace(rank=9, world=11, store=store)).ranks == 3
 
 

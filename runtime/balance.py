@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 CIRCLE = 8                              # ranks that have a queue in common: a node's
 PATIENCE = timedelta(minutes=30)        # how long a rank waits for another's rollouts
+PIECE = 1 << 22                         # bytes; torch's store takes no more than 8 MiB at once
 
 
 def work(lengths: list[int], varied: bool, chosen: bool) -> float:
@@ -66,18 +67,22 @@ class Queue:
             self.store.delete_key(key)
         self.keys, groups = [f"{name} lists"], {}
         for place, t in own:
-            bare = replace(t, problem=None, parent=None, steps=None, checks=None)       # images are not sent
+            bare = replace(t, text="", problem=None, parent=None, steps=None, checks=None)  # no image is sent
             groups.setdefault(place, []).append((place, bare))
-        order = sorted(groups, key=lambda place: -sum(len(t.ids) for _, t in groups[place]))
+        order, pieces = sorted(groups, key=lambda place: -sum(len(t.ids) for _, t in groups[place])), []
         for place in order:
-            self.put(f"{name} group {place}", pickle.dumps(groups[place]))
+            data = pickle.dumps(groups[place])
+            pieces.append(range(0, len(data), PIECE))
+            for at in pieces[-1]:
+                self.put(f"{name} group {place} {at}", data[at:at + PIECE])
             self.keys.append(f"{name} taken {place}")
         n = self.store.add(f"{name} lists", 1)
-        self.put(f"{name} list {n}", json.dumps(order).encode())
+        self.put(f"{name} list {n}", json.dumps([*zip(order, map(list, pieces))]).encode())
         first = lambda place: self.store.add(f"{name} taken {place}", 1) == 1
         yield from (groups[place] for place in order if first(place))
         for n in range(1, self.ranks + 1):                              # in the order in which they came
             self.store.wait([f"{name} list {n}"], PATIENCE)
-            for place in json.loads(self.store.get(f"{name} list {n}")):
+            for place, pieces in json.loads(self.store.get(f"{name} list {n}")):
                 if place not in groups and first(place):
-                    yield pickle.loads(self.store.get(f"{name} group {place}"))
+                    data = b"".join(self.store.get(f"{name} group {place} {at}") for at in pieces)
+                    yield pickle.loads(data)                            # of this job's own processes
