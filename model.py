@@ -596,7 +596,7 @@ class Qwen25VL(nn.Module):
         self.visual = VisionTower(config)
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.remat = False          # activation checkpointing: recompute each layer in the backward pass
         self.graphs = False         # sample through CUDA graphs
 

@@ -185,7 +185,8 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
     rows = len(problems) * group_size
     prefixes, limits = prefix_ids or [[]] * rows, limits or [max_new_tokens] * rows
     if len(prefixes) != rows or any(len(p) >= min(n, max_new_tokens) for p, n in zip(prefixes, limits)):
-        raise ValueError(f"prefix_ids must hold {rows} lists shorter than max_new_tokens {max_new_tokens}")
+        raise ValueError(f"prefix_ids must hold {rows} lists shorter than max_new_tokens {max_new_tokens} "
+                         "and than their limits")
 
     prompt = torch.arange(len(problems), device=device).repeat_interleave(group_size)   # (R,)
     last, cache, position, length = prefill(model, prompts, prompt, prefixes, codec.pad_id)

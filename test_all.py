@@ -468,6 +468,8 @@ def test_next_token_follows_the_distribution():
     banned = torch.zeros(4)
     token, logp = rollout.next_token(logits, banned, 1.0, torch.tensor([0.65]))
     assert token.item() == 1 and abs(logp.item() - math.log(0.5)) < 1e-6         # the header's worked example
+    first_banned = torch.tensor([-torch.inf, 0.0, 0.0, 0.0])        # its probability 0 is not above 0
+    assert rollout.next_token(logits, first_banned, 1.0, torch.tensor([0.0]))[0].item() == 1
     grid = (torch.arange(10_000) + 0.5) / 10_000
     for temperature in (1.0, 0.5):
         token, logp = rollout.next_token(logits.expand(10_000, -1),
@@ -3866,7 +3868,8 @@ def test_work_is_dealt_evenly():
 
 
 def test_queue_gives_every_group_once():
-    """Own groups first, the largest of them first; then what others have left; nothing stays in the store."""
+    """Own groups first, the largest of them first; then what others have left. Nothing of an earlier update
+    stays in the store."""
     store = torch.distributed.HashStore()
     queues = [balance.Queue(SimpleNamespace(rank=rank, world=2, store=store)) for rank in (0, 1)]
     t = rollout.Trajectory("problem", [1, 2], [1, 1], [0.5, 0.25], True, "text", "rectified", advantage=2.0,

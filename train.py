@@ -13,7 +13,7 @@ Data parallelism is one line of arithmetic: each rank takes every W-th problem o
 its loss by the *global* normaliser, and gradients are summed over ranks, in fp32, once an optimiser step, to
 the rank that keeps the optimiser state of a parameter (ZeRO-1).
 Random numbers belong to problems (`rollout.uniforms`), not to processes. So W ranks and one process do the
-same, and a resumed run does the same as an uninterrupted one.
+same, and a resumed run does the same as an uninterrupted one (with --balance queue up to rounding).
 
 Worked example: of a global batch of 4, rank 1 of 2 draws problems 1 and 3 in the first step, 5 and 7 in the
 second. With G = 8 and L_max = 64 both ranks divide by 4 x 8 x 64 = 2048. At lr 3e-5 with 5 warm-up steps the
@@ -392,8 +392,8 @@ class Trainer:
         return {"loss": loss, **means, "grad_norm": sum(norms) / len(norms), "lr": lr}
 
     def passes(self, rows, encoded: dict, name: str):
-        """Rows (place, trajectory) of each forward and backward pass: of this rank's, or from the queue.
-        encoded: prompts by place, to which those of other ranks' groups are added."""
+        """Rows (place, trajectory) of each forward and backward pass: of all groups of this rank, or of one
+        from the queue. encoded: prompts by place, to which those of other ranks' groups are added."""
         c = self.config
         for rows in self.queue.take(name, rows) if self.queue else [rows]:
             new = list({place for place, _ in rows} - set(encoded))

@@ -7,8 +7,8 @@ rows, a repair and an update by their tokens. Simulated: W ranks of 8 problems x
 groups at random. All wait for the slowest rank after the rollouts and after the update, and then for the
 links. Efficiency is the time in which a rank works over the time of the step. "As they are": each rank keeps
 its groups; "dealt out": --balance tokens, groups change hands after the rollouts; "queue": --balance queue,
-nobody waits after the rollouts, and who is through with its own groups takes those of others
-(runtime/balance.py).
+each goes on with its own groups at once and then takes what others have ready (runtime/balance.py). What it
+costs to hand a group over is left out.
 
 The second table is on paper: a 3B model on H200 GPUs. Reckoned there, not measured: a decode step reads all
 weights at 60 % of 4.8 TB/s, an update makes 8 operations a parameter and token (with --remat) at 40 % of 990

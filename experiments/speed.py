@@ -103,6 +103,15 @@ def theirs(hub, codec, problems, group: int, tokens: int):
     return call
 
 
+def by_mkl(call):
+    """The same call without oneDNN (runtime/linear.py)."""
+    def without():
+        with torch.backends.mkldnn.flags(enabled=False):
+            return call()
+
+    return without
+
+
 def hub_of(model, raw: dict, device, dtype):
     """The same weights in transformers."""
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -118,17 +127,18 @@ def against_generate(device, dtype) -> list[dict]:
     rows, codec = [], load_codec(str(ROOT / "tiny"))
 
     def compare(name, model, hub, codec, batches, tokens, times):
-        spent, count = [0.0, 0.0], [0, 0]
+        spent, count = [0.0] * 3, [0] * 3
         for problems in batches:
             calls = [ours(model, codec, problems, 8, tokens), theirs(hub, codec, problems, 8, tokens)]
+            calls.append(by_mkl(calls[0]))
             count = [a + call() for a, call in zip(count, calls)]                    # and warm up
             spent = [a + b for a, b in zip(spent, timed(calls, times))]
         speeds = [n / s for n, s in zip(count, spent)]
         prompt = max(len(rollout.encode_prompt(p, codec).ids) for problems in batches for p in problems)
         rows.append({"model": name, "prompt": prompt, "ours": speeds[0], "generate": speeds[1],
-                     "ratio": speeds[0] / speeds[1]})
+                     "ratio": speeds[0] / speeds[1], "ours without oneDNN": speeds[2]})
         print(f"{name}, prompts to {prompt} tokens: {speeds[0]:.0f} tokens/s, generate {speeds[1]:.0f}, "
-              f"{speeds[0] / speeds[1]:.1f} x", flush=True)
+              f"{speeds[0] / speeds[1]:.1f} x; without oneDNN {speeds[2] / speeds[1]:.1f} x", flush=True)
 
     stream = shapes.Stream("tiny", "train", 0)
     trained, raw = load_model(ROOT / "tiny", device, dtype).eval(), read_json(ROOT / "tiny" / "config.json")

@@ -47,8 +47,8 @@ def exchange(ranks, places: list[int], groups: list, costs: list) -> tuple[list,
 
 
 class Queue:
-    """Groups that any rank of a circle may update on, so that none waits for the rollouts of another. Each
-    puts in its own as soon as it has them and takes these first, then what others have put in and not yet
+    """Groups that any rank of a circle may update on. Each puts in its own when they are rolled out and
+    repaired, and takes these first, whatever the others are at; then what others have put in and not yet
     taken. Who comes first decides who adds a gradient to which sum: runs are equal up to rounding only."""
 
     def __init__(self, ranks):
@@ -69,20 +69,20 @@ class Queue:
         for place, t in own:
             bare = replace(t, text="", problem=None, parent=None, steps=None, checks=None)  # no image is sent
             groups.setdefault(place, []).append((place, bare))
-        order, pieces = sorted(groups, key=lambda place: -sum(len(t.ids) for _, t in groups[place])), []
+        order, sizes = sorted(groups, key=lambda place: -sum(len(t.ids) for _, t in groups[place])), []
         for place in order:
             data = pickle.dumps(groups[place])
-            pieces.append(range(0, len(data), PIECE))
-            for at in pieces[-1]:
+            sizes.append(len(data))
+            for at in range(0, len(data), PIECE):
                 self.put(f"{name} group {place} {at}", data[at:at + PIECE])
             self.keys.append(f"{name} taken {place}")
         n = self.store.add(f"{name} lists", 1)
-        self.put(f"{name} list {n}", json.dumps([*zip(order, map(list, pieces))]).encode())
+        self.put(f"{name} list {n}", json.dumps([*zip(order, sizes)]).encode())
         first = lambda place: self.store.add(f"{name} taken {place}", 1) == 1
         yield from (groups[place] for place in order if first(place))
         for n in range(1, self.ranks + 1):                              # in the order in which they came
             self.store.wait([f"{name} list {n}"], PATIENCE)
-            for place, pieces in json.loads(self.store.get(f"{name} list {n}")):
+            for place, size in json.loads(self.store.get(f"{name} list {n}")):
                 if place not in groups and first(place):
-                    data = b"".join(self.store.get(f"{name} group {place} {at}") for at in pieces)
-                    yield pickle.loads(data)                            # of this job's own processes
+                    pieces = [self.store.get(f"{name} group {place} {at}") for at in range(0, size, PIECE)]
+                    yield pickle.loads(b"".join(pieces))                # of this job's own processes
