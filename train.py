@@ -134,12 +134,13 @@ class TrainConfig:
 
     def validate(self, ranks: int):
         """ValueError names the flag that can not be."""
-        positive = ("max_steps", "batch", "group_size", "max_new_tokens", "updates_per_batch", "micro_rows",
-                    "keep", "max_bad_steps")
-        for name in (*positive, "eval_problems", "eval_samples", "eval_every", "print_every", "trace_every",
-                     "save_every", "max_pixels"):
-            if getattr(self, name) < (name in positive):
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least {int(name in positive)}")
+        for least, names in ((1, ("max_steps", "batch", "group_size", "max_new_tokens", "updates_per_batch",
+                                  "micro_rows", "keep", "max_bad_steps")),
+                             (0, ("eval_problems", "eval_samples", "eval_every", "print_every", "trace_every",
+                                  "save_every", "max_pixels"))):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise ValueError(f"--{name} {getattr(self, name)}: must be at least {least}")
         if self.batch % (ranks * self.updates_per_batch):
             raise ValueError(f"--batch {self.batch}: must be a multiple of ranks x updates_per_batch = "
                              f"{ranks} x {self.updates_per_batch}")
@@ -391,11 +392,11 @@ class Trainer:
         means = {n: v / tokens if tokens else None for n, v in figures.items()}     # of the policy's own
         return {"loss": loss, **means, "grad_norm": sum(norms) / len(norms), "lr": lr}
 
-    def passes(self, rows, encoded: dict, name: str):
-        """Rows (place, trajectory) of each forward and backward pass: of all groups of this rank, or of one
-        from the queue. encoded: prompts by place, to which those of other ranks' groups are added."""
+    def passes(self, own, encoded: dict, name: str):
+        """Rows (place, trajectory) of each forward and backward pass: this rank's `own`, all groups together, or
+        of one group from the queue. encoded: prompts by place; those of other ranks' groups are added."""
         c = self.config
-        for rows in self.queue.take(name, rows) if self.queue else [rows]:
+        for rows in self.queue.take(name, own) if self.queue else [own]:
             new = list({place for place, _ in rows} - set(encoded))
             encoded.update(zip(new, self.encode(self.step, new)[1]))
             parts = [rows[at:at + c.micro_rows] for at in range(0, len(rows), c.micro_rows)]

@@ -4,9 +4,9 @@
 
 Measured on tiny: the lengths and verdicts of real rollouts, and how long a decode step takes by the number of
 rows, a repair and an update by their tokens. Simulated: W ranks of 8 problems x 8 samples each draw such
-groups at random. All wait for the slowest rank after the rollouts and after the update, and then for the
-links. Efficiency is the time in which a rank works over the time of the step. "As they are": each rank keeps
-its groups; "dealt out": --balance tokens, groups change hands after the rollouts; "queue": --balance queue,
+groups at random. All wait for the slowest rank after the update, and then for the links. Efficiency is the
+time in which a rank works over the time of the step. "As they are": all wait after the rollouts too, and each
+rank keeps its groups; "dealt out": --balance tokens, groups change hands there; "queue": --balance queue,
 each goes on with its own groups at once and then takes what others have ready (runtime/balance.py). What it
 costs to hand a group over is left out.
 
@@ -110,7 +110,8 @@ def queue(rolled, repairs, updates) -> float:
 
 
 def simulate(groups: list, cost: dict, world: int, rng, steps: int = 40) -> dict:
-    """Shares of a step: work, and what is waited for. Groups are dealt out by tokens, as in training."""
+    """Shares of a step in which a rank works, for each way to spread groups; and what is waited for where
+    they are dealt out by tokens."""
     spent = {"rollouts": 0.0, "update, as they are": 0.0, "update, dealt": 0.0, "queue": 0.0}
     useful = {"rollouts": 0.0, "update": 0.0}
     for _ in range(steps):
