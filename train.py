@@ -393,8 +393,8 @@ class Trainer:
         return {"loss": loss, **means, "grad_norm": sum(norms) / len(norms), "lr": lr}
 
     def passes(self, own, encoded: dict, name: str):
-        """Rows (place, trajectory) of each forward and backward pass: this rank's `own`, all groups together, or
-        of one group from the queue. encoded: prompts by place; those of other ranks' groups are added."""
+        """Rows (place, trajectory) of each forward and backward pass: this rank's `own`, groups together, or
+        those of one group from the queue. encoded: prompts by place; those of others' groups are added."""
         c = self.config
         for rows in self.queue.take(name, own) if self.queue else [own]:
             new = list({place for place, _ in rows} - set(encoded))
