@@ -1,13 +1,16 @@
-"""GRPO and IVR-R1's objective: advantages, step-level credit, the clipped and the shaped loss, token
-log-probs.
+"""GRPO and IVR-R1's objective: advantages, step-level credit, the clipped and the shaped loss.
 
-Place in the pipeline: last before the update. Pure functions of tensors; imports no other file of ours.
+Takes: groups of trajectories with rewards, and in IVR-R1 with checks and rectified members; log-probs of
+their tokens. Gives: advantages, token weights, the loss. train.py calls these in the order in which they
+stand.
+
 Sources: group advantages and k3 KL - DeepSeekMath (arXiv 2402.03300); no standard deviation and a constant
 normaliser - Dr. GRPO (2503.20783); clip-higher - DAPO (2503.14476); dual clip - Ye et al. (1912.09729).
-IVR-R1 says it optimises with GRPO and takes rectified trajectories as templates, and no more; which variant
-and how is our choice: no std, constant normaliser, clip 0.2 / 0.28, dual clip 3, no KL; rectified
+The paper says that it optimises with GRPO and takes rectified trajectories as templates, and no more; which
+variant and how is our choice: no std, constant normaliser, clip 0.2 / 0.28, dual clip 3, no KL; rectified
 trajectories weighted by the probability mu they were really sampled with, shaped as in LUFFY
 (arXiv 2504.14945) but of slope 1 where policy and mu agree; in wrong rollouts only the tokens at fault pay.
+Left out: a critic, entropy bonuses, length penalties.
 
 Shapes: R rows (B prompts x G samples), T completion tokens, D width, V vocabulary.
 
@@ -19,8 +22,13 @@ w = 1/3 and, with gamma 0.1, gradient weight g = 1.21 w / (w + 0.1)^2 = 2.15.
 import math
 
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+
+import attribute
+import rollout
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Advantages and credit
 
 
 def group_advantages(rewards, use_std: bool = False, eps: float = 1e-4):
@@ -32,44 +40,73 @@ def group_advantages(rewards, use_std: bool = False, eps: float = 1e-4):
     return advantages
 
 
-def token_logps(hidden, head_weight, targets, logit_mask, temperature: float = 1.0, chunk: int = 1024,
-                entropy: bool = False):
-    """Log-probs of the targets under softmax(logits / temperature) without banned tokens, `chunk` tokens at a
-    time.
-
-    hidden (N, D), head_weight (V, D), targets (N,), logit_mask (V,) of 0 and -inf -> logps (N,),
-    entropies (N,) (zeros unless asked for; no gradient). The logits of a chunk are made again in the backward
-    pass, so no more than (chunk, V) of them ever exists. The softmax is in fp32."""
-    def part(h, y):
-        logits = (F.linear(h, head_weight).float() + logit_mask) / temperature          # (chunk, V)
-        logp = logits.log_softmax(-1)
-        spread = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1).detach() if entropy else logp.new_zeros(len(y))
-        return logp.gather(1, y[:, None])[:, 0], spread
-
-    if len(targets) == 0:
-        return hidden.sum(-1).float(), hidden.new_zeros(0).float()
-    parts = [checkpoint(part, h, y, use_reentrant=False) if torch.is_grad_enabled() else part(h, y)
-             for h, y in zip(hidden.split(chunk), targets.split(chunk))]
-    logps, entropies = zip(*parts)
-    return torch.cat(logps), torch.cat(entropies)
-
-
-def step_credit(length: int, at_fault: list) -> list[float]:
-    """Eq. (6): omega of a wrong rollout's tokens: 1 where they are at fault, 0 elsewhere. at_fault: ranges
+def step_credit(length: int, faulty: list) -> list[float]:
+    """Eq. (6): omega of a wrong rollout's tokens: 1 where they are at fault, 0 elsewhere. faulty: ranges
     (start, stop) of tokens. What agrees with the image is not to blame for a wrong answer, and neither is
     what follows from a wrong reading, be it the rest of the step or the answer."""
     weights = [0.0] * length
-    for start, stop in at_fault:
+    for start, stop in faulty:
         weights[start:stop] = [1.0] * (stop - start)                                    # Eq. (6)
     return weights
 
 
-def shape(w, gamma: float = 0.1):
+def shaped_ratio(w, gamma: float = 0.1):
     """Eq. (7): f(w) = ((1 + gamma)^2 / gamma) w / (w + gamma), less a constant so that f(1) = 1. Its gradient
     weight g(w) = w f'(w) = (1 + gamma)^2 w / (w + gamma)^2 is 1 at w = 1, at most (1 + gamma)^2 / (4 gamma),
     and falls to 0 for tokens the clean context makes impossible and for those already learned."""
     scale = (1 + gamma) ** 2 / gamma
     return scale * w / (w + gamma) - scale / (1 + gamma) + 1                            # Eq. (7)
+
+
+def assign_advantages(groups, use_std: bool = False):
+    """Eq. (1) for B groups of G trajectories."""
+    for group in groups:
+        rewards = torch.tensor([[t.rewards["total"] for t in group]])                   # (1, G)
+        for t, advantage in zip(group, group_advantages(rewards, use_std)[0].tolist()):
+            t.advantage = advantage
+
+
+def has_suspect(t) -> bool:
+    return bool(t.checks) and attribute.first_suspect(t.checks) is not None
+
+
+def assign_credit(groups, credit: str):
+    """Eq. (6) for each failed rollout of the policy; all other trajectories keep weight 1. credit: what pays
+    in a failed rollout, "token" (each faulty one), "step" (each suspect step) or "rollout" (all of it)."""
+    for group in groups:
+        for t in group:
+            t.weights = None
+            if t.provenance != "policy" or t.rewards["accuracy"] or credit == "rollout":
+                continue
+            if not t.finished:                              # cut off: neither right nor wrong
+                t.weights = [0.0] * len(t.ids)
+            elif t.advantage < 0 and t.rewards["format"] and has_suspect(t):
+                faulty = []
+                for step, check in zip(t.steps, t.checks):
+                    if check is None or check.is_suspect:
+                        faulty.append(attribute.faulty_tokens(step, check if credit == "token" else None))
+                t.weights = step_credit(len(t.ids), faulty)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def has_gradient(t, beta: float) -> bool:
+    """Whether a trajectory moves the policy at all."""
+    return any(t.weights or t.sampled) and (t.advantage != 0 or beta > 0)
+
+
+def collate(trajectories: list, device) -> dict:
+    """Padded tensors of what the loss needs: old_logps and weights (R, T), advantages and rectified (R, 1).
+    A forced token has weight 0."""
+    weights = []
+    for t in trajectories:
+        weights.append([w * sampled for w, sampled in zip(t.weights or t.sampled, t.sampled)])
+    return {"old_logps": rollout.pad([t.logps for t in trajectories], 0.0)[0].to(device),
+            "weights": rollout.pad(weights, 0.0)[0].to(device, torch.float32),
+            "advantages": torch.tensor([[t.advantage] for t in trajectories], device=device),
+            "rectified": torch.tensor([[t.provenance != "policy"] for t in trajectories], device=device)}
 
 
 def policy_loss(logps, old_logps, advantages, weights, normaliser: float, clip_low: float = 0.2,
@@ -91,7 +128,7 @@ def policy_loss(logps, old_logps, advantages, weights, normaliser: float, clip_l
                             objective)                                            # Eq. (4)
     if rectified is not None:
         w = log_ratio.clamp(max=math.log(10)).exp()
-        shaped = lambda_r * advantages * (shape(w, gamma) if gamma > 0 else w)
+        shaped = lambda_r * advantages * (shaped_ratio(w, gamma) if gamma > 0 else w)
         objective = torch.where(rectified, shaped, objective)
     loss = -(weights * objective).sum() / normaliser                              # Eq. (8)
     kl = torch.zeros_like(ratio)

@@ -1,10 +1,4 @@
-"""Visual tasks drawn by Pillow: each a chain of readings from the image followed by logic, with a step
-oracle.
-
-    python tiny/shapes.py --out shapes_preview --count 12     # write pictures and a problems.jsonl to look at
-    python tiny/shapes.py --guess                              # the guess rate of every task
-
-Four kinds, each with 1 to 20 steps (one step a line: what is looked up, what it shows, what follows from it):
+"""Visual tasks drawn by Pillow: chains of 1 to 20 readings from an image, and an oracle for every step.
 
 kind  | the image                                  | a step        | the answer
 ------|--------------------------------------------|---------------|------------------------------------------
@@ -16,27 +10,23 @@ bars  | a bar chart, a colour a bar                | `red 6 yes`   | height and 
 Three forms: `free` (the answer itself), `choice` (a letter among four), `yesno`. The free answer carries
 every reading, so guessing does not pay: a reward by luck would teach guessing instead of looking. Train and
 held-out problems share no image: a checksum of what an image shows decides on which side it lies.
+The paper's public abstract names no such tasks; all is our choice. Left out: natural images and language.
 
-Everything here is our choice; the paper trains on natural images. `demonstrate` plants visual erosion: the
-chance of a wrong reading grows with depth, and the rest of the chain stays consistent with the wrong reading.
+Worked example: make_problem("tiles", 3) is a Problem whose question is "<image>Shift each digit by 2: black
+white red". In its image the black tile says 1, the white one 9, the red one 2. Its key_steps are "black 1 3",
+"white 9 1", "red 2 4"; its answer is "black 3 white 1 red 4"; its oracle is what the image shows.
 """
-import argparse
 import json
 import random
-import sys
 import zlib
-from dataclasses import replace
-from functools import lru_cache
-from pathlib import Path
+from operator import eq
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attribute
 import rereason
-from data.reading import Problem
+from rollout import Problem
 
 COLOURS = {"red": (230, 25, 45), "green": (40, 160, 60), "yellow": (250, 220, 30), "blue": (20, 80, 220),
            "orange": (245, 130, 30), "purple": (130, 30, 170), "cyan": (60, 220, 240),
@@ -48,99 +38,87 @@ NAMES = tuple(COLOURS)
 SHAPES = ("circle", "square", "triangle")
 KINDS = ("tiles", "count", "path", "bars")
 FORMS = ("free", "choice", "yesno")
-SECOND_LOOKS = ("check", "relook")     # what attribute.py and rereason.py ask; stage 5 of build.py teaches it
+SECOND_LOOKS = ("check", "relook")      # what attribute.py and rereason.py ask; taught by build.py
+QUESTIONS = {"tiles": "Shift each digit by {shift}: {names}", "count": "Count each: {names}",
+             "path": "Follow the dots from {ask[0]}", "bars": "Is each bar over {limit}: {names}"}
+VALUES = {"tiles": range(10), "count": range(5), "path": range(10), "bars": range(1, 10)}     # of a reading
+ANSWER_WORDS = {"tiles": (0, 2), "count": (0, 1), "path": (0, 1), "bars": (0, 1, 2)}          # out of a step
 MAX_STEPS = 20
-DEFAULT_STEPS = "5"                         # where the warm start mostly fails and yet often enough is right
-CELL = 28                                   # pixels; one merged image token of the tiny model
-UNIT = 8                                    # pixels a unit of bar height; a chart row is three cells high
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What an image shows (facts), and the chain that follows from it
+CELL = 28                               # pixels; one merged image token of the tiny model
+UNIT = 8                                # pixels a unit of bar height; a chart row is three cells high
+FONTS = {size: ImageFont.load_default(size=size) for size in range(14, 21)}
 
 
 def make_facts(kind: str, steps: int, rng: random.Random) -> dict:
     """Draw the content of one problem. JSON-friendly; `show` maps each name asked about (and distractors) to
     its reading, `ask` lists the names in the order of the chain."""
     names = rng.sample(NAMES, len(NAMES))
-    ask, rest = names[:steps], names[steps:steps + rng.randint(0, min(3, MAX_STEPS - steps))]
+    asked = names[:steps]
+    distractors = names[steps:steps + rng.randint(0, min(3, MAX_STEPS - steps))]
+    facts = {"kind": kind, "ask": asked}
+    shown = asked + distractors
     if kind == "tiles":
-        return {"kind": kind, "ask": ask, "shift": rng.randint(1, 2),
-                "show": {n: rng.randint(0, 9) for n in ask + rest}}
-    if kind == "bars":
-        return {"kind": kind, "ask": ask, "limit": rng.randint(1, 3),
-                "show": {n: rng.randint(1, 9) for n in ask + rest}}
-    if kind == "count":
-        objects = [(n, rng.choice(SHAPES)) for n in ask + rest for _ in range(rng.randint(0, 3))]
-        show = {n: sum(c == n for c, _ in objects) for n in ask + rest}
-        for shape in SHAPES:                # some questions count a shape instead of a colour
-            n = sum(s == shape for _, s in objects)
-            if n <= 4 and rng.random() < 0.3:
-                ask[rng.randrange(steps)] = shape
-                show[shape] = n
-        ask = list(dict.fromkeys(ask))
-        ask += [n for n in names if n not in ask][:steps - len(ask)]
-        return {"kind": kind, "ask": ask, "show": {**{n: 0 for n in ask}, **show}, "objects": objects}
-    # path: ask[0] -> ask[1] -> ... -> end; distractors lead to a tile further on, so every walk ends
-    order = ask[:]
-    for n in rest:
-        order.insert(rng.randrange(len(order)), n)
-    following = {n: rng.choice(order[order.index(n) + 1:]) for n in rest}
-    following.update(zip(ask, ask[1:] + ["end"]))
-    return {"kind": kind, "ask": ask, "next": following, "show": {n: rng.randint(0, 9) for n in order}}
-
-
-def value_range(facts: dict) -> range:
-    """The values a reading can have."""
-    return {"bars": range(1, 10), "count": range(5)}.get(facts["kind"], range(10))
+        facts["shift"] = rng.randint(1, 2)
+    elif kind == "bars":
+        facts["limit"] = rng.randint(1, 3)
+    elif kind == "path":                # asked[0] -> asked[1] -> ... -> end
+        shown = asked[:]
+        for name in distractors:
+            shown.insert(rng.randrange(len(shown)), name)
+        facts["next"] = dict(zip(asked, asked[1:] + ["end"]))
+        for name in distractors:        # they lead to a tile further on, so every walk ends
+            facts["next"][name] = rng.choice(shown[shown.index(name) + 1:])
+    if kind != "count":
+        facts["show"] = {name: rng.choice(VALUES[kind]) for name in shown}
+        return facts
+    facts["show"], facts["objects"] = {}, []
+    for name in shown:
+        facts["show"][name] = rng.randint(0, 3)
+        for _ in range(facts["show"][name]):
+            facts["objects"].append((name, rng.choice(SHAPES)))
+    for shape in SHAPES:                # some questions count a shape instead of a colour
+        number = sum(shape in thing for thing in facts["objects"])
+        if number <= 4 and rng.random() < 0.3:
+            asked[rng.randrange(steps)] = shape
+            facts["show"][shape] = number
+    return facts
 
 
 def step_text(facts: dict, name: str, value: int, follow: str | None = None) -> str:
-    """One step: `name` was looked up and `value` read; `follow` is the next tile read (path only)."""
+    """One step: `name` was looked up and `value` read; path: `follow` was the next tile (default: it is)."""
     if facts["kind"] == "tiles":
         return f"{name} {value} {(value + facts['shift']) % 10}"
     if facts["kind"] == "bars":
         return f"{name} {value} {'yes' if value > facts['limit'] else 'no'}"
-    return f"{name} {value}" if facts["kind"] == "count" else f"{name} {value} {follow}"
+    if facts["kind"] == "path":
+        return f"{name} {value} {follow or facts['next'][name]}"
+    return f"{name} {value}"
 
 
 def true_steps(facts: dict) -> list[str]:
-    return [step_text(facts, n, facts["show"][n], facts.get("next", {}).get(n)) for n in facts["ask"]]
+    return [step_text(facts, name, facts["show"][name]) for name in facts["ask"]]
 
 
-def answer_from_steps(facts: dict, steps: list[str]) -> str:
-    """The free-form answer that a chain of steps implies, right or wrong: every name with what it came to."""
-    parts = []
-    for step in steps:
-        name, value, *more = step.split()
-        if facts["kind"] == "tiles":
-            value = more[0]
-        parts.append(step if facts["kind"] == "bars" else f"{name} {value}")
-    return " ".join(parts)
+def corrupt(facts: dict, wrong: set, rng: random.Random) -> list[str]:
+    """A chain with wrong readings at the given depths (0-based), consistent with them ever after."""
+    following = facts.get("next", dict(zip(facts["ask"], facts["ask"][1:] + ["end"])))
+    steps, name = [], facts["ask"][0]
+    while len(steps) < MAX_STEPS and name != "end":
+        value, follow = facts["show"][name], following[name]
+        if len(steps) in wrong:
+            if facts["kind"] == "path" and rng.random() < 0.3:      # the dot is misread; all walks still end
+                tiles = list(facts["show"])
+                later = tiles[tiles.index(name) + 1:]
+                follow = rng.choice([n for n in later if n != follow] or [follow])
+            else:
+                value = rng.choice(wrong_values(facts, name))
+        steps.append(step_text(facts, name, value, follow))
+        name = follow
+    return steps
 
 
-QUESTIONS = {"tiles": "Shift each digit by {shift}: {ask}", "bars": "Is each bar over {limit}: {ask}",
-             "count": "Count each: {ask}", "path": "Follow the dots from {start}"}
-
-
-def ask(facts: dict) -> str:
-    return "<image>" + QUESTIONS[facts["kind"]].format(**{**facts, "ask": " ".join(facts["ask"]),
-                                                          "start": facts["ask"][0]})
-
-
-def second_look(kind: str, facts: dict, form: str, rng: random.Random, name: str) -> Problem:
-    """A demonstration of what the tiny model must be able to do besides solving: repeat a step that is right
-    and correct one that is not, alone (`attribute.CHECK`) or at the end of a chain
-    (`rereason.relook_problem`). Half the steps have a wrong reading, one in ten a wrong conclusion."""
-    steps, k = true_steps(facts), rng.randrange(len(facts["ask"]))
-    suspect = corrupt(facts, {k} if rng.random() < 0.5 else set(), rng)[k]
-    if rng.random() < 0.1:
-        suspect = slip(facts, suspect, rng)
-    problem = Problem(id=name, question=ask(facts), answer=steps[k], images=[draw(facts, rng)],
-                      task=f"{kind}/{form}", demonstration=steps[k], oracle=facts)
-    if form == "relook":
-        return rereason.relook_problem(problem, "<think>" + "".join(s + "\n" for s in steps[:k]), suspect)
-    return replace(problem, question=problem.question + attribute.CHECK + suspect)
+def wrong_values(facts: dict, name: str) -> list[int]:
+    return [value for value in VALUES[facts["kind"]] if value != facts["show"][name]]
 
 
 def slip(facts: dict, step: str, rng: random.Random) -> str:
@@ -153,11 +131,19 @@ def slip(facts: dict, step: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def make_problem(kind: str, steps: int, form: str = "free", split: str = "train", seed: int = 0,
-                 index: int = 0) -> Problem:
+def answer_from_steps(facts: dict, steps: list[str]) -> str:
+    """The free-form answer that a chain of steps implies, right or wrong: every name with what it came to."""
+    parts = []
+    for step in steps:
+        words = step.split()
+        parts += [words[k] for k in ANSWER_WORDS[facts["kind"]]]
+    return " ".join(parts)
+
+
+def make_problem(kind: str, steps: int, form="free", split="train", seed=0, index=0) -> Problem:
     """The `index`-th problem of a stream; the same arguments give the same problem. split: "train" or
-    "heldout"."""
-    if (kind not in KINDS or form not in (*FORMS, *SECOND_LOOKS) or not 1 <= steps <= MAX_STEPS
+    "heldout". ValueError where there is no such task."""
+    if (kind not in KINDS or form not in FORMS + SECOND_LOOKS or not 1 <= steps <= MAX_STEPS
             or split not in ("train", "heldout")):
         raise ValueError(f"no such task: kind {kind!r}, steps {steps}, form {form!r}, split {split!r}")
     rng = random.Random(f"{kind}/{steps}/{form}/{split}/{seed}/{index}")
@@ -166,170 +152,141 @@ def make_problem(kind: str, steps: int, form: str = "free", split: str = "train"
         shown = json.dumps([kind, sorted(facts["show"].items()), sorted(facts.get("next", {}).items())])
         if (zlib.crc32(shown.encode()) % 8 == 0) == (split == "heldout"):
             break
+    question = "<image>" + QUESTIONS[kind].format(names=" ".join(facts["ask"]), **facts)
+    problem = Problem(id=f"{kind}-{steps}-{form}-{split}-{seed}-{index}", question=question, answer="",
+                      images=[], task=f"{kind}/{form}", oracle=facts)
     if form in SECOND_LOOKS:
-        return second_look(kind, facts, form, rng, f"{kind}-{steps}-{form}-{split}-{seed}-{index}")
-    gold = answer_from_steps(facts, true_steps(facts))
-    question = ask(facts)
-    answer, choices = gold, None
+        return second_look(problem, form, rng)
+    problem.key_steps = true_steps(facts)
+    problem.answer = gold = answer_from_steps(facts, problem.key_steps)
     if form == "choice":
-        choices = make_options(facts, rng)
-        answer = "ABCD"[choices.index(gold)]
-        question += "".join(f"\n{letter}. {text}" for letter, text in zip("ABCD", choices))
+        problem.choices = make_options(facts, rng)
+        problem.answer = "ABCD"[problem.choices.index(gold)]
+        for letter, option in zip("ABCD", problem.choices):
+            problem.question += f"\n{letter}. {option}"
     elif form == "yesno":
-        offer = gold
+        facts["offer"] = gold
         if rng.random() < 0.5:
-            while offer == gold:
-                offer = answer_from_steps(facts, corrupt(facts, {rng.randrange(steps)}, rng))
-        facts["offer"] = offer
-        answer = "yes" if offer == gold else "no"
-        question += f"\nIs it {offer}?"
-    return Problem(id=f"{kind}-{steps}-{form}-{split}-{seed}-{index}", question=question, answer=answer,
-                   images=[draw(facts, rng)], choices=choices, task=f"{kind}/{form}",
-                   key_steps=true_steps(facts), oracle=facts)
+            while facts["offer"] == gold:
+                facts["offer"] = answer_from_steps(facts, corrupt(facts, {rng.randrange(steps)}, rng))
+        problem.answer = "yes" if facts["offer"] == gold else "no"
+        problem.question += f"\nIs it {facts['offer']}?"
+    problem.images = [draw(facts, rng)]
+    return problem
 
 
 def make_options(facts: dict, rng: random.Random) -> list[str]:
     """Four answers in random order: the true one, one with a wrong reading, one with another, and one with
     both (a single step: four values). Each is as like the others as any: the true one does not stand out."""
-    places = rng.sample(range(len(facts["ask"])), min(2, len(facts["ask"])))
-    true = {k: facts["show"][facts["ask"][k]] for k in places}
-    wrong = {k: rng.sample([v for v in value_range(facts) if v != true[k]], 3) for k in places}
-    if len(places) == 1:
-        changes = [{0: v} for v in (true[0], *wrong[0])]
+    names = rng.sample(facts["ask"], min(2, len(facts["ask"])))     # whose readings differ
+    wrong = [rng.sample(wrong_values(facts, name), 3) for name in names]
+    if len(names) == 1:
+        changes = [{}, *({names[0]: value} for value in wrong[0])]
     else:
-        changes = [{k: (true[k], wrong[k][0])[bit] for k, bit in zip(places, bits)}
-                   for bits in ((0, 0), (0, 1), (1, 0), (1, 1))]
-    chains = [[step_text(facts, n, change.get(k, facts["show"][n]), facts.get("next", {}).get(n))
-               for k, n in enumerate(facts["ask"])] for change in changes]
-    return rng.sample([answer_from_steps(facts, chain) for chain in chains], 4)
+        one, two = {names[0]: wrong[0][0]}, {names[1]: wrong[1][0]}
+        changes = [{}, two, one, one | two]
+    options = []
+    for change in changes:
+        imagined = facts | {"show": facts["show"] | change}         # the image where this option is right
+        options.append(answer_from_steps(imagined, true_steps(imagined)))
+    return rng.sample(options, 4)
+
+
+def second_look(problem: Problem, form: str, rng: random.Random) -> Problem:
+    """Teaches to repeat a right step and to correct a wrong one, alone (`attribute.CHECK`) or at the end of a
+    chain (`rereason.relook_problem`). Half the steps have a wrong reading, one in ten a wrong conclusion."""
+    steps = true_steps(problem.oracle)
+    depth = rng.randrange(len(steps))
+    wrong = {depth} if rng.random() < 0.5 else set()
+    suspect = corrupt(problem.oracle, wrong, rng)[depth]
+    if rng.random() < 0.1:
+        suspect = slip(problem.oracle, suspect, rng)
+    problem.answer = problem.demonstration = steps[depth]
+    problem.images = [draw(problem.oracle, rng)]
+    if form == "relook":
+        trusted = "<think>" + "".join(step + "\n" for step in steps[:depth])
+        return rereason.relook_problem(problem, trusted, suspect)
+    problem.question += attribute.CHECK + suspect
+    return problem
 
 
 class Stream:
-    """Endless problems by index. `spec` is "tiny" or, say,
-    "tiny:steps=4-6,kinds=tiles+path,forms=free+choice"; `run` neighbours have the same number of steps (a
-    batch of one length has little padding). ValueError for a bad spec."""
+    """Endless problems by index. spec: "tiny" or, say, "tiny:steps=4-6,kinds=tiles+path,forms=free+choice".
+    `run` neighbours have the same number of steps (less padding in a batch). ValueError for a bad spec."""
 
     def __init__(self, spec: str = "tiny", split: str = "train", seed: int = 0, run: int = 1):
-        options = {"steps": DEFAULT_STEPS, "kinds": "+".join(KINDS), "forms": "free"}
-        name, _, text = spec.partition(":")
-        for item in filter(None, text.split(",")):
-            key, _, value = item.partition("=")
+        self.split, self.seed, self.run = split, seed, run
+        options = {"steps": "5", "kinds": "+".join(KINDS), "forms": "free"}     # 5: hard, not hopeless
+        name, _, settings = spec.partition(":")
+        for setting in filter(None, settings.split(",")):
+            key, _, value = setting.partition("=")
             if key not in options:
                 raise ValueError(f"{spec!r}: unknown setting {key!r} (known: {', '.join(options)})")
             options[key] = value
         self.kinds, self.forms = options["kinds"].split("+"), options["forms"].split("+")
-        low, _, high = options["steps"].partition("-")
-        if not (low.isdecimal() and (high or low).isdecimal()
-                and 1 <= int(low) <= int(high or low) <= MAX_STEPS):
-            raise ValueError(f"{spec!r}: steps must be a number or a range like 4-6, "
-                             f"between 1 and {MAX_STEPS}")
-        for given, known in ((self.kinds, KINDS), (self.forms, FORMS + SECOND_LOOKS), ([name], ("tiny",))):
+        for given, known in (([name], ("tiny",)), (self.kinds, KINDS), (self.forms, FORMS + SECOND_LOOKS)):
             if not set(given) <= set(known):
                 raise ValueError(f"{spec!r}: {'+'.join(given)} is not among {', '.join(known)}")
-        self.steps, self.split, self.seed, self.run = range(int(low), int(high or low) + 1), split, seed, run
+        low, _, high = options["steps"].partition("-")
+        high = high or low
+        if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high) <= MAX_STEPS):
+            raise ValueError(f"{spec!r}: steps must be a number or a range like 4-6, from 1 to {MAX_STEPS}")
+        self.steps = range(int(low), int(high) + 1)
 
     def __getitem__(self, index: int) -> Problem:
         """Every kind and form in turn, so any stretch of the stream is balanced; a run has one form."""
         steps = random.Random(f"{self.split}/{self.seed}/{index // self.run}").choice(self.steps)
-        kind, form = (self.kinds[index % len(self.kinds)],
-                      self.forms[index // max(self.run, len(self.kinds)) % len(self.forms)])
+        kind = self.kinds[index % len(self.kinds)]
+        form = self.forms[index // max(self.run, len(self.kinds)) % len(self.forms)]
         return make_problem(kind, steps, form, self.split, self.seed, index)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Demonstrations with planted erosion, and the oracle
-
-
-def corrupt(facts: dict, wrong: set, rng: random.Random) -> list[str]:
-    """A chain with wrong readings at the given depths (0-based), consistent with them ever after."""
-    steps, name = [], facts["ask"][0]
-    while len(steps) < MAX_STEPS and name != "end":
-        value, follow = facts["show"][name], facts.get("next", {}).get(name)
-        if len(steps) in wrong:
-            if facts["kind"] == "path" and rng.random() < 0.3:      # the dot is misread; all walks still end
-                order = list(facts["show"])
-                follow = rng.choice([n for n in order[order.index(name) + 1:] if n != follow] or [follow])
-            else:
-                value = rng.choice([v for v in value_range(facts) if v != value])
-        steps.append(step_text(facts, name, value, follow))
-        if facts["kind"] == "path":
-            name = follow
-        else:
-            name = facts["ask"][len(steps)] if len(steps) < len(facts["ask"]) else "end"
-    return steps
-
-
-def erosion_rate(depth: int, first: float, ninth: float) -> float:
-    """Chance of a wrong reading at a step (depth 1, 2, ...): linear from `first` at 1 to `ninth` at 9, then
-    constant."""
-    return first + (ninth - first) * (min(depth, 9) - 1) / 8
-
-
 def demonstrate(problem: Problem, erosion: tuple[float, float], rng: random.Random) -> str:
-    """A completion for supervised training: the chain, each reading wrong with the erosion rate of its depth,
-    and the answer that follows from the chain as written."""
+    """A completion for supervised training: a chain and the answer that follows from it as written. `erosion`
+    is the chance of a wrong reading at the first and at the ninth step; linear between, then constant."""
     if problem.demonstration:
         return problem.demonstration
-    facts = problem.oracle
-    wrong = {k for k in range(MAX_STEPS) if rng.random() < erosion_rate(k + 1, *erosion)}
+    facts, (first, ninth) = problem.oracle, erosion
+    wrong = {k for k in range(MAX_STEPS) if rng.random() < first + (ninth - first) * min(k, 8) / 8}
     steps = corrupt(facts, wrong, rng)
     answer = answer_from_steps(facts, steps)
-    if problem.choices:                    # the chain's own answer, else the option that agrees in most words
-        words = answer.split()
-        agree = [(option == answer, sum(a == b for a, b in zip(words, option.split())))
-                 for option in problem.choices]
-        answer = "ABCD"[agree.index(max(agree))]
+    if problem.choices:                 # the option that shares most words with the chain's own answer
+        shared = [sum(map(eq, answer.split(), option.split())) for option in problem.choices]
+        answer = "ABCD"[shared.index(max(shared))]
     elif "offer" in facts:
         answer = "yes" if answer == facts["offer"] else "no"
     return "<think>" + "\n".join(steps) + f"</think><answer>{answer}</answer>"
 
 
 def check_steps(problem: Problem, steps: list[str]) -> list[str]:
-    """The oracle. One verdict a step, each judged on its own words and the step before it:
-    "true" - true of the image and the step the chain calls for; "misread" - not true of the image;
-    "logic" - the reading is true, but what is concluded is not, or it is not the step called for;
-    "unparsed"."""
-    facts, verdicts, previous = problem.oracle, [], None
-    for k, step in enumerate(steps):
+    """The oracle, a verdict a step. "true": true of the image, and called for after the step before; "logic":
+    a true reading, but a false conclusion or not called for; "misread": not true of the image; "unparsed"."""
+    facts, verdicts = problem.oracle, []
+    length = 2 if facts["kind"] == "count" else 3
+    due = facts["ask"] + [None] * (len(steps) + 1)      # the name that each step must look up
+    for depth, step in enumerate(steps):
         words = step.split()
-        known = (len(words) >= 2 and words[0] in (*NAMES, *SHAPES)
-                 and len(words[1]) == 1 and words[1] in "0123456789")
-        if not known or len(words) != (2 if facts["kind"] == "count" else 3):
-            verdicts.append("unparsed")
-            previous = None
-            continue
-        name, value = words[0], int(words[1])
-        follow = facts.get("next", {}).get(name)
+        name, digit = (words + ["", ""])[:2]
         shown = facts["show"].get(name)
-        if facts["kind"] == "count":                    # of what is not in the image there is none
+        if facts["kind"] == "count":    # of what is not in the image there is none
             shown = sum(name in thing for thing in facts["objects"])
-        if value != shown or (facts["kind"] == "path" and words[2] != follow):
+        if len(words) != length or name not in NAMES + SHAPES or digit not in tuple("0123456789"):
+            verdicts.append("unparsed")
+        elif digit != str(shown) or (facts["kind"] == "path" and words[2] != facts["next"][name]):
             verdicts.append("misread")
+        elif name != due[depth] or " ".join(words) != step_text(facts, name, shown):
+            verdicts.append("logic")
         else:
-            if facts["kind"] == "path":
-                due = facts["ask"][0] if k == 0 else previous
-            else:
-                due = facts["ask"][k] if k < len(facts["ask"]) else None
-            right = name == due and " ".join(words) == step_text(facts, name, value, follow)
-            verdicts.append("true" if right else "logic")
-        previous = words[2] if facts["kind"] == "path" else None
+            verdicts.append("true")
+        if facts["kind"] == "path":     # a walk continues where its last step points
+            due[depth + 1] = words[2] if verdicts[depth] != "unparsed" else None
     return verdicts
 
 
 def is_right(problem: Problem, step: str) -> bool:
     """Whether a step is true of the image and draws the right conclusion, wherever in the chain it stands."""
-    name = step.split(" ")[0]
-    return name in problem.oracle["show"] and step == step_text(
-        problem.oracle, name, problem.oracle["show"][name], problem.oracle.get("next", {}).get(name))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Drawing
-
-
-@lru_cache(maxsize=None)
-def _font(size: int):
-    return ImageFont.load_default(size=size)
+    name, facts = step.split(" ")[0], problem.oracle
+    return name in facts["show"] and step == step_text(facts, name, facts["show"][name])
 
 
 def draw(facts: dict, rng: random.Random) -> Image.Image:
@@ -337,124 +294,67 @@ def draw(facts: dict, rng: random.Random) -> Image.Image:
     noise). Notes in facts["cells"] what lies where: ((row, column), thing)."""
     things = list(facts.get("objects", facts["show"]))
     rng.shuffle(things)
-    per_row, height = (min(10, max(3, len(things))), 3) if facts["kind"] == "bars" else (None, 1)
-    cols = per_row or rng.randint(max(2, int(len(things) ** 0.5)),
-                                  min(8, max(3, int(len(things) ** 0.5) + 2)))
-    rows = max(1, -(-len(things) // cols))
-    rows += facts["kind"] != "bars" and rng.random() < 0.3
-    cells = sorted(rng.sample(range(rows * cols), len(things)))
+    if facts["kind"] == "bars":
+        height, cols = 3, min(10, max(3, len(things)))              # a bar is three cells high
+        rows = -(-len(things) // cols)
+    else:
+        height, side = 1, int(len(things) ** 0.5)
+        cols = rng.randint(max(2, side), min(8, max(3, side + 2)))
+        rows = max(1, -(-len(things) // cols)) + (rng.random() < 0.3)
+    places = sorted(rng.sample(range(rows * cols), len(things)))
     shade = rng.choice([rng.randint(20, 70), rng.randint(140, 225)])
-    facts["cells"] = [((c // cols * height, c % cols), thing) for c, thing in zip(cells, things)]
     background = tuple(shade + rng.randint(-12, 12) for _ in range(3))
     image = Image.new("RGB", (cols * CELL, rows * height * CELL), background)
     pen = ImageDraw.Draw(image)
-    for thing, cell in zip(things, cells):
-        x, y = cell % cols * CELL, cell // cols * height * CELL
-        name = thing if isinstance(thing, str) else thing[0]
-        rgb = tuple(min(255, max(0, c + rng.randint(-8, 8))) for c in COLOURS[name])
-        if facts["kind"] == "bars":
-            _draw_bar(pen, x, y, rgb, facts["show"][name], rng)
-        elif facts["kind"] == "count":
-            _draw_object(pen, x, y, rgb, thing[1], rng)
-        else:
-            _draw_tile(pen, x, y, rgb, facts["show"][name], facts.get("next", {}).get(name), rng)
+    facts["cells"] = []
+    for thing, place in zip(things, places):
+        row, col = place // cols * height, place % cols
+        facts["cells"].append(((row, col), thing))
+        _draw_thing(pen, col * CELL, row * CELL, facts, thing, rng)
     noise = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(0, 8), (*image.size[::-1], 1))
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 
-def _ink(rgb):
-    return (0, 0, 0) if 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] > 110 else (255, 255, 255)
-
-
-def _draw_tile(pen, x, y, rgb, digit, dot, rng):
-    side = rng.randint(24, 27)
-    x, y = x + rng.randint(0, CELL - side), y + rng.randint(0, CELL - side)
-    pen.rounded_rectangle((x, y, x + side, y + side), radius=rng.choice([0, 3, 6]), fill=rgb,
-                          outline=_ink(rgb))
-    if dot is None:
-        size, cx, cy = rng.randint(15, 20), x + side / 2, y + side / 2
-    else:                                                           # room for the dot; a cross marks the end
-        size, cx, cy = rng.randint(14, 16), x + side * 0.32, y + side * 0.45
-        dx, dy, r = x + side * 0.74, y + side * 0.70, rng.uniform(4.2, 5.2)
-        if dot == "end":
-            for s in (-1, 1):
-                pen.line((dx - r, dy - s * r, dx + r, dy + s * r), fill=_ink(rgb), width=2)
+def _draw_thing(pen, left, top, facts, thing, rng):
+    """A tile, object or bar, in the cell whose upper left corner is the pixel (left, top)."""
+    name = thing if isinstance(thing, str) else thing[0]
+    rgb = tuple(min(255, max(0, c + rng.randint(-8, 8))) for c in COLOURS[name])
+    bright = 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] > 110
+    ink = (0, 0, 0) if bright else (255, 255, 255)
+    if facts["kind"] == "bars":
+        width, base = rng.randint(14, 22), top + 3 * CELL - 5
+        edge = left + (CELL - width) // 2 + rng.randint(-2, 2)
+        value = facts["show"][name]
+        pen.rectangle((edge, base - value * UNIT, edge + width, base), fill=rgb, outline=ink)
+        for height in range(UNIT, value * UNIT, UNIT):              # a tick a unit
+            pen.line((edge, base - height, edge + width, base - height), fill=ink)
+        pen.line((left, base, left + CELL, base), fill=(90, 90, 90), width=2)
+    elif facts["kind"] == "count":
+        radius = rng.uniform(8, 12)
+        x = left + CELL / 2 + rng.uniform(-1.5, 1.5)
+        y = top + CELL / 2 + rng.uniform(-1.5, 1.5)
+        if thing[1] == "triangle":
+            corners = [(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)]
+            pen.polygon(corners, fill=rgb, outline=ink)
         else:
-            pen.ellipse((dx - r, dy - r, dx + r, dy + r), fill=COLOURS[dot], outline=_ink(rgb))
-    pen.text((cx + rng.uniform(-1, 1), cy + rng.uniform(-1, 1)), str(digit),
-             fill=_ink(rgb), font=_font(size), anchor="mm")
-
-
-def _draw_object(pen, x, y, rgb, shape, rng):
-    r = rng.uniform(8, 12)
-    cx, cy = x + CELL / 2 + rng.uniform(-1.5, 1.5), y + CELL / 2 + rng.uniform(-1.5, 1.5)
-    box, edge = (cx - r, cy - r, cx + r, cy + r), _ink(rgb)
-    if shape == "circle":
-        pen.ellipse(box, fill=rgb, outline=edge)
-    elif shape == "square":
-        pen.rectangle(box, fill=rgb, outline=edge)
+            draw_shape = pen.ellipse if thing[1] == "circle" else pen.rectangle
+            draw_shape((x - radius, y - radius, x + radius, y + radius), fill=rgb, outline=ink)
     else:
-        pen.polygon([(cx, cy - r), (cx - r, cy + r), (cx + r, cy + r)], fill=rgb, outline=edge)
-
-
-def _draw_bar(pen, x, y, rgb, value, rng):
-    width, base = rng.randint(14, 22), y + 3 * CELL - 5
-    left = x + (CELL - width) // 2 + rng.randint(-2, 2)
-    pen.rectangle((left, base - value * UNIT, left + width, base), fill=rgb, outline=_ink(rgb))
-    for u in range(1, value):                                       # a tick a unit
-        pen.line((left, base - u * UNIT, left + width, base - u * UNIT), fill=_ink(rgb))
-    pen.line((x, base, x + CELL, base), fill=(90, 90, 90), width=2)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Looking at it
-
-
-def guess_rate(kind: str, steps: int, form: str = "free", trials: int = 1000) -> float:
-    """How often a guesser who never sees the image is right. Free: the right names, readings drawn as the
-    task draws them. Choice: the option most like the others. Yes/no: always no."""
-    rng, hits = random.Random(0), 0
-    for i in range(trials):
-        if form == "free":
-            a, b = make_facts(kind, steps, rng), make_facts(kind, steps, rng)
-            blind = dict(zip(a["ask"], (b["show"][n] for n in b["ask"])))
-            guess = [step_text(a, n, blind[n], a.get("next", {}).get(n)) for n in a["ask"]]
-            hits += answer_from_steps(a, guess) == answer_from_steps(a, true_steps(a))
-            continue
-        problem = make_problem(kind, steps, form, "train", 1, i)
-        words = [choice.split() for choice in problem.choices or []]
-        unlike = [sum(x != y for other in words for x, y in zip(w, other)) for w in words]
-        hits += problem.answer == ("no" if form == "yesno" else "ABCD"[unlike.index(min(unlike))])
-    return hits / trials
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="folder for pictures and problems.jsonl")
-    parser.add_argument("--count", type=int, default=12, help="how many problems")
-    parser.add_argument("--steps", type=int, default=5, help="steps a problem, 1 to 20")
-    parser.add_argument("--split", default="train", choices=("train", "heldout"))
-    parser.add_argument("--guess", action="store_true", help="print the guess rate of every task")
-    args = parser.parse_args()
-    if args.guess:
-        print("| kind | 1 step | 3 steps | 5 steps | choice, 3 | yes/no, 3 |\n|---|---|---|---|---|---|")
-        for kind in KINDS:
-            rates = [guess_rate(kind, n) for n in (1, 3, 5)]
-            rates += [guess_rate(kind, 3, form) for form in ("choice", "yesno")]
-            print(f"| {kind} | " + " | ".join(f"{100 * r:.1f} %" for r in rates) + " |")
-    if args.out:
-        folder = Path(args.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "problems.jsonl", "w", encoding="utf-8") as f:
-            for i in range(args.count):
-                p = make_problem(KINDS[i % 4], args.steps, FORMS[i // 4 % 3], args.split, 0, i)
-                p.images[0].save(folder / f"{i:04d}.png")
-                row = {"id": p.id, "images": [f"{i:04d}.png"], "problem": p.question, "answer": p.answer,
-                       "key_steps": p.key_steps, **({"choices": p.choices} if p.choices else {})}
-                f.write(json.dumps(row) + "\n")
-        print(f"{args.count} problems in {folder}")
-
-
-if __name__ == "__main__":
-    main()
+        side = rng.randint(24, 27)
+        x = left + rng.randint(0, CELL - side)
+        y = top + rng.randint(0, CELL - side)
+        pen.rounded_rectangle((x, y, x + side, y + side), radius=rng.choice([0, 3, 6]), fill=rgb, outline=ink)
+        dot = facts.get("next", {}).get(name)
+        if dot is None:
+            size, digit_x, digit_y = rng.randint(15, 20), x + side / 2, y + side / 2
+        else:                                                       # room for the dot; a cross marks the end
+            size, digit_x, digit_y = rng.randint(14, 16), x + side * 0.32, y + side * 0.45
+            dot_x, dot_y, radius = x + side * 0.74, y + side * 0.70, rng.uniform(4.2, 5.2)
+            start, stop = (dot_x - radius, dot_y - radius), (dot_x + radius, dot_y + radius)
+            if dot == "end":
+                pen.line((start[0], stop[1], stop[0], start[1]), fill=ink, width=2)
+                pen.line((start, stop), fill=ink, width=2)
+            else:
+                pen.ellipse((start, stop), fill=COLOURS[dot], outline=ink)
+        middle = (digit_x + rng.uniform(-1, 1), digit_y + rng.uniform(-1, 1))
+        pen.text(middle, str(facts["show"][name]), fill=ink, font=FONTS[size], anchor="mm")
