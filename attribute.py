@@ -32,9 +32,7 @@ SUSPECT_BELOW = 0.5                     # a step repeated with less than this pr
 PLACEHOLDER = "\u241e"                  # stands for the step while the chat template is rendered
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Screening and steps
-
+# ---- Screening and steps
 
 @dataclass
 class Step:
@@ -61,8 +59,8 @@ def text_and_offsets(ids: list, codec) -> tuple[str, list[int]]:
 
 
 def step_starts(thoughts: str) -> list[int]:
-    """Where steps begin: at "Step 1" headers if there are any, else at each line that is not empty; the
-    lines of a display formula stay together."""
+    """Where steps begin: at "Step 1" headers if there are any, else at each line with text (a display
+    formula is one line)."""
     starts = [m.start() for m in HEADER.finditer(thoughts)]
     if starts:
         return starts
@@ -98,8 +96,8 @@ def split_steps(ids: list, codec) -> list[Step]:
 
 
 def locatable_failures(group: list) -> list:
-    """Screening: the rollouts of a group whose failure can be located: wrong, ended by themselves, with an
-    answer that can be read, and at least two steps (`steps` must be set)."""
+    """Screening: the rollouts whose failure can be located: wrong, ended by themselves, readable, two steps
+    or more."""
     found = []
     for t in group:
         wrong = t.rewards["accuracy"] == 0 and t.finished
@@ -114,16 +112,14 @@ def is_right(t) -> bool:
     return reward.reward_parts(t.text, p.answer, p.choices, t.finished)["accuracy"] == 1
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A1
-
+# ---- A1
 
 @dataclass
 class Check:
-    """What A1 says of a step: the probability of its least likely token, and which token that is (counted
-    from the step's first). Of one token, not of all: a long step is no more suspect than a short one."""
+    """What A1 says of a step: the probability of its least likely token (of one token, so a long step is no
+    more suspect than a short one), and which token of the step that is (None: unknown)."""
     prob: float
-    token: int | None = None            # None: not known which
+    token: int | None = None
 
     @property
     def is_suspect(self) -> bool:
@@ -145,7 +141,7 @@ def fault_is_known(checks: list) -> bool:
 
 def faulty_tokens(step: Step, check: Check | None) -> tuple[int, int]:
     """The tokens (start, stop) to blame for a step that is suspect or unknown: the one the policy would have
-    written otherwise (what follows in the step follows from it), or all where none is known."""
+    written otherwise (the rest of the step follows from it), or all where none is known."""
     if check is None or check.token is None:
         return step.start, step.stop
     token = min(step.start + check.token, step.stop - 1)
@@ -153,8 +149,8 @@ def faulty_tokens(step: Step, check: Check | None) -> tuple[int, int]:
 
 
 def align_check(check: Check, step: Step, ids: list, codec) -> Check:
-    """Map the suspect token of a check, counted in the step tokenised alone, to the token of the same
-    character in `ids`: there white space may stand before it, and the text may fall into other tokens."""
+    """A check counts its token in the step tokenised alone; find the token of the same character in `ids`,
+    where white space may stand before it and the text may fall into other tokens."""
     if check.token is None or not check.is_suspect:
         return check
     alone = rollout.token_ids(rollout.escape_special(step.text, codec), codec)
@@ -171,8 +167,8 @@ def align_check(check: Check, step: Step, ids: list, codec) -> Check:
 @torch.no_grad()
 def check_steps(model, codec, claims: list[tuple], budget: int = 16384) -> list[Check]:
     """A1. claims: (problem, its prompt, step text). How likely the policy, shown only the image, the
-    question and this step, repeats it: the least likely token decides. The steps of a problem share one
-    computed prompt; at most `budget` tokens of steps go through the model together."""
+    question and this step, repeats it. The steps of a problem share one computed prompt; at most `budget`
+    tokens of steps go through the model together."""
     steps = [rollout.token_ids(rollout.escape_special(text, codec), codec) for _, _, text in claims]
     order = sorted(range(len(claims)), key=lambda i: (claims[i][0].id, len(steps[i])))
     checks, contexts = [None] * len(claims), {}
@@ -205,8 +201,8 @@ def check_context(problem, prompt, codec) -> tuple:
 
 class Verifier:
     """Fills in the `checks` of trajectories that have steps: A1, each distinct step of a problem asked once
-    while this object lives. A signal of your own is a subclass with another `check` (or `__call__`). tokens:
-    generated so far, one for each A1 check."""
+    in this object's life. For a signal of your own override `check` or `__call__`. tokens: generated so
+    far."""
 
     def __init__(self, model, codec):
         self.model, self.codec, self.known, self.tokens = model, codec, {}, 0
@@ -244,16 +240,14 @@ def attribute(groups, hard: list[int], verifier: Verifier, codec, credit: str):
     verifier(failures)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A2
-
+# ---- A2
 
 @torch.no_grad()
 def answer_margins(model, codec, trajectories: list, last: bool = False,
                    budget: int = 32768) -> list[list[float]]:
-    """A2. For each trajectory the margins M_0 .. M_T: mean log-prob of the gold answer minus that of its own
-    answer, teacher-forced after the first k steps and the cue that opens an answer. Positive: from there the
-    policy would still prefer the right answer. The gold answer only scores here. last: M_T alone."""
+    """A2. For each trajectory the margins M_0 .. M_T (last: M_T alone): mean log-prob of the gold answer
+    minus that of its own answer, teacher-forced after the first k steps and the cue that opens an answer.
+    Positive: from there the policy would still prefer the right answer."""
     work, margins = [], []                  # work: (trajectory, k, sign, tokens before, answer tokens)
     for n, t in enumerate(trajectories):
         cue = rollout.token_ids("</think><answer>" if "<think>" in t.text else "\nThe answer is ", codec)

@@ -74,9 +74,7 @@ def load_data(data: str, split: str, count: int = 0, image_dir: str = "", instru
     return rollout.load_problems(data, image_dir, instruction)[:count or None]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Running a model
-
+# ---- Running a model
 
 def evaluate(model, codec, problems: list, samples: int, max_new_tokens: int, seed: int = 0, batch: int = 32,
              progress: bool = True, keep=None) -> list[dict]:
@@ -117,9 +115,7 @@ def judge(problem, text: str, finished: bool) -> dict:
             "format": finished and format_ok(text), "finished": finished}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Figures
-
+# ---- Figures
 
 def interval(values: list[float]) -> tuple[float, float]:
     """95 % Wilson interval of a mean of per-problem values in [0, 1]. Values between 0 and 1 (several
@@ -205,9 +201,7 @@ def headline(figures: dict) -> str:
     return ", ".join(parts) + f", {figures['n']} problems"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Results on disk: FILE; while it grows one FILE.part<rank> a rank; FILE.config.json
-
+# ---- Results on disk: FILE; while it grows one FILE.part<rank> a rank; FILE.config.json
 
 def settings_of(config: EvalConfig) -> dict:
     """What the completions depend on: rows of other settings must not be mixed with them."""
@@ -256,7 +250,7 @@ def run(config: EvalConfig, rank: int, world: int, device, dtype):
     if out:                                                 # before the work, not after it
         out.parent.mkdir(parents=True, exist_ok=True)
         rows = read_rows(out, settings_of(config))
-        train.barrier()                                     # all have read before the first one writes
+        train.all_gather([])                                    # all have read before the first one writes
         if rank == 0:
             train.write_text(Path(f"{out}.config.json"), json.dumps(settings_of(config), indent=1))
     model = load_model(config.model, device, dtype).eval()
@@ -265,8 +259,8 @@ def run(config: EvalConfig, rank: int, world: int, device, dtype):
     def keep(records):
         for r in records:
             rows[r["id"], r["mode"], r["sample"]] = r
-            if out:
-                train.append_jsonl(Path(f"{out}.part{rank}"), r)
+        if out:
+            train.append_jsonl(Path(f"{out}.part{rank}"), records)
 
     for samples in [0] * config.greedy + [config.samples] * (config.samples > 0):
         mode, todo = "sample" if samples else "greedy", []

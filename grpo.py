@@ -27,9 +27,7 @@ import attribute
 import rollout
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Advantages and credit
-
+# ---- Advantages and credit
 
 def group_advantages(rewards, use_std: bool = False, eps: float = 1e-4):
     """Eq. (1): A_i = R_i - mean(R), divided by (std(R) + eps) if `use_std`. rewards (B, G) -> (B, G). The std
@@ -88,9 +86,7 @@ def assign_credit(groups, credit: str):
                 t.weights = step_credit(len(t.ids), faulty)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The loss
-
+# ---- The loss
 
 def has_gradient(t, beta: float) -> bool:
     """Whether a trajectory moves the policy at all."""

@@ -33,9 +33,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# ------------------------------------------------------------------------------------------------------------
-# Configuration
-
+# ---- Configuration
 
 def fill(config_class, given: dict, where: str = ""):
     """A configuration from a JSON object. Absent and null fields take their defaults; ValueError names one
@@ -104,9 +102,7 @@ class Config:
         return config
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Image preprocessing (Pillow and numpy only; parity with transformers' Qwen2VLImageProcessor)
-
+# ---- Image preprocessing (Pillow and numpy only; parity with transformers' Qwen2VLImageProcessor)
 
 @dataclass(frozen=True)
 class ImageConfig:
@@ -159,9 +155,7 @@ def preprocess_image(image: Image.Image, config: ImageConfig) -> tuple[np.ndarra
     return np.ascontiguousarray(x.reshape(rows * cols, -1)), (1, rows, cols)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Building blocks and vision tower
-
+# ---- Building blocks and vision tower
 
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight, the root mean square taken in fp32."""
@@ -287,10 +281,8 @@ class VisionTower(nn.Module):
         return self.merger["mlp"](self.merger["ln_q"](x).view(-1, self.merged_width))   # a merge block a row
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Attention and its caches. The decoder's layers only call context.attend(layer, q, k, v) -> (R, H, T, d) with
+# ---- Attention and its caches. The decoder's layers only call context.attend(layer, q, k, v) -> (R, H, T, d) with
 # q (R, H, T, d), k and v (R, K, T, d) of the new tokens.
-
 
 def sdpa(q, k, v, mask=None, causal: bool = False):
     """Grouped-query attention: q (R, H, T, d), k and v (R, K, S, d) -> (R, H, T, d). `mask` broadcasts to
@@ -401,9 +393,7 @@ class KVCache(SharedPrompt):
         return out.transpose(1, 2).reshape(B * G, K * rep, 1, d)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Decoder
-
+# ---- Decoder
 
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
@@ -552,8 +542,7 @@ class Qwen25VL(nn.Module):
         return F.linear(hidden, self.head_weight)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files: config.json, *.safetensors (one file or shards with an index), in the hub's names
+# ---- Files: config.json, *.safetensors (one file or shards with an index), in the hub's names
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
               "special_tokens_map.json", "chat_template.json", "chat_template.jinja", "config.json",

@@ -7,21 +7,20 @@ The paper says: the loop cross-references intermediate states with the pristine 
 the trajectory is right. How is our choice:
 
     revise      at the first suspect step: a second turn shows the image again and asks for this step again
-    keep        the later steps that agree with the image and that the policy would still write after the
-    correction; at the next suspect step revise again continue    where nothing is left to keep, in the clean
-    context; check the new steps as they come verify      with the reward. Wrong although every step agrees:
-    a slip of reasoning, restart (without the image) where the answer's margin drops. A revision that failed:
-    restart one step to the left. Then regenerate the whole chain; then give up: no trajectory is forced.
+    keep        later steps that agree with the image and that the policy would still write; then the next
+    suspect continue    where nothing is left to keep, in the clean context; check the new steps as they come
+    verify      with the reward. Wrong although every step agrees: restart where the answer's margin drops. A
+    revision that failed: restart one step to the left; then the whole chain; then give up.
 
 So a chain with several errors is repaired one at a time, at a cost of about a step each: N / p, not p^-N.
 What is stored is the trajectory in the clean context (the second turn is removed), each token with the
 probability mu it was really sampled with. Neither the gold nor the wrong answer enters a prompt: not even
-the fact that the answer was wrong. Left out: repairs of rollouts that were cut off, search over several
-revisions of one step.
+the fact that the answer was wrong. Left out: repairs of rollouts that were cut off, several revisions of one
+step.
 
 Worked example: "red 4 6 / blue 3 5 / teal 9 1" with red suspect. The revision is "red 7 9": 3 tokens and the
-end. The 3 take the place of the chain's tokens 1 to 3 (0 is <think>), the rest is kept, and the answer is
-sampled from the first token on that no longer holds. A new rollout would have paid for the whole chain.
+end. The 3 take the place of tokens 1 to 3 (0 is <think>), the rest is kept, and the answer is sampled from
+the first token on that no longer holds. A new rollout would have paid for the whole chain.
 """
 import re
 from dataclasses import dataclass, field, replace
@@ -69,14 +68,11 @@ class Repair:
     outcome: str = ""                   # "" = at work; "repaired"; else why it was given up
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What may be asked
-
+# ---- What may be asked
 
 def relook_problem(problem, trusted: str, suspect: str, image: bool = True):
-    """The second look, a chat of two turns: the question with its images; the trusted steps as the
-    assistant's words; then the images again and the suspect step, to be written again. image False: without
-    any image."""
+    """The second look: question and images; the trusted steps as the assistant's words; the images again and
+    the suspect step, to be written again. image False: without any image."""
     trusted, suspect = trusted.replace("<image>", "< image>"), suspect.replace("<image>", "< image>")
     again = attribute.CHECK.strip() + "\n" + suspect
     if image:
@@ -99,8 +95,8 @@ def contains_phrase(text: str, phrase: str) -> bool:
 
 
 def can_revise(t, shown_steps: list) -> bool:
-    """Whether a second look is fair: not where "check this" gives the answer away (yes/no, two options), and
-    not where the steps in its prompt hold the right or the wrong answer."""
+    """Whether a second look is fair: its prompt must not give an answer away, right or wrong (nor "check
+    this" one of two)."""
     shown = "\n".join(step.text for step in shown_steps)
     own = reward.extract_answer(t.text, t.problem.choices) or ""
     if is_guessable(t.problem, options=2):
@@ -108,14 +104,11 @@ def can_revise(t, shown_steps: list) -> bool:
     return not contains_phrase(shown, t.problem.answer) and not contains_phrase(shown, own)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The loop
-
+# ---- The loop
 
 def rectify(model, codec, repairs: list[Repair], verifier, max_new_tokens: int, rules: Rules) -> None:
-    """Repair failed rollouts, all side by side, in place: where `outcome` is "repaired" in the end,
-    `trajectory` is the rectified one. verifier(trajectories) fills in unknown checks
-    (attribute.Verifier)."""
+    """Repair failed rollouts side by side, in place: where `outcome` ends as "repaired", `trajectory` is
+    rectified."""
     for turn in range(rules.max_turns + 1):
         active = [r for r in repairs if not r.outcome]
         verified = [r for r in active if r.answer_is_current and attribute.is_right(r.trajectory)]
@@ -177,13 +170,15 @@ def next_action(r: Repair, model, codec, rules: Rules) -> tuple[str, int]:
 
 def rewrite_steps(model, codec, rewrites: list, turn: int, rules: Rules) -> list:
     """Write one step of each trajectory again: "revise" in a second look, "resample" in the clean context.
-    rewrites: (repair, action, step). The new step takes the old one's place, and later steps stay as far as
-    they still hold. Returns (repair, token) pairs to be continued from that token; the others turn to their
-    next suspect step."""
+    rewrites: (repair, action, step). Returns (repair, token) pairs to be continued from that token; the
+    others turn to their next suspect step."""
     revised, continuations = [], []
     for action in ("revise", "resample"):
-        part = [(r, k) for r, what, k in rewrites if what == action]
-        requests = [rewrite_request(r, k, action, turn, codec, rules) for r, k in part]
+        part, requests = [], []
+        for r, what, k in rewrites:
+            if what == action:
+                part.append((r, k))
+                requests.append(rewrite_request(r, k, action, turn, codec, rules))
         stop_ids = () if action == "revise" else codec.newline_ids
         replies = sample_one_each(model, codec, requests, stop_ids)
         for (r, k), reply in zip(part, replies):
@@ -227,9 +222,9 @@ def take_reply(r: Repair, k: int, action: str, ids: list, logps: list, codec) ->
 
 
 def parse_step(ids: list, several_lines: bool, codec) -> tuple[str, int]:
-    """The step that a reply begins with, and of how many tokens: up to the end of its line (of the reply,
-    where the suspect step had several lines), or to a closing tag. ("", 0) where it did not end or a token
-    reaches over that end with more than white space."""
+    """The step that a reply begins with, and of how many tokens: to the end of its line (or of the reply,
+    where the suspect step had several lines) or a closing tag. ("", 0) where none ends at the end of a
+    token."""
     text, offsets = attribute.text_and_offsets(ids, codec)
     ends = []
     if "</" in text:
@@ -254,33 +249,27 @@ def sample_one_each(model, codec, requests: list[tuple], stop_ids: tuple = ()) -
     problems, prompts, keys, prefixes, limits = map(list, zip(*requests))
     groups = rollout.sample(model, problems, codec, 1, max(limits), 1.0, keys, prefixes, prompts, stop_ids,
                             limits)
-    return [group[0] for group in groups]
+    return sum(groups, [])
 
 
 def replace_step(r: Repair, k: int, new_ids: list, new_logps: list, text: str, codec):
-    """Replace step k of the trajectory by sampled tokens. The line break after it is kept as it was sampled;
-    if it was part of a word's token, a forced one is inserted."""
+    """Replace step k by sampled tokens. The line break after it is kept as it was sampled; if it was part of
+    a word's token, a forced one is inserted."""
     t, old = r.trajectory, r.trajectory.steps[k]
     tail = old.stop                                         # where the white space at the step's end begins
     while tail > old.start and not codec.tokenizer.decode([t.ids[tail - 1]]).strip():
         tail -= 1
     ids, logps, sampled = list(new_ids), list(new_logps), [1] * len(new_ids)
-    is_last = k + 1 == len(t.steps)
-    if "\n" not in codec.tokenizer.decode(new_ids[-1:]):
-        if tail < old.stop or is_last:
-            ids += t.ids[tail:old.stop]
-            logps += t.logps[tail:old.stop]
-            sampled += t.sampled[tail:old.stop]
-        else:
-            newline = rollout.token_ids("\n", codec)
-            ids += newline
-            logps += [0.0] * len(newline)
-            sampled += [0] * len(newline)
+    if "\n" in codec.tokenizer.decode(new_ids[-1:]):
+        tail = old.stop                                     # the new step brings its own
+    elif tail == old.stop and k + 1 < len(t.steps):
+        newline = rollout.token_ids("\n", codec)
+        ids, logps, sampled = ids + newline, logps + [0.0] * len(newline), sampled + [0] * len(newline)
 
     def splice(old_values, new_values):
-        return old_values[:old.start] + new_values + old_values[old.stop:]
+        return old_values[:old.start] + new_values + old_values[tail:]
 
-    shift = len(ids) - (old.stop - old.start)
+    shift = len(ids) - (tail - old.start)
     steps = t.steps[:k] + [attribute.Step(old.start, old.stop + shift, text)]
     steps += [attribute.Step(s.start + shift, s.stop + shift, s.text) for s in t.steps[k + 1:]]
     r.trajectory = replace(t, ids=splice(t.ids, ids), logps=splice(t.logps, logps),
@@ -291,11 +280,9 @@ def replace_step(r: Repair, k: int, new_ids: list, new_logps: list, text: str, c
 
 
 def resume_points(model, codec, revised: list, rules: Rules) -> list:
-    """Which later steps survive the correction of step k. revised: (repair, k) pairs.
-
-    A later step is kept while its check passed and every token is still likely after the correction (log w
-    >= 2 min_log_w). Returns (repair, token) pairs: sample on from that token. A repair whose next problem is
-    a suspect step is not returned: it is revised there next."""
+    """Which later steps survive the correction of step k: those before the first that is unknown, suspect or
+    holds an unlikely token (log w < 2 min_log_w). revised: (repair, k) pairs. Returns (repair, token) pairs
+    to be continued from that token; not those whose next problem is a suspect step."""
     points = []
     log_ws = log_weights(model, codec, [r.trajectory for r, _ in revised])
     for (r, k), log_w in zip(revised, log_ws):
@@ -333,8 +320,8 @@ def log_weights(model, codec, trajectories: list) -> list[list[float]]:
 
 def continue_sampling(model, codec, continuations: list, max_new_tokens: int, turn: int, rules: Rules):
     """Sample on in the clean context, about `rules.window` steps ahead, so that little is lost when the next
-    one is wrong. continuations: (repair, the first token to sample). A step that is not complete yet is cut
-    off again."""
+    is wrong. continuations: (repair, the first token to sample). A step that is not complete yet is cut off
+    again."""
     todo, requests = [], []
     for r, start in continuations:
         if start >= max_new_tokens:
@@ -364,9 +351,7 @@ def continue_sampling(model, codec, continuations: list, max_new_tokens: int, tu
         r.first_edit = min(r.first_edit, start)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What is accepted
-
+# ---- What is accepted
 
 def accept(model, codec, repairs: list, max_new_tokens: int, rules: Rules):
     """Take verified trajectories as templates, or note why not."""
@@ -405,32 +390,26 @@ def rejection_reason(r: Repair, log_w: list[float], rules: Rules) -> str:
 def confirm_guessable(model, codec, repairs: list, max_new_tokens: int, rules: Rules):
     """Where an answer can be guessed, the steps must lead to it again and again: its end is sampled three
     times."""
-    requests = []
-    for r in repairs:
-        t = r.trajectory
-        if is_guessable(t.problem):
-            prefix = t.ids[:t.steps[-1].stop] if t.steps else []
-            requests.append((r, t.problem, t.prompt, f"{r.key}/votes", prefix))
-    if not requests:
+    doubtful, prefixes = [r for r in repairs if is_guessable(r.trajectory.problem)], []
+    if not doubtful:
         return
-    doubtful, problems, prompts, keys, prefixes = map(list, zip(*requests))
-    prefixes = [prefix for prefix in prefixes for _ in range(3)]
+    for r in doubtful:
+        t = r.trajectory
+        prefixes += [t.ids[:t.steps[-1].stop] if t.steps else []] * 3
+    problems, prompts = [r.trajectory.problem for r in doubtful], [r.trajectory.prompt for r in doubtful]
+    keys = [f"{r.key}/votes" for r in doubtful]
     groups = rollout.sample(model, problems, codec, 3, max_new_tokens, 1.0, keys, prefixes, prompts)
     for r, group in zip(doubtful, groups):
-        for t in group:
-            r.tokens += sum(t.sampled)
+        r.tokens += sum(sum(t.sampled) for t in group)
         if sum(map(attribute.is_right, group)) < rules.min_agree:
             r.outcome = "a lucky guess"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Which rollouts of a batch are rectified, and where the results go
-
+# ---- Which rollouts of a batch are rectified, and where the results go
 
 def select_groups(groups, keys: list[str], config, progress: float) -> list[int]:
-    """Indices of the groups worth rectifying: accuracy up to `rectify_below`, at least two rollouts wrong.
-    Of these a share that falls to 0 over the last `anneal` of the training (progress: the share that is
-    done)."""
+    """Indices of the groups worth rectifying: accuracy up to `rectify_below`, at least two wrong. Of these a
+    share that falls to 0 over the last `anneal` of the training (progress: the share that is done)."""
     share = min(1.0, (1 - progress) / config.anneal) if config.anneal else 1.0
     chosen = []
     for n, group in enumerate(groups):
@@ -444,17 +423,15 @@ def select_groups(groups, keys: list[str], config, progress: float) -> list[int]
 def choose_source(group: list):
     """The failed rollout that is easiest to repair: the fewest suspect steps, the first of them as late as
     possible; None where no failure can be located."""
-    best = best_rank = None
-    for t in attribute.locatable_failures(group):
+    def difficulty(t):
         suspects = sum(check is not None and check.is_suspect for check in t.checks)
-        rank = (suspects, -(attribute.first_suspect(t.checks) or 0))
-        if best is None or rank < best_rank:
-            best, best_rank = t, rank
-    return best
+        return suspects, -(attribute.first_suspect(t.checks) or 0)
+
+    return min(attribute.locatable_failures(group), key=difficulty, default=None)
 
 
 def rectify_groups(model, codec, groups, hard: list[int], keys: list[str], verifier, config, score):
-    """Repair one failed rollout of each hard group. The rectified trajectory replaces another wrong rollout,
+    """Repair one failed rollout of each hard group. A rectified trajectory replaces another wrong rollout,
     so it stands beside its source and G is unchanged. score(t): its rewards. Returns the groups and all
     repairs."""
     repairs, group_of_repair = [], []

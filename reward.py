@@ -2,11 +2,11 @@ r"""The rule-based reward: find the answer in a completion, decide whether it is
 
 Strings in, numbers out; no model: total = (1 - w) * accuracy + w * format. The paper's abstract, all that is
 public, gives no rule: rules and weight are our choice, made against tools in use (math_verify, mathruler,
-VLMEvalKit). Completions are untrusted text: nothing is eval'ed and sizes are bounded. `extract_answer`, for
-benchmarks, is kind (the last tag, box, "answer is", formula or number); `reward_parts`, for training, is strict
-(one <answer> block, or no tag and one box), as a policy exploits what is read generously. Two answers are equal if
-`normalise` gives them one spelling, or if their values agree: exact fractions; with variables, at three sample
-points. Left out: conversion of units (5 m and 500 cm), numbers in words, systems of equations, complex numbers.
+VLMEvalKit). Completions are untrusted: nothing is eval'ed, sizes are bounded. `extract_answer`, for
+benchmarks, is kind (the last tag, box, "answer is", formula or number); `reward_parts`, for training, is
+strict (one <answer> block, or no tag and one box), as a policy exploits generosity. Answers are equal if
+`normalise` gives them one spelling, or if their values agree: exact fractions; with variables, at three
+sample points. Left out: conversion of units (5 m and 500 cm), numbers in words, systems of equations.
 
 Worked example: "<think>6 / 12 is half.</think><answer>x = \frac12</answer>", gold "0.5". The label x = goes,
 \frac12 is the fraction 1/2 and so is 0.5: accuracy 1, format 1, total 0.9 * 1 + 0.1 * 1 = 1.
@@ -22,13 +22,11 @@ from unicodedata import normalize as unicode_normalise
 MAX_LENGTH, MAX_TOKENS, MAX_BRACKETS, MAX_DIGITS = 2000, 300, 80, 60   # a larger answer matches only verbatim
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"                                      # of options
 
-# ------------------------------------------------------------------------------------------------------------
-# Finding the answer
+# ---- Finding the answer ------------------------------------------------------------------------------------
 CUE = re.compile(r"\banswer\b[*_ ]*(?:is\b|[:=：])[*_: ]*|####", re.I)
-FORMULA = re.compile(r"\$[^$\n]+\$(?!\d)|\\\([^\n]{,99}?\\\)")
-PLAIN_NUMBER = re.compile(                                                  # no part of "16 - 8\pi"
-    r"(?<![\w.)^_{\\+*/-])(?<![-+*/^] )-?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:/\d+)?%?"
-    r"(?![\w%(^\\√+*/-]|\.\d|,\d{3}|\s[-+*/^\\√π])")
+FORMULA = r"\$[^$\n]+\$(?!\d)|\\\([^\n]{,99}?\\\)"
+NUMBER = (r"(?<![\w.)^_{\\+*/-])(?<![-+*/^] )-?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:/\d+)?%?"
+          r"(?![\w%(^\\√+*/-]|\.\d|,\d{3}|\s[-+*/^\\√π])")                  # no part of "16 - 8\pi"
 
 
 def declared_answer(text: str) -> tuple[str, str | None]:
@@ -66,26 +64,23 @@ def extract_answer(text: str, choices: list | None = None) -> str | None:
     if len(line) <= MAX_TOKENS and (wordless or value_of(split_unit(normalise(line))[0], 0)):
         return line
     place = (line if cued else text).replace("**", "")
-    found = list(FORMULA.finditer(place)) or list(PLAIN_NUMBER.finditer(place))
+    found = list(re.finditer(FORMULA, place)) or list(re.finditer(NUMBER, place))
     if found:
         leads = cued and found[0].start() == 0          # "7, since 3 + 4 = 7" but "the sum of 3 and 4 is 7"
         return found[0 if leads else -1][0].strip("$ ")
     return line if 0 < len(line) <= 100 else None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Multiple choice
-LABELLED = re.compile(r"(?:[Oo]ption|[Cc]hoice)? ?(?:\((?=.\)))?([A-Z])[).:] ?(.+)", re.S)     # "B) 12"
-MENTION = re.compile(r"(?:\b(?:[Oo]ption|[Cc]hoice) ?\(?|(?<![\w'-])(?<!\d )\(?)([A-Z])(?![\w'-])"
-                     r"(?!(?<!ion A)(?<!ice A)(?<=[AI]) (?!is\b)[a-z])")    # no "5 A", "A frog", "I think"
-REFUTED = re.compile(                                                       # "A is wrong."
-    r"\(?\b[A-Z]\b\)?(?:,{1,2}\(?[A-Z]\b\)?){,11} ?(?:is|are)(?: (?:also |clearly |ruled )?"
-    r"(?:wrong|incorrect|false|out)|(?:n't| not) (?:right|correct))\b[^.;,]*[.;,]?\s*")
+# ---- Multiple choice ---------------------------------------------------------------------------------------
+LABELLED = r"(?s)(?:[Oo]ption|[Cc]hoice)? ?(?:\((?=.\)))?([A-Z])[).:] ?(.+)"                   # "B) 12"
+MENTION = (r"(?:\b(?:[Oo]ption|[Cc]hoice) ?\(?|(?<![\w'-])(?<!\d )\(?)([A-Z])(?![\w'-])"
+           r"(?!(?<!ion A)(?<!ice A)(?<=[AI]) (?!is\b)[a-z])")              # no "5 A", "A frog", "I think"
+REFUTED = (r"\(?\b[A-Z]\b\)?(?:,{1,2}\(?[A-Z]\b\)?){,11} ?(?:is|are)(?: (?:also |clearly |ruled )?"
+           r"(?:wrong|incorrect|false|out)|(?:n't| not) (?:right|correct))\b[^.;,]*[.;,]?\s*")
 
 
 def choose(text: str, choices: list, strict: bool = False) -> str | None:
-    """The letter of the option that a text names, or None: a letter; an option's text or value; both. Unless
-    strict, also the one letter or the one option's text in a sentence."""
+    """The letter of the option that a text gives: letter, text or both; unless strict, in a sentence too."""
     letters = LETTERS[:len(choices)]
     options = []                                                            # without letters of their own
     for letter, choice in zip(letters, choices):
@@ -97,14 +92,26 @@ def choose(text: str, choices: list, strict: bool = False) -> str | None:
     if len(named) == 1:
         return named[0]
     if not strict:
-        text = REFUTED.sub("", text)
-    labelled = LABELLED.match(text)
+        text = re.sub(REFUTED, "", text)                                    # "A is wrong."
+    labelled = re.match(LABELLED, text)
     if labelled and labelled[1] in letters:
         named = equal_options(labelled[2], letters, options)
         listing = re.search(r"(?<!\w)(?:\([A-Z]\)|[A-Z][).:])", labelled[2])
         explained = not (named or listing or strict)                        # "B. It is that one"
         return labelled[1] if labelled[1] in named or explained else None
-    return None if strict else mentioned_option(text, letters, options)
+    if strict:
+        return None
+    # A sentence: the one letter in its first clause, else in all of it, else the one option's text.
+    negated = re.search(r"\b(?:not|neither|never)\b|n't\b", text, re.I)
+    clause = re.split(r"[.;] |,(?=[a-z])|\b(?:since|because|not|[Nn]either)\b", text)[0]
+    for part in [clause] if negated else [clause, text]:
+        found = set(re.findall(MENTION, part)) & set(letters)
+        if found:
+            return found.pop() if len(found) == 1 else None
+    hits = [option for option in options if (len(option) > 1 or option.isdigit())
+            and re.search(rf"(?<![\w.^/-]){re.escape(option)}(?![\w^/]|[.,]\d)", text, re.I)]
+    whole = [option for option in hits if "\n".join(hits).count(option) == 1]       # no "red" in "dark red"
+    return letters[options.index(whole[0])] if len(whole) == 1 and not negated else None
 
 
 def equal_options(text: str, letters: str, options: list[str]) -> list[str]:
@@ -113,35 +120,18 @@ def equal_options(text: str, letters: str, options: list[str]) -> list[str]:
     return verbatim[:1] or [letter for letter, option in zip(letters, options) if equal(text, option)]
 
 
-def mentioned_option(text: str, letters: str, options: list[str]) -> str | None:
-    """The one letter in a sentence (in its first clause, if that has any), else the one option's text."""
-    negated = re.search(r"\b(?:not|neither|never)\b|n't\b", text, re.I)
-    clause = re.split(r"[.;] |,(?=[a-z])|\b(?:since|because|not|[Nn]either)\b", text)[0]
-    for part in [clause] if negated else [clause, text]:
-        found = set(MENTION.findall(part)) & set(letters)
-        if found:
-            return found.pop() if len(found) == 1 else None
-    if negated:
-        return None
-    hits = [option for option in options if (len(option) > 1 or option.isdigit())
-            and re.search(rf"(?<![\w.^/-]){re.escape(option)}(?![\w^/]|[.,]\d)", text, re.I)]
-    whole = [option for option in hits if "\n".join(hits).count(option) == 1]       # no "red" in "dark red"
-    return letters[options.index(whole[0])] if len(whole) == 1 else None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Equality
-COMMANDS = dict(entry.split(":") for entry in r"""pi:π times:* cdot:* div:/ dfrac:\frac tfrac:\frac cfrac:\frac
-    circ:° degree:° pm:± le:≤ leq:≤ leqslant:≤ ge:≥ geq:≥ geqslant:≥ ne:≠ neq:≠ lt:< gt:> approx:= in:= infty:∞
-    cup:∪ angle:∠ triangle:△ theta:θ alpha:α beta:β left: right: displaystyle: lvert:| rvert:| vert:|""".split())
+# ---- Equality ----------------------------------------------------------------------------------------------
+COMMANDS = dict(c.split(":") for c in r"""pi:π times:* cdot:* div:/ dfrac:\frac tfrac:\frac cfrac:\frac circ:°
+    degree:° pm:± le:≤ leq:≤ leqslant:≤ ge:≥ geq:≥ geqslant:≥ ne:≠ neq:≠ lt:< gt:> approx:= in:= infty:∞ cup:∪
+    angle:∠ triangle:△ theta:θ alpha:α beta:β left: right: displaystyle: lvert:| rvert:| vert:|""".split())
 RELATIONS = "=<>≤≥≠"
 LABEL = re.compile(r"(?:[^\W\d]|[∠△\\])[\w\s'(){}\\∠△,.]*|")                # "x", "f(x)", "Area of ABC", ""
 UNIT = re.compile(r"(.*[0-9)}π])(?: |(?<=\})|(?=[A-Za-z]{2}))([A-Za-z/^23]+)")      # 5m is a product
 UNITS = {}                                                                          # each spelling: the first
 for names in """mm millimeter|cm centimeter|m meter|km kilometer|mi mile|in inch inche|ft foot feet|yd yard
     |g gram|kg kilogram|mg milligram|lb pound|oz ounce|s sec second|min minute|h hr hour|day|week|month|year
-    |L l liter|ml milliliter|N newton|J joule|W watt|V volt|pa pascal|hz hertz|mol|dollar usd|cent|unit
-    |degc|degf|rad radian|mph|ohm|people person|student|item|time""".split("|"):
+    |L l liter|ml milliliter|N newton|J joule|W watt|V volt|pa pascal|hz hertz|mol|dollar usd|cent|unit|degc
+    |degf|rad radian|mph|ohm|people person|student|item|time""".split("|"):
     UNITS.update(dict.fromkeys(names.split(), names.split()[0]))
 WORDS = r"(?:[A-Za-z\s$.,:;=*~]|\\[()\[\]]|\\(?:text|mathrm)\{[A-Za-z\s~]*\})*"
 CHARACTERS = str.maketrans("−–—‐‑×·⋅∗÷⁄∕“”⩽⩾", "-----****///\"\"≤≥", "$€£")
@@ -221,12 +211,11 @@ class Evaluator:
         self.point, self.names, self.tokens = point, set(), []              # names: of variables met
         for match in TOKEN.finditer(text):
             name, index = match[1] or "", match[2] or ""
-            spaced = " " in text[max(match.start() - 1, 0):match.end() + 1]
             if len(name) < 2 or name in FUNCTIONS or name in CONSTANTS or match[0][0] == "\\":
                 self.tokens.append(match[0].lstrip("\\"))
-            elif len(name) > 3 or spaced:                                   # "red" in "4 red" is no product
+            elif len(name) > 3 or " " in text[max(match.start() - 1, 0):match.end() + 1]:   # red in 4 red
                 raise ValueError("a word")
-            else:                                                           # but xy is x * y
+            else:                                                           # xy is x * y
                 self.tokens += [*name[:-1], name[-1] + index]
         self.tokens = [""] + self.tokens[::-1]                              # a stack; "" is the end
 
@@ -238,8 +227,7 @@ class Evaluator:
             binding, apply = OPERATORS.get("*" if implicit else token, (0, None))
             if binding <= floor:
                 break
-            if not implicit:
-                self.tokens.pop()
+            token = token if implicit else self.tokens.pop()
             right_floor = binding - (token == "^")                          # 2^3^2 is 2^(3^2)
             value = apply(value, Fraction(100) if token == "%" else self.expression(right_floor))
         return value
@@ -273,8 +261,7 @@ class Evaluator:
         if name == "sqrt":
             degree = self.operand() if self.tokens[-1] == "[" else 2
             value = self.operand()
-            sign = -1 if value < 0 and degree % 2 == 1 else 1               # the cube root of -8 is -2
-            return sign * power(sign * value, 1 / degree)
+            return -power(-value, 1 / degree) if value < 0 and degree % 2 == 1 else power(value, 1 / degree)
         exponent = 1
         if self.tokens[-1] == "^" and self.tokens[-2].isdigit():
             self.tokens.pop()
@@ -342,8 +329,15 @@ def same(a: str, b: str) -> bool:
     (brackets_a, items_a), (brackets_b, items_b) = split_items(a), split_items(b)
     brackets = {brackets_a, brackets_b}
     if brackets != {""} or len(items_a) > 1 or len(items_b) > 1:
-        same_kind = len(brackets) == 1 or brackets == {"", "{}"}
-        return same_kind and same_items(items_a, items_b, is_set="{}" in brackets or "∪" in a + b)
+        if len(items_a) != len(items_b) or brackets not in ({brackets_a}, {"", "{}"}):
+            return False
+        any_order = "{}" in brackets or "∪" in a + b or all("=" in item for item in items_a + items_b)
+        for item in items_a:
+            for candidate in items_b if any_order else items_b[:1]:
+                if same(item, candidate):
+                    items_b.remove(candidate)
+                    break
+        return not items_b
     (a, unit_a), (b, unit_b) = split_unit(items_a[0]), split_unit(items_b[0])
     if unit_a and unit_b and unit_a != unit_b:
         return False                                                        # 5 m is not 5 cm; 5 may be either
@@ -362,24 +356,11 @@ def split_outside(text: str, separators: str) -> list[str]:
 def split_items(text: str) -> tuple[str, list[str]]:
     """("[)", ["1", "2"]) of "[1,2)"; ("", ["1", "2"]) of "1,2"; a single thing in () or {} is that thing."""
     if text.count("±") == 1 and "," not in text:
-        return "{}", [text.replace("±", "+"), text.replace("±", "-")]
-    enclosed = re.match(r"[(\[{]", text) and split_outside(text, ")]}")[1:] == [""]
-    if not enclosed:
+        text = f"{{{text.replace('±', '+')},{text.replace('±', '-')}}}"                 # ±4 is {+4,-4}
+    if text[:1] not in ("(", "[", "{") or split_outside(text, ")]}")[1:] != [""]:       # no bracket around all
         return "", split_outside(text, ",;∪")
     items = split_outside(text[1:-1], ",;")
     return split_items(items[0]) if len(items) == 1 and text[0] != "[" else (text[0] + text[-1], items)
-
-
-def same_items(items_a: list[str], items_b: list[str], is_set: bool) -> bool:
-    """Item by item; in a set, and where all are labelled (x=1, y=2), in any order."""
-    any_order = is_set or all("=" in item for item in items_a + items_b)
-    rest = list(items_b)
-    for item in items_a if len(items_a) == len(items_b) else []:
-        for candidate in rest if any_order else rest[:1]:
-            if same(item, candidate):
-                rest.remove(candidate)
-                break
-    return not rest
 
 
 def unlabelled(text: str) -> str:
@@ -389,8 +370,7 @@ def unlabelled(text: str) -> str:
         del sides[0]
     elif len(sides) == 2 and LABEL.fullmatch(sides[1]):
         del sides[1]
-    is_equation = len(split_outside(text, "<>≤≥≠")) == 1
-    agree = sides and is_equation and all(same(side, sides[-1]) for side in sides)
+    agree = sides and len(split_outside(text, "<>≤≥≠")) == 1 and all(same(side, sides[-1]) for side in sides)
     return sides[-1] if agree else ""
 
 
@@ -428,19 +408,17 @@ def same_value(a: str, b: str) -> bool:
     return len(pairs) > 1 and re.search(r"[-+*/^|π0-9\\]", a + b) is not None    # letters alone: no is not on
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The reward
+# ---- The reward --------------------------------------------------------------------------------------------
 def answers_match(prediction: str | None, gold: str, choices: list | None = None) -> bool:
-    """Whether a prediction is right; "" and None never are. With choices both may be a letter or an option."""
+    """Whether a prediction is right; "" and None never are. With choices both may be a letter or a text."""
     if not prediction or not gold:
         return False
     if not choices:
         return equal(prediction, gold)
     said, wanted = choose(prediction, choices, strict=True), choose(gold, choices, strict=True)
-    if said is None or said == wanted:
-        return said is not None
-    said_text, wanted_text = (str(choices[LETTERS.index(s)]).strip() if s else gold.strip() for s in (said, wanted))
-    return said_text == wanted_text != ""                                   # two options may have one text
+    texts = [str(choices[LETTERS.index(letter)]) if letter else gold for letter in (said, wanted)]
+    same_text = texts[0].strip() == texts[1].strip() != ""                  # two options may have one
+    return said is not None and (said == wanted or same_text)
 
 
 def format_ok(text: str) -> bool:

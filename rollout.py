@@ -48,9 +48,7 @@ from model import (Config, ImageConfig, KVCache, Qwen25VL, SharedPrompt, load_im
 INSTRUCTION = ("First think inside <think> </think>, one step a line, checking each step against the image. "
                "Then give only the final answer inside <answer> </answer>.")
 
-# ------------------------------------------------------------------------------------------------------------
-# Problems
-
+# ---- Problems
 
 class DataError(ValueError):
     """Bad input data; the message names file, line and field."""
@@ -225,9 +223,7 @@ def open_image(image, decode: bool = True) -> Image.Image:
     return image.convert("RGB")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files of problems
-
+# ---- Files of problems
 
 def read_rows(path: Path):
     """(where, row or the DataError in reading it) of each row: a JSON object a line; in a .json file a list
@@ -270,10 +266,10 @@ def read_parquet(path: Path):
         raise DataError(f"--data {path}: not a readable parquet file: {e}") from None
 
 
-def load_problems(path, image_dir=None, instruction: str = "", check=None, show: int = 20) -> list[Problem]:
+def load_problems(path, image_dir=None, instruction: str = "", check=None, show=20) -> list[Problem]:
     """Read and check a whole file: every row, every image, and what check(problem) raises as a DataError.
-    DataError with one line for each bad row (the first `show`), so nothing is trained on or scored before
-    all of it is known to be good."""
+    DataError with one line for each bad row (the first `show`; None: all), so nothing is trained on or
+    scored before all of it is known to be good."""
     path, problems, errors = Path(path), {}, []
     if not path.is_file():
         raise DataError(f"--data {path}: no such file")
@@ -294,8 +290,8 @@ def load_problems(path, image_dir=None, instruction: str = "", check=None, show:
             if error:
                 errors.append(error)
     if errors:
-        more = f"\n... and {len(errors) - show} more" if len(errors) > show else ""
-        raise DataError("\n".join(errors[:show]) + more)
+        more = [f"... and {len(errors) - show} more"] if show and len(errors) > show else []
+        raise DataError("\n".join(errors[:show] + more))
     if not problems:
         raise DataError(f"--data {path}: the file has no rows")
     return list(problems.values())
@@ -318,9 +314,7 @@ def problem_error(problem: Problem, check=None) -> str:
     return ""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Codec: what turns text and images into tokens
-
+# ---- Codec: what turns text and images into tokens
 
 @dataclass
 class Codec:
@@ -383,9 +377,7 @@ def token_ids(text: str, codec: Codec) -> list[int]:
     return codec.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Prompts
-
+# ---- Prompts
 
 @dataclass(eq=False)
 class Prompt:
@@ -508,9 +500,7 @@ def token_batches(lengths: list[int], budget: int):
         yield range(start, len(lengths))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The sampler
-
+# ---- The sampler
 
 @dataclass(eq=False)
 class Trajectory:
@@ -654,9 +644,7 @@ def prefill(model: Qwen25VL, prompts: list[Prompt], group_size: int, prefixes: l
     return last, cache, start, length
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The training forward
-
+# ---- The training forward
 
 def completion_hidden(model: Qwen25VL, prompts: list[Prompt], completions: list[list], pad_id: int):
     """Hidden states that predict each completion token. prompts (R): the one each row continues; a prompt

@@ -5,11 +5,10 @@
 
 Takes: a checkpoint and problems. Gives: a run folder with checkpoints in the hub's format, metrics.jsonl,
 groups.jsonl and held-out figures. One RL step is `rl_step`: rollout -> reward -> attribute -> rereason ->
-grpo; everything else here is plumbing. `Trainer.score` and `Trainer.verifier_class` are its two hooks.
+grpo; the rest is plumbing. `Trainer.score` and `Trainer.verifier_class` are its two hooks.
 
-The paper says: failed rollouts are screened by reward, the step that lost the image is found, a Re-Reasoning
-Loop repairs the trajectory, and GRPO learns from it. We chose: one update a rollout batch, AdamW at a
-constant rate after a short warm-up, fp32 master weights. Left out: FSDP, pipelines, asynchronous rollouts.
+The paper says what `rl_step` says and no more. We chose: one update a rollout batch, AdamW at a constant rate
+after a short warm-up, fp32 master weights. Left out: FSDP, pipelines, asynchronous rollouts.
 
 Data parallelism: rank r takes problems r, r + W, r + 2W, ... of the global batch, divides its loss by the
 *global* normaliser, and gradients are summed in fp32 to the rank that owns a parameter's optimiser state
@@ -17,8 +16,8 @@ Data parallelism: rank r takes problems r, r + W, r + 2W, ... of the global batc
 compute the same, and a resumed run equals an uninterrupted one.
 
 Worked example: of a global batch of 4, rank 1 of 2 takes problems 1 and 3 in the first step, 5 and 7 in the
-second. With G = 8 and L_max = 64 both ranks divide their loss by 4 * 8 * 64 = 2048. At lr 3e-5 with 5
-warm-up steps the first step's rate is 6e-6, the fifth's 3e-5.
+second. With G = 8 and L_max = 64 both ranks divide their loss by 4 * 8 * 64 = 2048. At lr 3e-5 with 5 warm-up
+steps the first step's rate is 6e-6, the fifth's 3e-5.
 """
 import argparse
 import contextlib
@@ -117,11 +116,10 @@ class TrainConfig:
 
     def validate(self, world: int):
         """ValueError names the flag that can not be."""
-        positive = ("max_steps", "batch", "group_size", "max_new_tokens", "updates_per_batch", "micro_rows",
-                    "keep", "max_bad_steps")
-        for name in (*positive, "eval_problems", "eval_samples", "eval_every", "show_every", "save_every",
-                     "max_pixels"):
-            least = int(name in positive)
+        at_least = {"max_steps": 1, "batch": 1, "group_size": 2 if self.stage == "rl" else 1, "max_new_tokens": 1,
+                    "updates_per_batch": 1, "micro_rows": 1, "keep": 1, "max_bad_steps": 1, "eval_problems": 0,
+                    "eval_samples": 0, "eval_every": 0, "show_every": 0, "save_every": 0, "max_pixels": 0}
+        for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least {least}")
         for name, known in (("stage", ("rl", "sft")), ("algo", ("ivr", "grpo")), ("relook", rereason.RELOOKS),
@@ -131,8 +129,6 @@ class TrainConfig:
         if self.batch % (world * self.updates_per_batch):
             raise ValueError(f"--batch {self.batch}: must be a multiple of ranks x updates_per_batch = "
                              f"{world} x {self.updates_per_batch}")
-        if self.stage == "rl" and self.group_size < 2:
-            raise ValueError("--group_size 1: a group needs at least 2 completions to compare")
         if not 0 <= self.anneal <= 1:
             raise ValueError(f"--anneal {self.anneal}: must be between 0 and 1")
 
@@ -150,25 +146,22 @@ def parse_flags(config_class, argv=None, defaults: dict | None = None):
     return config_class(**vars(parser.parse_args(argv)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data
-
+# ---- Data
 
 def training_data(c: TrainConfig, codec) -> tuple:
-    """Training data (an endless Stream or a list) and held-out problems, checked before anything is
-    computed: rows, images, lengths of prompts and demonstrations. DataError names all bad rows."""
+    """Training data (an endless Stream or a list) and held-out problems, checked before anything is computed.
+    DataError names all bad rows."""
     def check(problem):
         rollout.encode_prompt(problem, codec, c.max_prompt_tokens, pixels=False)
         if c.stage == "sft":
             demonstration(problem, c, codec)
 
-    held_out, name = [], c.eval_data or (c.data if is_tiny(c.data) else "")
     if is_tiny(c.data):
         data = shapes.Stream(c.data, "train", c.seed, run=c.batch)
         check(data[0])
     else:
-        show = 10 ** 9 if c.check else 20
-        data = rollout.load_problems(c.data, c.image_dir, c.instruction, check, show)
+        data = rollout.load_problems(c.data, c.image_dir, c.instruction, check, show=None if c.check else 20)
+    held_out, name = [], c.eval_data or (c.data if is_tiny(c.data) else "")
     if name and c.eval_problems:
         held_out = load_data(name, "heldout", c.eval_problems, c.image_dir, c.instruction)
     for problem in held_out:
@@ -191,9 +184,7 @@ def demonstration(problem, c: TrainConfig, codec) -> list[int]:
     return ids
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Ranks
-
+# ---- Ranks
 
 def device_and_dtype(device: str, dtype: str):
     """Resolve "auto": cuda and bfloat16 where there is a GPU, else cpu and float32. ValueError for others."""
@@ -236,14 +227,10 @@ def all_gather(rows: list) -> list:
     return sum(parts, [])
 
 
-def barrier():
-    all_gather([])
-
-
 def leave():
     """The end: no rank leaves while another still talks."""
     if dist.is_initialized():
-        barrier()
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -268,9 +255,7 @@ def stop_signals():
         signal.signal(signal.SIGINT, before[1])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The optimiser
-
+# ---- The optimiser
 
 class Optimizer:
     """AdamW with fp32 master weights, its state sharded over ranks (ZeRO-1): each parameter has one owner,
@@ -359,9 +344,7 @@ def learning_rate(c: TrainConfig, step: int, progress: float) -> float:
     return c.lr * min(1.0, (step + 1) / max(1, c.warmup_steps)) * (1 - (1 - c.lr_end) * progress)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The step
-
+# ---- The step
 
 class Trainer:
     """The policy and what its updates need."""
@@ -565,10 +548,10 @@ class Trainer:
                 save_model(self.model, part, c.model)
                 state = {"step": self.step, "tokens": self.tokens, "bad_steps": self.bad_steps}
                 (part / "trainer.json").write_text(json.dumps(state))
-            barrier()                                           # the folder is there
+            all_gather([])                                      # the folder is there
             name = f"optimizer-{self.rank + 1:05d}-of-{self.world:05d}.safetensors"
             save_file(self.optimizer.state(), part / name)
-            barrier()                                           # all ranks have written
+            all_gather([])                                      # all ranks have written
             for file in part.iterdir() if self.rank == 0 else ():
                 with open(file, "rb+") as f:
                     os.fsync(f.fileno())
@@ -603,9 +586,7 @@ def last_intact(folder: Path) -> Path:
     raise ValueError(f"--resume {folder}: no whole checkpoint in there")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The log
-
+# ---- The log
 
 def write_text(file: Path, text: str):
     """Give a file this content, or leave it as it was: written beside, flushed, renamed."""
@@ -626,9 +607,9 @@ def read_jsonl(file: Path) -> list[dict]:
     return rows
 
 
-def append_jsonl(file: Path, row: dict):
+def append_jsonl(file: Path, rows: list[dict]):
     with open(file, "a", encoding="utf-8") as f:
-        f.write(json.dumps(row) + "\n")
+        f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def log_line(step: int, c: TrainConfig, m: dict) -> str:
@@ -670,47 +651,42 @@ def warnings_of(m: dict, first: dict) -> dict:
 def telling_group(groups) -> list:
     """The group to show to people: one with a rectified trajectory, else one with right and wrong ones."""
     def rank(group):
-        return any(t.provenance != "policy" for t in group), len({t.rewards["accuracy"] for t in group})
+        return any(t.source for t in group), len({t.rewards["accuracy"] for t in group})
 
     return max(groups, key=rank)
 
 
 def describe(group) -> str:
     """A decoded rollout of a group; where one was repaired, that one with its checks and what it became."""
-    rectified = None
-    for t in group:
-        rectified = t if t.provenance != "policy" else rectified
-    t = rectified.source if rectified else group[0]
+    rectified = max(group, key=lambda t: t.source is not None)
+    t, right = rectified.source or rectified, sum(t.rewards["accuracy"] for t in group)
     lines = [f"  question  {t.problem.question!r}", f"  gold      {t.problem.answer!r}",
              f"  sampled   {t.text!r}"]
     if t.problem.oracle:
         thoughts = t.text.partition("<think>")[2].partition("</think>")[0]
         lines.append(f"  steps     {' '.join(shapes.check_steps(t.problem, thoughts.splitlines()))}")
-    if rectified:
+    if rectified.source:
         checks = [f"{check.prob:.2f}" if check else "?" for check in t.checks]
         lines.append(f"  checks    {' '.join(checks)}")
         lines.append(f"  rectified {rectified.text!r}  ({rectified.provenance})")
-    right = sum(t.rewards["accuracy"] for t in group)
     return "\n".join([*lines, f"  reward    {t.rewards}, right in the group: {right:.0f} of {len(group)}"])
 
 
 def group_record(step: int, group, repairs) -> dict:
     """Everything known of one group, as a row of groups.jsonl; experiments/trace.py makes a page of them."""
     number, rollouts, turns = {id(t): n for n, t in enumerate(group)}, [], []
-    plain = ("ids", "sampled", "logps", "weights", "finished", "text", "provenance", "rewards", "advantage",
-             "shared_prefix_len")
     for t in group:
-        row = {name: getattr(t, name) for name in plain}
-        row["source"] = number.get(id(t.source))
-        row["steps"] = [(step.start, step.stop) for step in t.steps or ()]
-        row["checks"] = [check and check.prob for check in t.checks or ()]
+        row = {**vars(t), "source": number.get(id(t.source)), "problem": t.problem.id, "prompt": None,
+               "steps": [(step.start, step.stop) for step in t.steps or ()],
+               "checks": [check and check.prob for check in t.checks or ()]}
         rollouts.append(row)
     for r in repairs:
         if id(r.source) in number:
             turns.append({"source": number[id(r.source)], "trajectory": number.get(id(r.trajectory)),
                           "tokens": r.tokens, "outcome": r.outcome, "turns": r.turns})
-    return {"step": step, "id": group[0].problem.id, "question": group[0].problem.question,
-            "gold": group[0].problem.answer, "rollouts": rollouts, "repairs": turns}
+    problem = group[0].problem
+    return {"step": step, "id": problem.id, "question": problem.question, "gold": problem.answer,
+            "rollouts": rollouts, "repairs": turns}
 
 
 class Log:
@@ -740,23 +716,32 @@ class Log:
         if not self.lead:
             return
         c, step = self.config, m["step"]
-        append_jsonl(self.out / "metrics.jsonl", m)
+        append_jsonl(self.out / "metrics.jsonl", [m])
         self.say(log_line(step, c, m))
         if groups is None:
             return
         if c.show_every and (step == 1 or step % c.show_every == 0):
             group = telling_group(groups)
             self.say(describe(group))
-            append_jsonl(self.out / "groups.jsonl", group_record(step, group, repairs))
+            append_jsonl(self.out / "groups.jsonl", [group_record(step, group, repairs)])
         for kind, text in warnings_of(m, read_jsonl(self.out / "metrics.jsonl")[0]).items():
             if step - self.warned.get(kind, -20) >= 20:
                 self.warned[kind] = step
                 self.say(f"warning: {text}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The run
+    def held_out(self, figures: dict):
+        """Held-out figures before and after, to the terminal and to heldout.json."""
+        if figures["after"]:
+            self.say(f"\n{figures['after']['table']}\n")
+        for when, found in figures.items():
+            if found:
+                self.say(f"held-out {when + ':':7} {headline(found)}")
+        if self.lead:
+            write_text(self.out / "heldout.json", json.dumps(figures, indent=1))
 
+
+# ---- The run
 
 def train(t: Trainer) -> dict:
     """The whole run, from where the trainer is. Returns the held-out figures {"before", "after"}, None where
@@ -764,19 +749,20 @@ def train(t: Trainer) -> dict:
     c = t.config
     c.out = all_gather([c.out or f"runs/{c.stage}-{time.strftime('%Y%m%d-%H%M%S')}"])[0]
     log, figures = Log(t), {"before": None, "after": None}
-    size = sum(p.numel() for p in t.model.parameters())
     log.say(json.dumps(asdict(c)))
+    size = sum(p.numel() for p in t.model.parameters())
     log.say(f"{size:,} parameters on {t.world} x {t.device}, run folder {c.out}")
     if t.step == 0:
         figures["before"] = t.evaluate()
         t.save()
     elif (log.out / "heldout.json").is_file():
         figures["before"] = json.loads((log.out / "heldout.json").read_text())["before"]
-    write_figures(log, figures)
-    stopped = train_steps(t, log)
+    log.held_out(figures)
+    with stop_signals() as asked:
+        stopped = train_steps(t, log, asked)
     if not stopped:
         figures["after"] = t.evaluate()
-        write_figures(log, figures)
+        log.held_out(figures)
     log.say(f"checkpoint {log.out / f'checkpoint-{t.step:06d}'}")
     leave()
     if stopped:
@@ -785,46 +771,34 @@ def train(t: Trainer) -> dict:
     return figures
 
 
-def train_steps(t: Trainer, log: Log) -> int:
-    """Step after step, logged, until the training is done (0 is returned) or a signal asks to stop (its
-    number)."""
+def train_steps(t: Trainer, log: Log, asked: list) -> int:
+    """Step after step, logged, until the training is done (0 is returned) or a signal in `asked` stops it
+    (its number is)."""
     c, stopped = t.config, 0
     bar = tqdm(total=c.max_steps, initial=t.step, desc=c.stage, disable=None if t.rank == 0 else True)
-    with stop_signals() as asked:
-        while t.progress() < 1 and not stopped:
-            started = time.time()
-            metrics = t.sft_step() if c.stage == "sft" else t.rl_step()
-            groups, repairs = metrics.pop("groups", None), metrics.pop("repairs", None)
-            t.step += 1
-            metrics = {"step": t.step, **metrics, "seconds": time.time() - started}
-            found = t.evaluate(short=True) if c.eval_every and t.step % c.eval_every == 0 else None
-            if found:
-                log.say(f"held-out at {t.step}: {headline(found)}")
-                metrics["heldout"] = {name: value for name, value in found.items() if name != "table"}
-            log.step(metrics, groups, repairs)
-            t.bad_steps = 0 if math.isfinite(metrics["grad_norm"]) else t.bad_steps + 1
-            if t.bad_steps:
-                log.say(f"warning: step {t.step} was skipped, its gradient is not finite")
-            if t.bad_steps >= c.max_bad_steps:
-                raise FloatingPointError(f"{t.bad_steps} steps in a row without a finite gradient (--max_bad_steps); "
-                                         f"the checkpoints in {c.out} are untouched")
-            bar.update()
-            stopped = int(max(all_gather(asked[-1:]), default=0))
-            if t.progress() >= 1 or stopped or (c.save_every and t.step % c.save_every == 0):
-                t.save()
+    while t.progress() < 1 and not stopped:
+        started = time.time()
+        metrics = t.sft_step() if c.stage == "sft" else t.rl_step()
+        groups, repairs = metrics.pop("groups", None), metrics.pop("repairs", None)
+        t.step += 1
+        t.bad_steps = 0 if math.isfinite(metrics["grad_norm"]) else t.bad_steps + 1
+        metrics = {"step": t.step, **metrics, "seconds": time.time() - started}
+        found = t.evaluate(short=True) if c.eval_every and t.step % c.eval_every == 0 else None
+        if found:
+            log.say(f"held-out at {t.step}: {headline(found)}")
+            metrics["heldout"] = {name: value for name, value in found.items() if name != "table"}
+        log.step(metrics, groups, repairs)
+        if t.bad_steps:
+            log.say(f"warning: step {t.step} was skipped, its gradient is not finite")
+        if t.bad_steps >= c.max_bad_steps:
+            raise FloatingPointError(f"{t.bad_steps} steps in a row without a finite gradient (--max_bad_steps); "
+                                     f"the checkpoints in {c.out} are untouched")
+        bar.update()
+        stopped = int(max(all_gather(asked[-1:]), default=0))
+        if t.progress() >= 1 or stopped or (c.save_every and t.step % c.save_every == 0):
+            t.save()
     bar.close()
     return 0 if t.progress() >= 1 else stopped
-
-
-def write_figures(log: Log, figures: dict):
-    """Held-out figures to the terminal and to heldout.json."""
-    if figures["after"]:
-        log.say(f"\n{figures['after']['table']}\n")
-    for when, found in figures.items():
-        if found:
-            log.say(f"held-out {when + ':':7} {headline(found)}")
-    if log.lead:
-        write_text(log.out / "heldout.json", json.dumps(figures, indent=1))
 
 
 def start(argv=None, trainer_class=Trainer, defaults: dict | None = None):

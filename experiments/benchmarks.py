@@ -109,8 +109,7 @@ def literal(value):
     return value if isinstance(value, dict) else []
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The six. Each builder: row, wording -> question, choices, golds, groups; MathVista also answer_type and
+# ---- The six. Each builder: row, wording -> question, choices, golds, groups; MathVista also answer_type and
 # precision. Choices are empty texts where only the image shows them, so that letters count.
 def lettered(row: dict) -> list[str]:
     """The option cells A, B, ..., up to the last one that is not empty; without any, the column `options`."""
@@ -222,8 +221,7 @@ def borrow_options(versions: list[tuple]):
             bench["choices"] = known.get(index, bench["choices"])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# convert
+# ---- convert
 def images_of(row: dict, by_index: dict) -> list:
     """The images of a row, bytes or file names. `image_path` counts where there is no column `image`."""
     cell = row["image"] if "image" in row else row.get("image_path")
@@ -251,8 +249,8 @@ def make_row(row: dict, images: list, where: str, benchmark: str, prompt: str) -
     task, bench = next(iter(made["groups"].values())), {"name": benchmark, "prompt": prompt, **made}
     ours = {"id": text_of(row, *IDS) or where, "images": images, "problem": question, "answer": gold,
             "task": task, "benchmark": bench}
-    if choices and rollout.lists_options(question, choices) and reward.answers_match(gold, gold, choices):
-        ours["choices"] = choices               # others would be spelled out, but only the image shows them
+    if choices and reward.answers_match(gold, gold, choices):
+        ours["choices"] = choices
     return ours
 
 
@@ -271,14 +269,16 @@ def convert(file: Path, out: Path, prompt: str = "own", image_dir: str = "") -> 
             if no_image or (benchmark == "MMMU" and text_of(row, "split", "id").startswith("dev")):
                 continue
             ours = make_row(row, images, where, benchmark, prompt)
-            made.append((row, ours, rollout.parse_row(ours, where, folder)))
+            if rollout.parse_row(ours, where, folder).question != ours["problem"]:
+                ours.pop("choices", None)       # it would spell out options that only the image shows
+            problem = rollout.parse_row(ours, where, folder)
+            made.append((row, ours, problem))
+            for image in problem.images:
+                rollout.open_image(image)
             if ids.setdefault(ours["id"], where) != where:
                 raise DataError(f"{where}: the id {ours['id']} is taken by {ids[ours['id']]}")
-        except DataError as e:                                  # names the row
-            errors.append(str(e))
-        except (ValueError, TypeError, AttributeError, LookupError) as e:
-            errors.append(f"{where}: not a row of {benchmark}: {e}")
-    errors += rollout.check_problems([problem for _, _, problem in made])
+        except Exception as e:                  # whatever a row may hold; and Pillow raises many kinds
+            errors.append(str(e) if isinstance(e, DataError) else f"{where}: not a row of {benchmark}: {e}")
     if errors or not made:
         raise DataError("\n".join(errors[:20] or [f"{file}: no row is left"]))
     borrow_options([(row.get("problem_index"), ours["benchmark"]) for row, ours, _ in made])
@@ -296,14 +296,13 @@ def convert(file: Path, out: Path, prompt: str = "own", image_dir: str = "") -> 
     return f"{target.name}: {benchmark}, prompt {prompt}, {len(made)} questions of {len(rows)} rows"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# score and export
+# ---- score and export
 def read_results(rows: Path, data: Path) -> tuple[dict, list[dict]]:
     """({id: `benchmark` field} of a converted file, the rows that eval.py --out wrote for it)."""
     benches, found = {}, []
     for where, row in read_table(data):
         bench = row.get("benchmark")
-        if not isinstance(bench, dict) or bench.get("name") not in BUILDERS:
+        if not isinstance(bench, dict) or not {"name", "prompt", "choices", "golds", "groups"} <= set(bench):
             raise DataError(f"{where}: field 'benchmark' is missing or not as `convert` writes it")
         benches[str(row.get("id"))] = bench
     for where, row in read_table(rows):
@@ -346,7 +345,7 @@ def score(rows: Path, data: Path) -> str:
         record["extracted"], record["correct"] = grade(bench, record["completion"])
         record["format"] = bool(record.get("finished")) and reward.format_ok(record["completion"])
         record["groups"] = bench["groups"]
-    title = f"{bench['name']}, prompt {bench['prompt']}, {len(benches)} questions converted"
+    title = f"{bench['name']}, prompt {bench['prompt']}, {len(benches)} questions in the file"
     return f"{title}\n\n{evaluation.report(records)}"
 
 
