@@ -1,21 +1,20 @@
 """Where a failed rollout lost the image: screening, steps, two signals, and the verifier that applies them.
 
-Takes: rollouts with their rewards (rollout.py, reward.py) and the policy. Gives: `steps` and `checks` on each
-trajectory; the first suspect step is where rereason.py looks at the image again.
+Takes: rollouts with their rewards, and the policy. Gives: `steps` and `checks` on each trajectory; the first
+suspect step is where rereason.py looks at the image again.
 
 The paper says: a reward-driven screening finds flawed rollouts, and a step-level attribution inside the
 multimodal context finds where the reasoning lost the image. How is our choice:
 
-    A1 pristine check   P(the policy, shown the image and this step alone, repeats it), at its least likely
-    token A2 answer margin    log p(gold) - log p(own answer) after each step: where the chain turns wrong
+    A1 pristine check   P(the policy, shown the image and this step alone, repeats it): its least likely token
+    A2 answer margin    log p(gold) - log p(own answer) after each step: where the chain turns wrong
 
-Both are forward passes only; A1 counts as one generated token a check all the same, and asks each distinct
-statement of a problem once, for all its rollouts. The gold answer only scores (A2); it never enters a prompt
-that is generated from. Left out here: visual dependence (A3), Monte-Carlo restarts (A4), random and oracle
-localisers, which are compared in experiments/localisers.py.
+Both are forward passes only; A1 counts as one generated token a check all the same. The gold answer only
+scores (A2); it never enters a prompt that is generated from. Left out: visual dependence (A3), Monte-Carlo
+restarts (A4), random and oracle localisers, all in experiments/localisers.py.
 
 Worked example: a chain of four steps whose checks are 0.98, 0.95, 0.02, 0.90. The first below 0.5 is the
-third, so the rollout lost the image there.
+third.
 """
 import bisect
 import math

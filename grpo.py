@@ -1,18 +1,14 @@
 """GRPO and IVR-R1's objective: advantages, step-level credit, the clipped and the shaped loss.
 
-Takes: groups of trajectories with rewards, and in IVR-R1 with checks and rectified members; log-probs of
-their tokens. Gives: advantages, token weights, the loss. train.py calls these in the order in which they
-stand.
+Takes: groups of trajectories with rewards (in IVR-R1 with checks and rectified members), log-probs of their
+tokens. Gives: advantages, token weights, the loss. R rows (B prompts x G samples), T completion tokens.
 
 Sources: group advantages and k3 KL - DeepSeekMath (arXiv 2402.03300); no standard deviation and a constant
 normaliser - Dr. GRPO (2503.20783); clip-higher - DAPO (2503.14476); dual clip - Ye et al. (1912.09729).
-The paper says that it optimises with GRPO and takes rectified trajectories as templates, and no more; which
-variant and how is our choice: no std, constant normaliser, clip 0.2 / 0.28, dual clip 3, no KL; rectified
-trajectories weighted by the probability mu they were really sampled with, shaped as in LUFFY
-(arXiv 2504.14945) but of slope 1 where policy and mu agree; in wrong rollouts only the tokens at fault pay.
-Left out: a critic, entropy bonuses, length penalties.
-
-Shapes: R rows (B prompts x G samples), T completion tokens, D width, V vocabulary.
+The paper says that it optimises with GRPO and takes rectified trajectories as templates. We chose: no std,
+constant normaliser, clip 0.2 / 0.28, dual clip 3, no KL; rectified trajectories weighted by the probability
+mu they were really sampled with, shaped as in LUFFY (2504.14945) but of slope 1 where policy and mu agree;
+in wrong rollouts only the tokens at fault pay. Left out: a critic, entropy bonuses, length penalties.
 
 Worked example: rewards (1, 0, 0, 0) give advantages (0.75, -0.25, -0.25, -0.25) without std. A token with
 advantage 0.75 whose probability rose from 0.20 to 0.30 has ratio 1.5, clipped at 1.28: its term is 0.96 and

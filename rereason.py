@@ -7,13 +7,13 @@ The paper says: the loop cross-references intermediate states with the pristine 
 the trajectory is right. How is our choice:
 
     revise      at the first suspect step: a second turn shows the image again and asks for this step again
-    keep        later steps that agree with the image and that the policy would still write; then the next
-    suspect continue    where nothing is left to keep, in the clean context; check the new steps as they come
-    verify      with the reward. Wrong although every step agrees: restart where the answer's margin drops. A
-    revision that failed: restart one step to the left; then the whole chain; then give up.
+    keep        later steps that agree with the image and that the policy would still write
+    continue    where nothing is left to keep, in the clean context; check the new steps as they come
+    verify      with the reward. Wrong although every step agrees: restart where the answer's margin drops.
+                A revision that failed: restart one step to the left; then the whole chain; then give up.
 
 So a chain with several errors is repaired one at a time, at a cost of about a step each: N / p, not p^-N.
-What is stored is the trajectory in the clean context (the second turn is removed), each token with the
+What is stored is the trajectory in the clean context, without the second turn, each token with the
 probability mu it was really sampled with. Neither the gold nor the wrong answer enters a prompt: not even
 the fact that the answer was wrong. Left out: repairs of rollouts that were cut off, several revisions of one
 step.

@@ -357,7 +357,7 @@ def split_items(text: str) -> tuple[str, list[str]]:
     """("[)", ["1", "2"]) of "[1,2)"; ("", ["1", "2"]) of "1,2"; a single thing in () or {} is that thing."""
     if text.count("±") == 1 and "," not in text:
         text = f"{{{text.replace('±', '+')},{text.replace('±', '-')}}}"                 # ±4 is {+4,-4}
-    if text[:1] not in ("(", "[", "{") or split_outside(text, ")]}")[1:] != [""]:       # no bracket around all
+    if text[:1] not in ("(", "[", "{") or split_outside(text, ")]}")[1:] != [""]:      # no bracket around all
         return "", split_outside(text, ",;∪")
     items = split_outside(text[1:-1], ",;")
     return split_items(items[0]) if len(items) == 1 and text[0] != "[" else (text[0] + text[-1], items)

@@ -1,27 +1,23 @@
 r"""Problems in, trajectories out: reading data, encoding prompts, the KV-cached batch sampler, log-probs.
 
-Takes: a JSONL file (or problems made elsewhere), a checkpoint's tokenizer, the policy (model.py).
+Takes: a file of problems (or problems made elsewhere), a checkpoint's tokenizer, the policy (model.py).
 Gives: `Trajectory` objects, G for each problem, which reward.py scores, attribute.py and rereason.py repair
 and grpo.py learns from; and `completion_logps`, the same log-probs with gradients.
 
 The paper says nothing of its sampler or its data. We chose:
-  1. Vision and prompt are computed once for each prompt, whatever G is; a group leaves when all its rows
-     ended.
-  2. Temperature is the only knob, and the stored log-probs are the policy's own at that temperature, so on
-     the first update the ratio of new to old probability is 1. Tokens that must not be generated (image
-     pads, control tokens) get probability zero here and in the trainer alike, through the same `logit_mask`.
+  1. Vision and prompt are computed once for each prompt; a group leaves when all its rows have ended.
+  2. Temperature is the only knob, and log-probs are the policy's own at it: the first update's ratio is 1.
+     Image pads and control tokens get probability zero here and in the trainer, through one `logit_mask`.
   3. Token ids are never decoded and encoded again, and masks come from lengths, never from `ids == pad`.
   4. A file is read as a whole and all its bad rows are named at once, before anything is computed.
 Left out: video, top-k and top-p (they would bias the ratio), several turns by the policy.
 
-Shapes: B prompts, G samples of each, R rows (B * G), T completion tokens, P prompt tokens, V vocabulary, D
-width.
+B prompts, G samples of each, R = B * G rows, T completion tokens, P prompt tokens, V vocabulary, D width.
 
 Worked example: inverse-CDF sampling with probabilities (0.2, 0.5, 0.3) and the uniform number 0.65 picks
-token 1, since 0.2 <= 0.65 < 0.7; its log-prob is ln 0.5 = -0.693. A row's numbers are its own, so a row
-sampled in a batch equals the row sampled alone. {"problem": "<image>How many dogs?", "images": ["a.png"],
-"answer": "<answer>3</answer>"} is read as a problem with the answer "3" and the image a.png of the file's
-own folder.
+token 1, since 0.2 <= 0.65 < 0.7; its log-prob is ln 0.5 = -0.693. The row {"problem": "<image>How many?",
+"images": ["a.png"], "answer": "<answer>3</answer>"} is a problem with the answer "3" and the image a.png
+beside the file.
 """
 import base64
 import hashlib
@@ -31,6 +27,7 @@ import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -79,7 +76,7 @@ ALIASES = {"id": ("id", "qid"),
 
 
 def first_field(row: dict, kind: str, default=None):
-    """The first present alias of a field; DataError where there is neither one nor a default."""
+    """The first alias of a field that is there; DataError where there is neither one nor a default."""
     for name in ALIASES[kind]:
         if row.get(name) is not None and row[name] != "":
             return row[name]
@@ -89,22 +86,17 @@ def first_field(row: dict, kind: str, default=None):
 
 
 def last_turn(chat: list, roles: tuple):
-    """What one of `roles` wrote last in a chat of {"role", "content"} or {"from", "value"}; None for
-    nothing."""
+    """What one of `roles` wrote last in a chat of {"role", "content"} or {"from", "value"}; or None."""
     for message in reversed(chat):
         if isinstance(message, dict) and message.get("role", message.get("from")) in roles:
             return message.get("content", message.get("value"))
-    return None
 
 
 def read_question(value, images: list) -> tuple[str, list]:
-    """Question text with one <image> tag an image, and the images: from a text, a chat (also as JSON in a
-    string), or a turn's parts. Images named in the parts count where the row names none."""
+    """A text, chat (also as JSON in a string) or a turn's parts -> text with a tag for each image, images."""
     if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
-        try:
+        with suppress(ValueError, RecursionError):          # a text may begin like a chat
             value = json.loads(value)
-        except (ValueError, RecursionError):
-            pass                                            # a text that begins like a chat
     if isinstance(value, list):
         value = last_turn(value, ("user", "human"))
     if isinstance(value, list):
@@ -112,7 +104,7 @@ def read_question(value, images: list) -> tuple[str, list]:
         for part in value:
             part = part if isinstance(part, dict) else {"type": "text", "text": part}
             if part.get("type") not in ("text", "image"):
-                raise DataError(f"field 'problem': a part of type {part.get('type')!r}; known are text and image")
+                raise DataError(f"field 'problem': a part of type {part.get('type')!r} is not text or image")
             text += "<image>" if part["type"] == "image" else str(part.get("text") or "")
             if part.get("image") is not None:
                 named.append(part["image"])
@@ -128,13 +120,12 @@ def read_question(value, images: list) -> tuple[str, list]:
 
 
 def read_gold(value) -> str:
-    """The bare gold answer: of a text, number, chat or {"ground_truth"}, out of <answer>x</answer>,
-    '### The final answer is: x' or \\boxed{x}. DataError where there is none."""
+    """The bare gold answer of a text, number, chat or {"ground_truth"}, out of its tags, box or last line."""
     if isinstance(value, list):
         value = last_turn(value, ("assistant", "gpt"))
     elif isinstance(value, dict):
         value = value.get("ground_truth")
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if type(value) is int or (type(value) is float and math.isfinite(value)):
         value = str(value)
     rest, declared = reward.declared_answer(value) if isinstance(value, str) else ("", None)
     gold = declared or rest.rpartition("### The final answer is:")[2].strip()
@@ -144,23 +135,22 @@ def read_gold(value) -> str:
 
 
 def read_choices(value, question: str) -> tuple[list | None, str]:
-    """Options as a list of texts ({"A": "red", "B": "blue"} is one as well), and the question, with the
-    options below it where it does not spell them out itself: "(B) red"."""
-    if value is not None and not isinstance(value, (list, dict)):
-        raise DataError("field 'choices' must be a list")
+    """Options as texts, and the question, with them below it where it does not spell them out: "(B) red"."""
     if isinstance(value, dict):
         value = [value[letter] for letter in sorted(value)]
-    lines, spelled_out = "", True
+    if value is not None and not isinstance(value, list):
+        raise DataError("field 'choices' must be a list")
+    choices, lines, spelled_out = [], "", True
     for n, choice in enumerate(value or []):
-        letter = chr(65 + n)
+        letter = chr(ord("A") + n)
+        choices.append(str(choice))
         lines += f"\n{letter}. {choice}"
         spelled_out &= any(f"{letter}{sign} {choice}" in question for sign in ".):")
-    return [str(choice) for choice in value] if value else None, question if spelled_out else question + lines
+    return choices or None, question if spelled_out else question + lines
 
 
 def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Problem:
-    """One JSON object -> Problem, with image paths resolved against `folder` and within it. DataError names
-    `where` and the field."""
+    """One JSON object -> Problem, its image paths within `folder`. DataError names `where` and the field."""
     try:
         if not isinstance(row, dict):
             raise DataError(f"a JSON object is expected, found {type(row).__name__}")
@@ -187,19 +177,18 @@ def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Pro
 
 
 def image_source(image, folder: Path):
-    """A path within `folder`, or the bytes of an image file: from a data: url or base64, or as parquet files
-    hold them."""
+    """A path within `folder`, or the bytes of an image file: a data: url's, base64 or a parquet file's."""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path") or image.get("image")
-    if isinstance(image, str) and (image.startswith("data:") or len(image) > 1000):     # no name is that long
-        try:
-            return base64.b64decode(image.split(",", 1)[-1], validate=True)
-        except ValueError as e:
-            raise DataError(f"field 'images': the data: image can not be decoded ({e})") from None
     if not isinstance(image, (str, bytes)) or not image:
         raise DataError("field 'images' must hold file names or data: urls")
     if isinstance(image, bytes):
         return image
+    if image.startswith("data:") or len(image) > 1000:      # no name is that long
+        try:
+            return base64.b64decode(image.split(",", 1)[-1], validate=True)
+        except ValueError as e:
+            raise DataError(f"field 'images': the data: image can not be decoded ({e})") from None
     path = folder / image.removeprefix("file://")
     if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
         raise DataError(f"field 'images': {image} lies outside {folder}; allow it with --image_dir")
@@ -207,14 +196,12 @@ def image_source(image, folder: Path):
 
 
 def open_image(image, decode: bool = True) -> Image.Image:
-    """A path, the bytes of an image file, or a PIL image -> upright RGB image, fully decoded (OSError if it
-    is truncated). Of an animation the first frame; 16-bit grey keeps its upper 8 bits; what is transparent
-    keeps its colour. decode False: as it is, from its header alone."""
+    """A path, the bytes of a file or a PIL image -> upright RGB image (OSError if it is truncated): the first
+    frame, 16-bit grey by its upper 8 bits, without transparency. decode False: as it is, not yet read."""
     if not isinstance(image, Image.Image):
         image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
     if not decode:
         return image
-    image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):                          # Pillow would clip it at 255
         grey = np.asarray(image)
@@ -223,25 +210,29 @@ def open_image(image, decode: bool = True) -> Image.Image:
     return image.convert("RGB")
 
 
-# ---- Files of problems
-
 def read_rows(path: Path):
     """(where, row or the DataError in reading it) of each row: a JSON object a line; in a .json file a list
     of them, or an object of them by id; in a .parquet file, with pyarrow."""
     if path.suffix == ".parquet":
-        yield from read_parquet(path)
-        return
-    data = path.read_bytes()
-    is_list = data.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[")
-    if path.suffix != ".json" or (b"\n{" in data and not is_list):         # lines, whatever the name
-        for n, line in enumerate(data.split(b"\n"), start=1):
-            if line.strip():
-                yield f"{path}:{n}", parse_json(line, f"{path}:{n}")
-        return
-    value = parse_json(data, f"{path}:1")
-    if isinstance(value, dict) and all(isinstance(row, dict) for row in value.values()):
-        value = [{"id": key, **row} for key, row in value.items()]
-    for n, row in enumerate(value if isinstance(value, list) else [value], start=1):
+        try:
+            import pyarrow.parquet
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except ImportError:
+            raise DataError(f"--data {path}: parquet files need a package: pip install pyarrow") from None
+        except (OSError, ValueError, pyarrow.lib.ArrowException) as e:
+            raise DataError(f"--data {path}: not a readable parquet file: {e}") from None
+    else:
+        data = path.read_bytes()
+        is_list = data.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[")
+        if path.suffix != ".json" or (b"\n{" in data and not is_list):     # lines, whatever the name
+            for n, line in enumerate(data.split(b"\n"), start=1):
+                if line.strip():
+                    yield f"{path}:{n}", parse_json(line, f"{path}:{n}")
+            return
+        rows = parse_json(data, f"{path}:1")
+    if isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()):
+        rows = [{"id": key, **row} for key, row in rows.items()]
+    for n, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         yield f"{path}: row {n}", row
 
 
@@ -255,66 +246,46 @@ def parse_json(data: bytes, where: str):
         return DataError(f"{where}: not readable: {e}")
 
 
-def read_parquet(path: Path):
-    try:
-        import pyarrow.parquet
-        for n, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1):
-            yield f"{path}: row {n}", row
-    except ImportError:
-        raise DataError(f"--data {path}: parquet files need one more package: pip install pyarrow") from None
-    except (OSError, ValueError, pyarrow.lib.ArrowException) as e:
-        raise DataError(f"--data {path}: not a readable parquet file: {e}") from None
-
-
-def load_problems(path, image_dir=None, instruction: str = "", check=None, show=20) -> list[Problem]:
-    """Read and check a whole file: every row, every image, and what check(problem) raises as a DataError.
-    DataError with one line for each bad row (the first `show`; None: all), so nothing is trained on or
-    scored before all of it is known to be good."""
-    path, problems, errors = Path(path), {}, []
-    if not path.is_file():
-        raise DataError(f"--data {path}: no such file")
-    for where, row in read_rows(path):
-        try:
-            if isinstance(row, DataError):
-                raise row
-            problem = parse_row(row, where, Path(image_dir or path.parent), instruction)
-            if problem.id in problems:
-                raise DataError(f"{where}: field 'id': {problem.id} is taken by {problems[problem.id].where}")
-            problems[problem.id] = problem
-        except DataError as e:
-            errors.append(str(e))
-    with ThreadPoolExecutor() as pool:                      # images are decoded in parallel
-        found = pool.map(lambda problem: problem_error(problem, check), problems.values())
-        quiet = None if len(problems) >= 1000 else True
-        for error in tqdm(found, total=len(problems), desc="checking rows", leave=False, disable=quiet):
-            if error:
-                errors.append(error)
-    if errors:
-        more = [f"... and {len(errors) - show} more"] if show and len(errors) > show else []
-        raise DataError("\n".join(errors[:show] + more))
-    if not problems:
-        raise DataError(f"--data {path}: the file has no rows")
-    return list(problems.values())
-
-
-def problem_error(problem: Problem, check=None) -> str:
-    """What is wrong with a problem's images, or by check(problem); "" for nothing."""
+def load_row(where: str, row, folder: Path, instruction: str, check) -> Problem:
+    """The problem of a row; DataError where it, one of its images or check(problem) is not in order."""
+    if isinstance(row, DataError):
+        raise row
+    problem = parse_row(row, where, folder, instruction)
     for image in problem.images:
         try:
             open_image(image)
-        except Exception as e:      # Pillow raises OSError, SyntaxError, DecompressionBombError, ...
+        except Exception as e:          # Pillow raises OSError, SyntaxError, DecompressionBombError, ...
             reason = "no such file" if isinstance(e, FileNotFoundError) else f"not readable: {e}"
-            name = f"{image}: " if isinstance(image, (str, Path)) else ""
-            return f"{problem.where}: field 'images': {name}{reason}"
-    try:
-        if check:
-            check(problem)
-    except DataError as e:
-        return str(e)
-    return ""
+            name = "" if isinstance(image, bytes) else f"{image}: "
+            raise DataError(f"{where}: field 'images': {name}{reason}") from None
+    if check:
+        check(problem)
+    return problem
 
 
-# ---- Codec: what turns text and images into tokens
+def load_problems(path, image_dir=None, instruction: str = "", check=None, show=20) -> list[Problem]:
+    """Read and check a whole file (see `load_row`). DataError: a line for each bad row, the first `show`."""
+    path, problems, errors, work = Path(path), {}, [], []
+    if not path.is_file():
+        raise DataError(f"--data {path}: no such file")
+    with ThreadPoolExecutor() as pool:                      # images are decoded in parallel
+        for where, row in read_rows(path):
+            work.append(pool.submit(load_row, where, row, Path(image_dir or path.parent), instruction, check))
+        for loading in tqdm(work, desc="checking rows", leave=False, disable=None):
+            try:
+                p = loading.result()
+                if p.id in problems:
+                    raise DataError(f"{p.where}: field 'id': {p.id} is taken by {problems[p.id].where}")
+                problems[p.id] = p
+            except DataError as e:
+                errors.append(str(e))
+    more = [f"... and {len(errors) - show} more"] if show and len(errors) > show else []
+    if errors or not problems:
+        raise DataError("\n".join(errors[:show] + more) or f"--data {path}: the file has no rows")
+    return list(problems.values())
+
+
+# ---- Codec and prompts: what turns text and images into tokens
 
 @dataclass
 class Codec:
@@ -330,11 +301,12 @@ class Codec:
 
 
 def load_codec(path_or_id: str, max_pixels: int = 0) -> Codec:
-    """Read tokenizer and processor files of a checkpoint; `max_pixels` > 0 bounds images more tightly than
-    the checkpoint does. ValueError names what is missing."""
+    """From a checkpoint's files; max_pixels > 0 replaces its own. ValueError names what is missing."""
     from transformers import AutoTokenizer                  # takes seconds
     folder = resolve(path_or_id)
     config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    images = load_image_config(folder)
+    images = replace(images, max_pixels=max_pixels or images.max_pixels)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as e:
@@ -343,26 +315,21 @@ def load_codec(path_or_id: str, max_pixels: int = 0) -> Codec:
         tokenizer.chat_template = read_json(folder / "chat_template.json")["chat_template"]
     if not tokenizer.chat_template:
         raise ValueError(f"{folder}: neither chat_template.json nor the tokenizer has a chat template")
-    image_id = config.image_token_id
-    if tokenizer.convert_tokens_to_ids("<|image_pad|>") != image_id:
-        raise ValueError(f"{folder}: the tokenizer's <|image_pad|> is not image_token_id {image_id} of "
-                         "config.json")
+    if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
+        raise ValueError(f"{folder}: the tokenizer's <|image_pad|> is not image_token_id of config.json")
     eos = tokenizer.eos_token_id
     if (folder / "generation_config.json").is_file():
         eos = read_json(folder / "generation_config.json").get("eos_token_id") or eos
     eos = tuple(eos) if isinstance(eos, list) else (eos,)
     if None in eos:
         raise ValueError(f"{folder}: neither generation_config.json nor the tokenizer names an eos token")
+    pad_id = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     specials = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     mask = torch.zeros(config.vocab_size)
     mask[len(tokenizer):] = -torch.inf                      # rows of the embedding that no token owns
     mask[sorted({*tokenizer.all_special_ids, *specials} - set(eos))] = -torch.inf
-    pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    image_config = load_image_config(folder)
-    if max_pixels:
-        image_config = replace(image_config, max_pixels=max_pixels)
-    newlines = tuple(i for t, i in tokenizer.get_vocab().items() if "\n" in t or "\u010a" in t)
-    return Codec(tokenizer, image_config, image_id, eos, pad, mask, tuple(specials.values()), newlines)
+    breaks = tuple(i for text, i in tokenizer.get_vocab().items() if "\n" in text or "\u010a" in text)
+    return Codec(tokenizer, images, config.image_token_id, eos, pad_id, mask, tuple(specials.values()), breaks)
 
 
 def escape_special(text: str, codec: Codec) -> str:
@@ -376,8 +343,6 @@ def token_ids(text: str, codec: Codec) -> list[int]:
     """The tokens of a text as it stands, nothing added."""
     return codec.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-
-# ---- Prompts
 
 @dataclass(eq=False)
 class Prompt:
@@ -398,98 +363,65 @@ def image_grid(image, config: ImageConfig) -> tuple[int, int, int]:
 
 
 def render_chat(problem: Problem, codec: Codec) -> str:
-    """Chat template around the turns of the question, up to where the assistant begins to write. Each
-    <image> is a single image token yet."""
-    turns = [problem.question] if isinstance(problem.question, str) else problem.question
+    """The question's turns as a chat, up to where the assistant writes; an <image> is still one token."""
     messages = []
-    for n, turn in enumerate(turns):
+    for n, turn in enumerate([problem.question] if isinstance(problem.question, str) else problem.question):
         content = []
-        for k, piece in enumerate(turn.split("<image>")):
-            if k > 0:
+        for piece in re.split("(<image>)", turn):
+            if piece == "<image>":
                 content.append({"type": "image"})
-            if piece:
+            elif piece:
                 content.append({"type": "text", "text": escape_special(piece, codec)})
         messages.append({"role": "assistant" if n % 2 else "user", "content": content})
     return codec.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def tokens_with_images(text: str, grids: list, codec: Codec, where: str) -> list[int]:
-    """The tokens of a rendered chat, each image token repeated for the merged patches of its image."""
-    ids, image = [], 0
-    for token in token_ids(text, codec):
-        repeat = 1
-        if token == codec.image_token_id:
-            if image < len(grids):
-                repeat = grids[image][1] * grids[image][2] // codec.image_config.merge_size ** 2
-            image += 1
-        ids += [token] * repeat
-    if image != len(grids):
-        raise DataError(f"{where}: the chat template placed {image} of {len(grids)} images")
-    return ids
-
-
-def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None,
-                  pixels: bool = True) -> Prompt:
-    """Decode a problem's images and tokenise its question: the costly part, done once a problem. DataError
-    where the prompt is longer than `max_tokens` (it is never cut: a cut image would not match its features).
-    pixels False: ids and grids alone, without reading the images' content."""
+def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None, pixels=True) -> Prompt:
+    """Decode a problem's images and tokenise its question. DataError where that is longer than `max_tokens`:
+    it is never cut, a cut image would not match its features. pixels False: nothing is decoded."""
     where, patches, grids = problem.where or f"problem {problem.id}", [], []
-    for image in problem.images:
-        try:
+    try:
+        for image in problem.images:
+            grids.append(image_grid(image, codec.image_config))
             if pixels:
-                values, grid = preprocess_image(open_image(image), codec.image_config)
+                values, _ = preprocess_image(open_image(image), codec.image_config)
                 patches.append(torch.from_numpy(values))
-            else:
-                grid = image_grid(image, codec.image_config)
-        except ValueError as e:
-            raise DataError(f"{where}: field 'images': {e}") from None
-        grids.append(grid)
-    ids = tokens_with_images(render_chat(problem, codec), grids, codec, where)
-    if max_tokens and len(ids) > max_tokens:
-        raise DataError(f"{where}: field 'problem': the prompt has {len(ids)} tokens, --max_prompt_tokens is "
-                        f"{max_tokens}")
-    return Prompt(ids, torch.cat(patches) if patches else None, grids)
+    except ValueError as e:
+        raise DataError(f"{where}: field 'images': {e}") from None
+    prompt = with_images_of(Prompt([], torch.cat(patches) if patches else None, grids), problem, codec)
+    length = len(prompt.ids)
+    if max_tokens and length > max_tokens:
+        raise DataError(f"{where}: field 'problem': {length} tokens, --max_prompt_tokens is {max_tokens}")
+    return prompt
 
 
 def with_images_of(prompt: Prompt, problem: Problem, codec: Codec, text: str | None = None) -> Prompt:
-    """The prompt of another question about the same images (as often as it shows them), or of `text`, a
-    rendered chat; nothing is decoded again."""
-    text = render_chat(problem, codec) if text is None else text
+    """The prompt of another question about the same images (or of its chat, `text`): nothing is decoded."""
     copies = len(problem.images) // max(1, len(prompt.grids))
-    pixels = torch.cat([prompt.pixel_values] * copies) if copies else None
-    grids = prompt.grids * copies
-    return Prompt(tokens_with_images(text, grids, codec, f"problem {problem.id}"), pixels, grids)
+    grids, pixels = prompt.grids * copies, prompt.pixel_values
+    pixels = pixels.repeat(copies, 1) if copies and pixels is not None else None
+    text, *pieces = (text or render_chat(problem, codec)).split("<|image_pad|>")
+    if len(pieces) != len(grids):
+        raise DataError(f"{problem.where or problem.id}: the chat has {len(pieces)} of {len(grids)} images")
+    for (_, rows, cols), piece in zip(grids, pieces):           # a token for each merged patch
+        text += "<|image_pad|>" * (rows * cols // codec.image_config.merge_size ** 2) + piece
+    return Prompt(token_ids(text, codec), pixels, grids)
 
 
-def collate_prompts(prompts: list[Prompt], pad_id: int, device) -> dict:
-    """Right-padded batch: input_ids, attention_mask (B, P), pixel_values (N, ...), image_grid_thw (images,
-    3)."""
-    ids, mask = pad([p.ids for p in prompts], pad_id)
-    pixels, grids = [], []
-    for p in prompts:
-        grids += p.grids
-        if p.pixel_values is not None:
-            pixels.append(p.pixel_values.to(device, non_blocking=True))
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device),
-            "pixel_values": torch.cat(pixels) if pixels else None,
-            "image_grid_thw": torch.tensor(grids, device=device) if grids else None}
-
-
-def pad(rows: list[list], value, left: bool = False):
+def pad(rows: list[list], value, left: bool = False, device="cpu"):
     """Ragged lists -> (tensor (R, T), bool mask (R, T)), padded on the right (or left)."""
     width = max(map(len, rows), default=0)
-    padded, mask = [], []
-    for row in rows:
-        fill, real = [value] * (width - len(row)), [True] * len(row)
-        gap = [False] * len(fill)
-        padded.append(fill + list(row) if left else list(row) + fill)
-        mask.append(gap + real if left else real + gap)
-    return torch.tensor(padded).reshape(len(rows), width), torch.tensor(mask).reshape(len(rows), width).bool()
+    padded = torch.full((len(rows), width), value)
+    mask = torch.zeros_like(padded, dtype=torch.bool)
+    for n, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(len(row))
+        padded[n, place] = torch.tensor(row)
+        mask[n, place] = True
+    return padded.to(device), mask.to(device)
 
 
 def token_batches(lengths: list[int], budget: int):
-    """Index ranges, in order, of rows that go through the model together: padded to the longest they hold at
-    most `budget` tokens (a longer row goes alone)."""
+    """Ranges of rows, in order: padded, each holds at most `budget` tokens (a longer row goes alone)."""
     start = longest = 0
     for n, length in enumerate(lengths):
         longest = max(longest, length)
@@ -504,8 +436,7 @@ def token_batches(lengths: list[int], budget: int):
 
 @dataclass(eq=False)
 class Trajectory:
-    """One completion of one problem, as the update needs it. Lists of tokens have one entry a completion
-    token."""
+    """One completion of one problem, as the update needs it; its lists have one entry a token."""
     problem: Problem
     prompt: Prompt                      # what it was sampled from, encoded once for all its uses
     ids: list                           # forced prefix first; EOS included when it was reached
@@ -524,48 +455,43 @@ class Trajectory:
 
 
 def uniforms(key: str, rows: int, columns: int) -> torch.Tensor:
-    """Random numbers (rows, columns) in [0, 1) that depend on `key` alone: whatever is sampled beside a
-    problem, on however many ranks and after whatever interruption, its own numbers stay the same."""
+    """Random numbers (rows, columns) in [0, 1) of `key` alone: the same in any batch and on any ranks."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
     return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)).clamp(max=1 - 1e-6)
 
 
 @torch.no_grad()
 def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: int = 1,
-           max_new_tokens: int = 128, temperature: float = 1.0, keys: list | None = None,
-           prefixes: list | None = None, prompts: list | None = None, stop_ids: tuple = (),
-           limits: list | None = None) -> list[list[Trajectory]]:
+           max_new_tokens: int = 128, temperature: float = 1.0, keys=None, prefixes=None, prompts=None,
+           stop_ids=(), limits=None) -> list[list[Trajectory]]:
     """Sample G = `group_size` completions of each of B problems -> B lists of G trajectories.
 
-    temperature 0 is greedy; otherwise keys (B) name each problem's random numbers (None: its id), see
-    `uniforms`. prefixes: for each of the R = B * G rows (problem-major) the completion tokens it continues
-    from; these are forced, count towards max_new_tokens and are marked sampled = 0. prompts (B): the
-    problems encoded already. stop_ids: tokens that end a completion besides EOS (it does not count as
-    finished then). limits: for each row the length at which it ends, at most max_new_tokens. ValueError
-    where the prefixes do not fit."""
+    temperature 0 is greedy. keys (B): of each problem's random numbers, see `uniforms` (None: its id).
+    prefixes (R, problem-major): forced tokens that each row continues from; they count towards
+    max_new_tokens. prompts (B): the problems, encoded before. stop_ids: tokens that end a completion,
+    unfinished. limits (R): where each row ends, at most max_new_tokens. ValueError: prefixes that don't fit."""
     device, R = model.head_weight.device, len(problems) * group_size
     prompts = prompts or [encode_prompt(problem, codec) for problem in problems]
+    keys = keys or [problem.id for problem in problems]
     prefixes, limits = prefixes or [[]] * R, limits or [max_new_tokens] * R
     if len(prefixes) != R or any(len(p) >= min(n, max_new_tokens) for p, n in zip(prefixes, limits)):
-        raise ValueError(f"prefixes must hold {R} lists shorter than their limits and max_new_tokens "
-                         f"{max_new_tokens}")
-    last, cache, start, length = prefill(model, prompts, group_size, prefixes, max_new_tokens, codec.pad_id)
-    if temperature > 0:
-        keys = keys or [problem.id for problem in problems]
-        numbers = torch.cat([uniforms(key, group_size, max_new_tokens) for key in keys]).to(device)
-        columns = length[:, None] + torch.arange(max_new_tokens, device=device)     # a prefix used up its own
-        numbers = numbers.gather(1, columns.clamp(max=max_new_tokens - 1))
+        raise ValueError(f"prefixes must hold {R} lists, each shorter than its limit and max_new_tokens")
+    last, cache, position, length = prefill(model, prompts, group_size, prefixes, max_new_tokens, codec)
+    numbers = torch.cat([uniforms(key, group_size, max_new_tokens) for key in keys]).to(device)
+    columns = length[:, None] + torch.arange(max_new_tokens, device=device)     # a prefix used up its own
+    numbers = numbers.gather(1, columns.clamp(max=max_new_tokens - 1))
+    logit_mask = codec.logit_mask.to(device)
+    end_ids = torch.tensor((*codec.eos_ids, *stop_ids), device=device)
     tokens = torch.full((R, max_new_tokens), codec.pad_id, device=device)
     logps = torch.zeros_like(tokens, dtype=torch.float32)
-    ends, logit_mask = (*codec.eos_ids, *stop_ids), codec.logit_mask.to(device)
-    end_ids = torch.tensor(ends, device=device)
+    counts = torch.zeros_like(length)                           # of the tokens a row got, its end included
     room = torch.tensor(limits, device=device) - length         # tokens still to be sampled; 0 after an end
     alive = torch.arange(R, device=device)                      # the row each row of the cache belongs to
-    position = start + length                                   # of the first new token
     for step in range(max_new_tokens):
-        number = numbers[alive, step] if temperature > 0 else None
-        token, logp = next_token(F.linear(last, model.head_weight), logit_mask, temperature, number)
+        logits = F.linear(last, model.head_weight)
+        token, logp = next_token(logits, logit_mask, temperature, numbers[alive, step])
         tokens[alive, step], logps[alive, step] = token, logp   # after a row's end: without meaning
+        counts[alive] += room > step
         room = room.masked_fill(torch.isin(token, end_ids), 0)
         if device.type == "cpu" or step % 4 == 3:               # on a GPU the question costs a sync
             active = (room > step + 1).view(-1, group_size).any(1)      # (prompts in the cache,)
@@ -576,25 +502,15 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
                 rows = active.repeat_interleave(group_size)
                 alive, room, token, position = alive[rows], room[rows], token[rows], position[rows]
         last = model.next_hidden(token[:, None], (position + step)[:, None], cache)[:, 0]
-    groups = [[] for _ in problems]
-    for r, (row_tokens, row_logps) in enumerate(zip(tokens.tolist(), logps.tolist())):
-        b, new = r // group_size, until_end(row_tokens[:limits[r] - len(prefixes[r])], ends)
-        t = make_trajectory(problems[b], prompts[b], prefixes[r], new, row_logps[:len(new)], codec)
-        groups[b].append(t)
+    groups, rows = [[] for _ in problems], zip(prefixes, tokens.tolist(), logps.tolist(), counts.tolist())
+    for r, (prefix, new, new_logps, n) in enumerate(rows):
+        b = r // group_size
+        groups[b].append(make_trajectory(problems[b], prompts[b], prefix, new[:n], new_logps[:n], codec))
     return groups
 
 
-def until_end(tokens: list, ends: tuple) -> list:
-    """Tokens up to the first end, which is kept."""
-    for n, token in enumerate(tokens):
-        if token in ends:
-            return tokens[:n + 1]
-    return tokens
-
-
-def make_trajectory(problem: Problem, prompt: Prompt, forced: list, new: list, logps: list,
-                    codec: Codec) -> Trajectory:
-    """A row of forced tokens and the new ones, of which logps are."""
+def make_trajectory(problem: Problem, prompt: Prompt, forced: list, new: list, logps: list, codec: Codec):
+    """The Trajectory of forced tokens and new ones, of which logps are."""
     ids = list(forced) + new
     finished = ids[-1] in codec.eos_ids
     text = codec.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
@@ -603,9 +519,8 @@ def make_trajectory(problem: Problem, prompt: Prompt, forced: list, new: list, l
 
 
 def next_token(logits, logit_mask, temperature: float, uniform=None):
-    """logits (R, V) -> token (R,) and its log-prob (R,) under softmax(logits / temperature) without banned
-    tokens. Greedy (temperature 0) reports the log-prob at temperature 1. Inverse CDF: the first token whose
-    cumulative probability exceeds `uniform` (R,)."""
+    """logits (R, V) -> token (R,), its log-prob (R,) under softmax(logits / temperature), or at temperature 0
+    (greedy) softmax(logits). Inverse CDF: the first token whose cumulative probability is > uniform (R,)."""
     logps = ((logits.float() + logit_mask) / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
         token = logps.argmax(-1)
@@ -616,48 +531,44 @@ def next_token(logits, logit_mask, temperature: float, uniform=None):
 
 
 def prefill_prompts(model: Qwen25VL, prompts: list[Prompt], pad_id: int):
-    """Vision and prompts, each computed once -> the last hidden state (B, D), keys and values by layer, the
-    attention mask (B, P) and the first free position (B,)."""
-    batch = collate_prompts(prompts, pad_id, model.head_weight.device)
-    hidden, context, next_position = model.prompt_hidden(**batch, keep_kv=True)
-    last = hidden[torch.arange(len(prompts), device=hidden.device), batch["attention_mask"].sum(1) - 1]
-    return last, context.kv, batch["attention_mask"], next_position
+    """Vision and prompts -> last hidden (B, D), keys and values by layer, mask (B, P), next position (B,)."""
+    device = model.head_weight.device
+    ids, mask = pad([prompt.ids for prompt in prompts], pad_id, device=device)              # (B, P)
+    pixels = [prompt.pixel_values for prompt in prompts if prompt.grids]
+    grids = [grid for prompt in prompts for grid in prompt.grids]
+    pixels = torch.cat(pixels).to(device) if pixels else None                               # (N, features)
+    grids = torch.tensor(grids, device=device) if grids else None                           # (images, 3)
+    hidden, context, next_position = model.prompt_hidden(ids, mask, pixels, grids, keep_kv=True)
+    last = hidden[torch.arange(len(prompts), device=device), mask.sum(1) - 1]
+    return last, context.kv, mask, next_position
 
 
-def prefill(model: Qwen25VL, prompts: list[Prompt], group_size: int, prefixes: list, max_new_tokens: int,
-            pad_id: int):
+def prefill(model, prompts: list[Prompt], group_size: int, prefixes: list, max_new_tokens: int, codec):
     """Prompts once, then the forced prefixes, padded on the left so that all rows write the same column ->
-    the last hidden state (R, D), the cache, the first position after each prompt (R,) and the prefix lengths
-    (R,)."""
-    last, prompt_kv, prompt_mask, start = prefill_prompts(model, prompts, pad_id)
+    last hidden (R, D), cache, next position (R,), prefix lengths (R,)."""
+    last, prompt_kv, prompt_mask, start = prefill_prompts(model, prompts, codec.pad_id)
     last, start = last.repeat_interleave(group_size, 0), start.repeat_interleave(group_size)
-    length = torch.tensor([len(prefix) for prefix in prefixes], device=last.device)
-    width = int(length.max())
+    ids, mask = pad(prefixes, codec.pad_id, left=True, device=last.device)
+    length, width = mask.sum(1), ids.shape[1]
     cache = KVCache(prompt_kv, prompt_mask, group_size, width + max_new_tokens)
     if width:
-        ids, mask = pad(prefixes, pad_id, left=True)
-        ids, mask = ids.to(last.device), mask.to(last.device)
-        offsets = torch.arange(width, device=last.device) - (width - length[:, None])
         cache.extend(mask)
-        hidden = model.rows_hidden(ids, start[:, None] + offsets.clamp(min=0), cache)[:, -1]
+        positions = start[:, None] + (mask.cumsum(1) - 1).clamp(min=0)
+        hidden = model.rows_hidden(ids, positions, cache)[:, -1]
         last = torch.where((length > 0)[:, None], hidden, last)
-    return last, cache, start, length
+    return last, cache, start + length, length
 
 
 # ---- The training forward
 
 def completion_hidden(model: Qwen25VL, prompts: list[Prompt], completions: list[list], pad_id: int):
-    """Hidden states that predict each completion token. prompts (R): the one each row continues; a prompt
-    that several rows share is computed once. completions: R lists of token ids.
-
-    Returns hidden (R, T, D), targets (R, T) and the completion_mask (R, T) from lengths. Gradients flow
-    through both the prompts and the rows."""
-    unique = list({id(prompt): prompt for prompt in prompts}.values())
-    place = {id(prompt): n for n, prompt in enumerate(unique)}
+    """What predicts each completion token, with gradients through prompts and rows. prompts (R): the one each
+    row continues, computed once for rows that share it. completions: R lists of tokens -> hidden (R, T, D),
+    targets (R, T), completion_mask (R, T)."""
+    unique = list(dict.fromkeys(prompts))                       # by identity
     last, prompt_kv, prompt_mask, start = prefill_prompts(model, unique, pad_id)
-    prompt_of_row = torch.tensor([place[id(prompt)] for prompt in prompts], device=last.device)
-    targets, mask = pad(completions, pad_id)
-    targets, mask = targets.to(last.device), mask.to(last.device)
+    prompt_of_row = torch.tensor([unique.index(prompt) for prompt in prompts], device=last.device)
+    targets, mask = pad(completions, pad_id, device=last.device)
     inputs = targets[:, :-1]                                    # the last token predicts nothing
     hidden = last[prompt_of_row][:, None]                       # (R, 1, D) predicts the first token
     if inputs.shape[1]:
@@ -667,13 +578,10 @@ def completion_hidden(model: Qwen25VL, prompts: list[Prompt], completions: list[
     return hidden, targets, mask
 
 
-def token_logps(hidden, head_weight, targets, logit_mask, temperature: float = 1.0, chunk: int = 1024,
-                entropy: bool = False):
-    """Log-probs of the targets under softmax(logits / temperature) without banned tokens, in fp32.
-
-    hidden (N, D), head_weight (V, D), targets (N,), logit_mask (V,) of 0 and -inf -> logps (N,), entropies
-    (N,) (zeros unless asked for; no gradient). The logits of a chunk of tokens are computed again in the
-    backward pass, so no more than (chunk, V) of them ever exist."""
+def token_logps(hidden, head_weight, targets, logit_mask, temperature=1.0, chunk=1024, entropy=False):
+    """Log-probs (N,) of targets (N,) under softmax(logits / temperature) and, if asked for, entropies (N,),
+    without gradient. hidden (N, D), head_weight (V, D), logit_mask (V,) of 0 and -inf. The logits of a chunk
+    are computed again in the backward pass, so no more than (chunk, V) of them ever exist."""
     def logps_of_chunk(hidden, targets):
         logits = (F.linear(hidden, head_weight).float() + logit_mask) / temperature     # (chunk, V)
         logps = logits.log_softmax(-1)
@@ -682,23 +590,15 @@ def token_logps(hidden, head_weight, targets, logit_mask, temperature: float = 1
             spread = -(logps.exp() * logps.clamp(min=-1e4)).sum(-1).detach()
         return logps.gather(1, targets[:, None])[:, 0], spread
 
-    if len(targets) == 0:
-        return hidden.sum(-1).float(), hidden.new_zeros(0).float()
-    logps, entropies = [], []
+    parts = []
     for inputs in zip(hidden.split(chunk), targets.split(chunk)):
-        if torch.is_grad_enabled():
-            part = checkpoint(logps_of_chunk, *inputs, use_reentrant=False)
-        else:
-            part = logps_of_chunk(*inputs)
-        logps.append(part[0])
-        entropies.append(part[1])
+        parts.append(checkpoint(logps_of_chunk, *inputs, use_reentrant=False))
+    logps, entropies = zip(*parts)
     return torch.cat(logps), torch.cat(entropies)
 
 
-def completion_logps(model: Qwen25VL, codec: Codec, prompts: list[Prompt], completions: list[list],
-                     entropy: bool = False):
-    """Log-probs of completions as the sampler would have given them, arguments as for `completion_hidden` ->
-    logps, entropies (zeros unless asked for) and completion_mask, all (R, T)."""
+def completion_logps(model: Qwen25VL, codec: Codec, prompts: list, completions: list, entropy: bool = False):
+    """As for `completion_hidden` -> logps, entropies (zeros unless asked for), completion_mask: (R, T) each."""
     hidden, targets, mask = completion_hidden(model, prompts, completions, codec.pad_id)
     logit_mask = codec.logit_mask.to(hidden.device)
     found, spread = token_logps(hidden[mask], model.head_weight, targets[mask], logit_mask, entropy=entropy)

@@ -1,23 +1,23 @@
-"""The study: GRPO, GRPO with larger groups, StepGRPO and IVR-R1 from the same warm start, at equal generated
-tokens.
+"""The study: GRPO, larger groups, StepGRPO and IVR-R1 from the same warm start, at equal generated tokens.
 
     python experiments/compare.py         # all runs that are not in results/compare.json yet, then the report
     python experiments/compare.py --arms ivr grpo --horizons 20 --seeds 1
-    python experiments/compare.py --ablations         # the ablations, into results/ablations.json
-    python experiments/compare.py --report            # tables and plot only, from the results
+    python experiments/compare.py --ablations           # the ablations, into results/ablations.json
+    python experiments/compare.py --report              # tables and plot only, from the results
+    python experiments/compare.py --one ARM [flags of train.py]         # a single run of an arm
 
-A run is one `train.py` on tiny problems of one length ("horizon") until the horizon's budget of generated
+A run is one training on tiny problems of one length ("horizon") until the horizon's budget of generated
 tokens is spent: rollouts, checks, looks, restarts, whatever became of them. Held-out accuracy is sampled at
 temperature 1, along the run (`curve`) and, on all held-out problems, at its end. One thread a run, so that
-runs side by side do not disturb one another; a stopped study goes on where it stopped.
+runs side by side do not disturb one another; a stopped study continues where it stopped.
 
 The warm start is tiny's after 100 more supervised steps with deeper erosion (a wrong reading at 20 % of first
 and 70 % of ninth steps), made here first: it solves about a quarter of the problems of 3 steps and none of
-12. """
+12. Intervals are those of tables.py.
+"""
 import argparse
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -28,260 +28,259 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
+from experiments import localisers, stepgrpo  # noqa: E402
+from experiments.tables import markdown, percent  # noqa: E402
+
 RESULTS = ROOT / "experiments" / "results"
 BUDGET = {3: 30_000, 6: 60_000, 9: 180_000, 12: 240_000, 20: 500_000}    # generated tokens a run, by horizon
 KINDS = "tiles+path+bars"                   # what the warm start can read; it can not count
-WARM = ("--stage sft --data tiny:steps=3-20,forms=free+check+free+relook+free --batch 48 "
-        "--max_new_tokens 256 --max_steps 100 --lr 3e-4 --lr_end 0.2 --erosion_first 0.2 --erosion_ninth 0.7 "
-        "--freeze_vision --eval_problems 0 --save_every 0 --device cpu")
-COMMON = ("--batch 16 --group_size 8 --lr 2e-4 --warmup_steps 1 --freeze_vision --save_every 0 --keep 1 "
-          "--print_every 0 --eval_problems 150 --eval_samples 4 --device cpu")
-ARMS = {"grpo": "--algo grpo", "grpo_large": "--algo grpo --group_size 12", "stepgrpo": "--algo stepgrpo",
-        "ivr": "--algo ivr"}
-ABLATED = 9                                # the horizon of the ablations
+WARM = ("--stage sft --data tiny:steps=3-20,forms=free+check+free+relook+free --batch 48 --max_steps 100 "
+        "--max_new_tokens 256 --lr 3e-4 --lr_end 0.2 --erosion_first 0.2 --erosion_ninth 0.7 --freeze_vision "
+        "--eval_problems 0 --save_every 0 --device cpu")
+COMMON = {"batch": 16, "group_size": 8, "lr": 2e-4, "warmup_steps": 1, "freeze_vision": True, "save_every": 0,
+          "keep": 1, "show_every": 0, "eval_problems": 150, "eval_samples": 4, "device": "cpu"}
+ARMS = {"grpo": {"algo": "grpo"}, "grpo_large": {"algo": "grpo", "group_size": 12},
+        "stepgrpo": stepgrpo.PRESET, "ivr": {"algo": "ivr"}}
+ABLATED = 9                                 # the horizon of the ablations
 ABLATIONS = {
-    "ivr": "", "random cut": "--localiser random", "oracle cut": "--localiser oracle",
-    "A2 margin": "--localiser margin", "A3 dependence": "--localiser dependence",
-    "A4 Monte Carlo": "--localiser monte_carlo",
-    "restarts only": "--relook none", "looks only": "--relook only",
-    "look without the image": "--relook text", "masked prefix": "--mask_prefix", "with std": "--use_std",
-    "plain w": "--gamma 0", "no annealing": "--anneal 0", "all-wrong groups only": "--rectify_below 0",
-    "credit only": "--rectify_below -1", "repair only": "--credit rollout",
-    "whole steps": "--credit step", "grpo": "--algo grpo",
+    "ivr": {}, "random cut": {}, "oracle cut": {}, "A2 margin": {}, "A3 dependence": {}, "A4 Monte Carlo": {},
+    "restarts only": {"relook": "none"}, "looks only": {"relook": "only"},
+    "look without the image": {"relook": "text"}, "with std": {"use_std": True}, "plain w": {"gamma": 0.0},
+    "no annealing": {"anneal": 0.0}, "all-wrong groups only": {"rectify_below": 0.0},
+    "credit only": {"rectify_below": -1.0}, "repair only": {"credit": "rollout"},
+    "whole steps": {"credit": "step"}, "grpo": {"algo": "grpo"},
 }
+LOCALISERS = {"random cut": localisers.RandomStep, "oracle cut": localisers.Oracle,
+              "A2 margin": localisers.Margin, "A3 dependence": localisers.Dependence,
+              "A4 Monte Carlo": localisers.MonteCarlo}
 
 
-def train(out: Path, flags: list):
-    """`train.py` on one thread, with its log beside the run folder."""
+def trainer_of(arm: str):
+    """The class that trains an arm: train.Trainer, StepGRPO, or a Trainer with another verifier."""
+    class Localised(train.Trainer):
+        def verifier_class(self, model, codec):         # a method: random numbers differ from step to step
+            verifier = LOCALISERS[arm](model, codec)
+            verifier.max_new_tokens = self.config.max_new_tokens
+            verifier.key = f"locate/{self.config.seed}/{self.step}"
+            return verifier
+
+    if arm in LOCALISERS:
+        return Localised
+    return stepgrpo.StepGRPO if arm == "stepgrpo" else train.Trainer
+
+
+# ---- Runs
+
+def launch(out: Path, command: list):
+    """A training process on one thread, its output in a log beside the run folder."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    out.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, *command, "--out", str(out)]
     shutil.rmtree(out, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out}.log", "w") as log:
-        subprocess.run([sys.executable, str(ROOT / "train.py"), "--out", str(out), *flags], check=True,
-                       env=env, stdout=log, stderr=log)
+        subprocess.run(command, check=True, env=env, stdout=log, stderr=log)
 
 
 def warm_start() -> Path:
     """The checkpoint all runs start from."""
-    out = ROOT / "runs" / "compare-warm"
-    if not list(out.glob("checkpoint-000100")):
-        train(out, ["--model", str(ROOT / "tiny"), *WARM.split()])
-    return out / "checkpoint-000100"
+    checkpoint = ROOT / "runs" / "compare-warm" / "checkpoint-000100"
+    if not checkpoint.is_dir():
+        launch(checkpoint.parent, [str(ROOT / "train.py"), "--model", str(ROOT / "tiny"), *WARM.split()])
+    return checkpoint
 
 
-def run(out: Path, warm: Path, horizon: int, seed: int, flags: str) -> dict:
-    """One training run -> its object for the results."""
-    rollouts = 16 * 8 * (6.4 * horizon + 4)                             # tokens a step, about
-    every = max(1, round(BUDGET[horizon] / rollouts / 50))             # an evaluation every 2 % of the budget
-    train(out, ["--model", str(warm), "--data", f"tiny:steps={horizon},kinds={KINDS}",
-                "--max_tokens", str(BUDGET[horizon]), "--max_new_tokens", str(10 * horizon + 20),
-                "--eval_every", str(every), "--seed", str(seed), *COMMON.split(), *flags.split()])
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    held = json.loads((out / "heldout.json").read_text())
-    accuracy = lambda figures: next(v["mean"] for k, v in figures.items() if k.startswith("avg@"))
-    tail = rows[-max(1, len(rows) // 10):]
-    known = lambda key: [r[key] for r in tail if r[key] is not None]    # no entropy where nothing is trained
-    mean = lambda key: sum(known(key)) / len(known(key)) if known(key) else None
-    return {"horizon": horizon, "seed": seed, "warm_accuracy": accuracy(held["before"]),
-            "accuracy": accuracy(held["after"]), "greedy": held["after"]["greedy"]["mean"],
-            "generated_tokens": rows[-1]["generated_tokens"], "steps": len(rows),
-            "wall_s": round(sum(r["seconds"] for r in rows), 1),
-            "curve": [[0, accuracy(held["before"])]] +
-                     [[r["generated_tokens"], accuracy(r["heldout"])] for r in rows if "heldout" in r],
-            "rollout_share": sum(r["rollout_tokens"] for r in rows) / rows[-1]["generated_tokens"],
-            "entropy": mean("entropy"), "length": mean("length"), "format": mean("format"),
-            "problems": held["after"]["problems"]}
+def run(out: Path, warm: Path, arm: str, horizon: int, seed: int) -> dict:
+    """One run of an arm -> its object for the results. length and format are those of its last tenth."""
+    tokens_a_step = 16 * 8 * (6.4 * horizon + 4)                            # of rollouts, about
+    every = max(1, round(BUDGET[horizon] / tokens_a_step / 50))             # an evaluation every 2 % of them
+    launch(out, [__file__, "--one", arm, "--model", str(warm), "--seed", str(seed),
+                 "--data", f"tiny:steps={horizon},kinds={KINDS}", "--max_new_tokens", str(10 * horizon + 20),
+                 "--max_tokens", str(BUDGET[horizon]), "--eval_every", str(every)])
+    rows, held = train.read_jsonl(out / "metrics.jsonl"), json.loads((out / "heldout.json").read_text())
+    before, after, tail = held["before"], held["after"], rows[-max(1, len(rows) // 10):]
+    curve, generated = [[0, before["avg@4"]["mean"]]], rows[-1]["generated_tokens"]
+    for row in rows:
+        if "heldout" in row:
+            curve.append([row["generated_tokens"], row["heldout"]["avg@1"]["mean"]])
+    return {"algo": arm, "horizon": horizon, "seed": seed, "warm_accuracy": before["avg@4"]["mean"],
+            "accuracy": after["avg@4"]["mean"], "greedy": after["greedy"]["mean"],
+            "generated_tokens": generated, "steps": len(rows), "curve": curve,
+            "wall_s": round(sum(column(rows, "seconds")), 1), "problems": after["problems"],
+            "rollout_share": sum(column(rows, "rollout_tokens")) / generated,
+            "length": mean(tail, "length"), "format": mean(tail, "format")}
 
 
-def study(file: Path, arms: dict, horizons: list, seeds: int, jobs: int):
+def column(rows: list, name: str) -> list:
+    return [row[name] for row in rows]
+
+
+def mean(rows: list, name: str) -> float:
+    return sum(column(rows, name)) / len(rows)
+
+
+def study(file: Path, arms: list, horizons: list, seeds: int, jobs: int):
     """Run what is not in `file` yet, `jobs` runs at a time; `file` is written after each."""
-    results = json.loads(file.read_text()) if file.is_file() else []
+    results, todo = json.loads(file.read_text()) if file.is_file() else [], []
     done = {(r["algo"], r["horizon"], r["seed"]) for r in results}
-    todo = [(name, h, s) for s in range(seeds) for h in horizons for name in arms if (name, h, s) not in done]
-
-    def one(task):
-        name, horizon, seed = task
-        out = ROOT / "runs" / file.stem / f"{name.replace(' ', '-')}-{horizon}-{seed}"
-        return {"algo": name, **run(out, warm, horizon, seed, arms[name])}
-
-    warm = warm_start() if todo else None
+    for seed in range(seeds):
+        for horizon in horizons:
+            todo += [(arm, horizon, seed) for arm in arms if (arm, horizon, seed) not in done]
+    if not todo:
+        return
+    warm, futures = warm_start(), []
     with ThreadPoolExecutor(jobs) as pool:
-        for n, future in enumerate(as_completed([pool.submit(one, task) for task in todo]), start=1):
-            result = future.result()
-            results.append(result)
+        for arm, horizon, seed in todo:
+            out = ROOT / "runs" / file.stem / f"{arm.replace(' ', '-')}-{horizon}-{seed}"
+            futures.append(pool.submit(run, out, warm, arm, horizon, seed))
+        for n, future in enumerate(as_completed(futures), start=1):
+            r = future.result()
+            results.append(r)
             results.sort(key=lambda r: (r["horizon"], r["algo"], r["seed"]))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("[\n" + ",\n".join(json.dumps(r) for r in results) + "\n]\n")
-            print(f"{n}/{len(todo)}  {result['algo']}  {result['horizon']} steps  seed {result['seed']}  "
-                  f"accuracy {100 * result['warm_accuracy']:.1f} -> {100 * result['accuracy']:.1f} %  "
-                  f"{result['generated_tokens']:,} tokens  {result['wall_s']:.0f} s", flush=True)
-    return results
+            lines = [json.dumps(result) for result in results]
+            train.write_text(file, "[\n" + ",\n".join(lines) + "\n]\n")
+            print(f"{n}/{len(todo)}  {r['algo']}  {r['horizon']} steps  seed {r['seed']}  accuracy "
+                  f"{100 * r['warm_accuracy']:.1f} -> {100 * r['accuracy']:.1f} %  "
+                  f"{r['generated_tokens']:,} tokens  {r['wall_s']:.0f} s", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The report
+# ---- The report
+
+def mean_curve(curves: list, end: float, points: int = 200, smooth: int = 10) -> tuple:
+    """The mean of curves [[tokens, accuracy], ...] at `points` + 1 budgets up to `end`, smoothed over
+    `smooth` points to either side (less at the ends): a point is one sample of each of 75 problems."""
+    budgets = np.linspace(0, end, points + 1)
+    heights = np.mean([np.interp(budgets, *zip(*curve)) for curve in curves], axis=0)
+    averaged = []
+    for n in range(points + 1):
+        reach = min(smooth, n, points - n)
+        averaged.append(heights[n - reach:n + reach + 1].mean())
+    return budgets, np.array(averaged)
 
 
-def at(curve: list, tokens: float) -> float:
-    """Accuracy of a curve [[tokens, accuracy], ...] at a budget, between its points linearly."""
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
-        if tokens <= x1:
-            return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
-    return curve[-1][1]
+def reached(curve: tuple, accuracy: float) -> float:
+    """The tokens from which on a mean curve is never more than two points below an accuracy it has then
+    reached; inf if it never does."""
+    budgets, heights = curve
+    lowest_after = np.minimum.accumulate(heights[::-1])[::-1]
+    stays = (heights >= accuracy) & (lowest_after >= accuracy - 0.02)
+    return min(budgets[stays], default=np.inf)
 
 
-def mean_curve(runs: list, budget: int) -> list:
-    """The mean over runs on a grid of 200 budgets, smoothed over a twentieth of the budget to either side
-    (less at the ends): a point is one sample of each of 75 problems."""
-    grid = [budget * n / 200 for n in range(201)]
-    raw = [sum(at(r["curve"], x) for r in runs) / len(runs) for x in grid]
-    half = [min(10, n, 200 - n) for n in range(201)]
-    return [[x, sum(raw[n - w:n + w + 1]) / (2 * w + 1)] for n, (x, w) in enumerate(zip(grid, half))]
+def compared(runs: list, base: list) -> list[str]:
+    """An arm against the baseline: points above it at the end; tokens until its mean curve is where the
+    baseline's ends, and how that compares with the baseline's own; points above it at the budget where the
+    baseline is half-way up. Points are paired by seed."""
+    base_of_seed, ends, halves = {b["seed"]: b for b in base}, [], []
+    budget = min(column(runs + base, "generated_tokens"))
+    base_curve = mean_curve(column(base, "curve"), budget)
+    start, goal = mean(base, "warm_accuracy"), base_curve[1][-1]
+    middle = np.argmax(base_curve[1] >= (start + goal) / 2)         # the first such point of the grid
+    for r in runs:
+        if b := base_of_seed.get(r["seed"]):
+            ends.append(r["accuracy"] - b["accuracy"])
+            own, other = mean_curve([r["curve"]], budget), mean_curve([b["curve"]], budget)
+            halves.append(own[1][middle] - other[1][middle])
+    if goal <= start + 0.02:                        # a baseline that stays at the bottom has no way up
+        return [percent(ends, signed=True), "", ""]
+    tokens = reached(mean_curve(column(runs, "curve"), budget), goal)
+    when = f"{tokens / 1e3:.0f} k ({tokens / reached(base_curve, goal):.2f} x)"
+    return [percent(ends, signed=True), when if tokens < np.inf else "never", percent(halves, signed=True)]
 
 
-def reached(curve: list, accuracy: float) -> float:
-    """The tokens from which on a curve is never more than two points below an accuracy it has then reached;
-    inf if it never does."""
-    for n, (x, y) in enumerate(curve):
-        if y >= accuracy and min(y for _, y in curve[n:]) >= accuracy - 0.02:
-            return x
-    return float("inf")
+def report(results: list, baseline: str) -> str:
+    """A row by horizon and arm: accuracy, also against the baseline; and what shows a collapse."""
+    head = ["steps", "arm", "seeds", "before", "after", f"over {baseline}", f"tokens to {baseline}'s end",
+            f"over {baseline} at its half-way", "greedy", "length", "format", "rollouts' share", "wall"]
+    by_arm, rows = {}, []
+    for r in results:
+        by_arm.setdefault((r["horizon"], r["algo"]), []).append(r)
+    for (horizon, arm), runs in by_arm.items():
+        base = by_arm.get((horizon, baseline), [])
+        against = compared(runs, base) if base and arm != baseline else ["", "", ""]
+        lengths, formats = column(runs, "length"), column(runs, "format")
+        rows.append([horizon, arm, len(runs), f"{100 * mean(runs, 'warm_accuracy'):.1f}",
+                     percent(column(runs, "accuracy")), *against, f"{100 * mean(runs, 'greedy'):.1f}",
+                     f"{min(lengths):.0f} to {max(lengths):.0f}", f"{100 * min(formats):.1f}",
+                     f"{100 * mean(runs, 'rollout_share'):.0f} %", f"{mean(runs, 'wall_s'):.0f} s"])
+    return markdown(head, rows)
 
 
-def bootstrap(groups: list, statistic, times: int = 1000) -> tuple[float, float]:
-    """95 % interval of `statistic` (of a list like `groups`, drawn with replacement), percentile
-    bootstrap. With few seeds it is on the narrow side."""
-    rng = random.Random(0)
-    values = sorted(statistic([rng.choice(groups) for _ in groups]) for _ in range(times))
-    return values[int(0.025 * times)], values[int(0.975 * times) - 1]
+COLOURS = {"ivr": (200, 40, 40), "grpo": (40, 90, 200), "grpo_large": (90, 170, 230), "stepgrpo": (120,) * 3}
+FONT = ImageFont.load_default(size=11)
 
 
-def difference(pairs: list, times: int = 1000) -> str:
-    """Mean difference of final held-out accuracy in points, paired by seed and problem, with its interval.
-    pairs: (run, baseline run) of the same seed. All runs have the same problems, so seeds and problems are
-    drawn separately."""
-    gaps = np.array([np.subtract(a["problems"], b["problems"]) for a, b in pairs])      # (seeds, problems)
-    rng, (seeds, problems) = np.random.default_rng(0), gaps.shape
-    drawn = [gaps[rng.integers(seeds, size=seeds)][:, rng.integers(problems, size=problems)].mean()
-             for _ in range(times)]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return f"{100 * gaps.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+def draw_panel(pen, curves: dict, left: int, top: int, width: int, height: int, title: str, unit: str):
+    """Accuracy over tokens or seconds: thin lines are seeds, thick ones means. curves: by arm."""
+    end = max(curve[-1][0] for runs in curves.values() for curve in runs)
+    right, bottom = left + width, top + height
 
+    def line(points, colour, thickness):
+        pen.line([(left + width * x / end, top + height * (1 - y)) for x, y in points], colour, thickness)
 
-def table(results: list, baseline: str) -> str:
-    """By horizon and arm: accuracy before and after; at the end, the paired difference from the baseline; the
-    tokens after which the arm's mean curve is where the baseline ends (with those of the baseline's own
-    curve); and the difference at the budget where the baseline is half-way up."""
-    thousand = lambda x: "never" if x == float("inf") else f"{x / 1e3:.0f} k"
-    lines = [f"| steps | arm | seeds | before | after | points over {baseline} at the end | "
-             f"tokens to {baseline}'s end | points over {baseline} at its half-way | tokens | wall |",
-             "|---" * 10 + "|"]
-    for h in sorted({r["horizon"] for r in results}):
-        base = [r for r in results if r["horizon"] == h and r["algo"] == baseline]
-        for arm in dict.fromkeys(r["algo"] for r in results):
-            runs = [r for r in results if r["horizon"] == h and r["algo"] == arm]
-            if not runs:
-                continue
-            mean = lambda key: sum(r[key] for r in runs) / len(runs)
-            low, high = bootstrap(runs, lambda rs: 100 * sum(r["accuracy"] for r in rs) / len(rs))
-            end, when, half = "", "", ""
-            if base:
-                budget = min(r["curve"][-1][0] for r in runs + base)
-                goal = mean_curve(base, budget)[-1][1]
-                own = reached(mean_curve(base, budget), goal)
-                start = sum(r["warm_accuracy"] for r in base) / len(base)
-                climbs = goal > start + 0.02               # a baseline that stays at the bottom has no way up
-                it = reached(mean_curve(runs, budget), goal)
-                when = f"{thousand(it)} ({it / own:.2f} x)" if climbs and it < float("inf") else \
-                    "never" if climbs else ""
-            pairs = [(r, b) for r in runs for b in base if r["seed"] == b["seed"]]
-            if pairs and arm != baseline:
-                end = difference(pairs)
-            if pairs and arm != baseline and climbs:
-                middle = next(x for x, y in mean_curve(base, budget) if y >= (start + goal) / 2)
-                height = lambda r: at(mean_curve([r], budget), middle)
-                gap = lambda ps: 100 * sum(height(r) - height(b) for r, b in ps) / len(ps)
-                half = f"{gap(pairs):+.1f} [{', '.join(f'{x:+.1f}' for x in bootstrap(pairs, gap, 100))}]"
-            lines.append(f"| {h} | {arm} | {len(runs)} | {100 * mean('warm_accuracy'):.1f} % | "
-                         f"{100 * mean('accuracy'):.1f} % [{low:.1f}, {high:.1f}] | {end} | {when} | "
-                         f"{half} | {thousand(mean('generated_tokens'))} | {mean('wall_s'):.0f} s |")
-    return "\n".join(lines)
-
-
-def health(results: list) -> str:
-    """Whether anything collapsed: figures of the last tenth of each run, worst over seeds; and the share of
-    the generated tokens that were plain rollouts."""
-    lines = ["| steps | arm | lowest entropy | lowest format | length | greedy | rollouts' share of tokens |",
-             "|---" * 7 + "|"]
-    for h, arm in sorted({(r["horizon"], r["algo"]) for r in results}):
-        runs = [r for r in results if (r["horizon"], r["algo"]) == (h, arm)]
-        mean = lambda key: sum(r[key] for r in runs) / len(runs)
-        entropy = min((r["entropy"] for r in runs if r["entropy"] is not None), default=0)
-        lines.append(f"| {h} | {arm} | {entropy:.3f} | "
-                     f"{100 * min(r['format'] for r in runs):.1f} % | "
-                     f"{min(r['length'] for r in runs):.0f} to {max(r['length'] for r in runs):.0f} | "
-                     f"{100 * mean('greedy'):.1f} % | {100 * mean('rollout_share'):.0f} % |")
-    return "\n".join(lines)
-
-
-COLOURS = {"ivr": (200, 40, 40), "grpo": (40, 90, 200), "grpo_large": (90, 170, 230),
-           "stepgrpo": (120, 120, 120)}
+    pen.rectangle((left, top, right, bottom), outline=(180, 180, 180))
+    for y in (0, 0.25, 0.5, 0.75, 1):
+        pen.text((left - 4, top + height * (1 - y)), f"{100 * y:.0f}", fill="black", font=FONT, anchor="rm")
+        line([(0, y), (end, y)], (235, 235, 235), 1)
+    label = f"{end / 1e6:.2f} M" if unit == "generated tokens" else f"{end:.0f} s"
+    pen.text((right, bottom + 4), label, fill="black", font=FONT, anchor="rt")
+    pen.text((left + width / 2, bottom + 4), unit, fill="black", font=FONT, anchor="mt")
+    pen.text((left + 4, top - 15), title, fill="black", font=FONT)
+    for arm, colour in COLOURS.items():
+        runs = curves.get(arm, [])
+        pale = tuple((value + 2 * 255) // 3 for value in colour)
+        for curve in runs:
+            line(curve, pale, 1)
+        if runs:
+            shortest = min(curve[-1][0] for curve in runs)
+            line(zip(*mean_curve(runs, shortest, 60, 0)), colour, 3)
 
 
 def plot(results: list, file: Path, width: int = 330, height: int = 250):
-    """Accuracy over generated tokens (top) and over wall time (bottom), one panel a horizon: thin lines are
-    seeds, thick ones means over seeds."""
+    """Accuracy over generated tokens (top) and over wall time (bottom), a column a horizon."""
     horizons = sorted({r["horizon"] for r in results})
     image = Image.new("RGB", (width * len(horizons), 2 * height + 24), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=11)
-    for column, h in enumerate(horizons):
-        for row, axis in enumerate(("generated tokens", "seconds")):
-            runs = [r for r in results if r["horizon"] == h]
-            stretch = lambda r, x: x if row == 0 else x * r["wall_s"] / r["generated_tokens"]
-            top = max(stretch(r, r["curve"][-1][0]) for r in runs)
-            x0, y0, w, t = column * width + 38, 24 + row * height + 18, width - 50, height - 52
-            place = lambda x, y: (x0 + w * x / top, y0 + t * (1 - y))
-            pen.rectangle((x0, y0, x0 + w, y0 + t), outline=(180, 180, 180))
-            for y in (0, 0.25, 0.5, 0.75, 1):
-                pen.text((x0 - 4, y0 + t * (1 - y)), f"{100 * y:.0f}", fill="black", font=font, anchor="rm")
-                pen.line((*place(0, y), *place(top, y)), fill=(235, 235, 235))
-            label = f"{top / 1e6:.2f} M" if row == 0 else f"{top:.0f} s"
-            pen.text((x0 + w, y0 + t + 4), label, fill="black", font=font, anchor="rt")
-            pen.text((x0 + w / 2, y0 + t + 4), axis, fill="black", font=font, anchor="mt")
-            pen.text((x0 + 4, y0 - 15), f"{h} steps: accuracy, %", fill="black", font=font)
-            for arm, colour in COLOURS.items():
-                mine = [r for r in runs if r["algo"] == arm]
-                for r in mine:
-                    points = [place(stretch(r, x), y) for x, y in r["curve"]]
-                    pen.line(points, fill=tuple((c + 2 * 255) // 3 for c in colour), width=1)
-                if mine:
-                    end = min(stretch(r, r["curve"][-1][0]) for r in mine)
-                    curves = [[[stretch(r, x), y] for x, y in r["curve"]] for r in mine]
-                    grid = [end * n / 60 for n in range(61)]
-                    points = [place(x, sum(at(c, x) for c in curves) / len(curves)) for x in grid]
-                    pen.line(points, fill=colour, width=3)
+    pen = ImageDraw.Draw(image)
+    for place, horizon in enumerate(horizons):
+        for row, unit in enumerate(("generated tokens", "seconds")):
+            curves = {}
+            for r in results:
+                if r["horizon"] == horizon:
+                    scale = r["wall_s"] / r["generated_tokens"] if unit == "seconds" else 1
+                    curves.setdefault(r["algo"], []).append([[x * scale, y] for x, y in r["curve"]])
+            draw_panel(pen, curves, place * width + 38, row * height + 42, width - 50, height - 52,
+                       f"{horizon} steps: accuracy, %", unit)
     for n, (arm, colour) in enumerate(COLOURS.items()):
         pen.line((12 + 110 * n, 12, 36 + 110 * n, 12), fill=colour, width=3)
-        pen.text((42 + 110 * n, 12), arm, fill="black", font=font, anchor="lm")
+        pen.text((42 + 110 * n, 12), arm, fill="black", font=FONT, anchor="lm")
     image.save(file)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="*", help="which arms (all)")
-    parser.add_argument("--horizons", nargs="*", type=int, help="which horizons (all)")
+    parser.add_argument("--horizons", nargs="*", type=int, choices=BUDGET, help="which horizons (all)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds a setting")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--ablations", action="store_true", help=f"the ablations, at {ABLATED} steps")
     parser.add_argument("--report", action="store_true", help="no runs")
-    args = parser.parse_args()
-    arms, file = (ABLATIONS, "ablations.json") if args.ablations else (ARMS, "compare.json")
+    parser.add_argument("--one", choices={**ARMS, **ABLATIONS}, help="one run of this arm, in this process")
+    args, flags = parser.parse_known_args()
+    if args.one:
+        own_flags = {**ABLATIONS, **ARMS}[args.one]
+        return train.start(flags, trainer_of(args.one), {**COMMON, **own_flags})
+    known, horizons, name, baseline = ARMS, list(BUDGET), "compare", "grpo"
+    if args.ablations:
+        known, horizons, name, baseline = ABLATIONS, [ABLATED], "ablations", "ivr"
+    arms, file = args.arms or list(known), RESULTS / f"{name}.json"
+    if flags or not set(arms) <= set(known):
+        parser.error(f"unknown: {' '.join([*flags, *set(arms) - set(known)])}")
     if not args.report:
-        study(RESULTS / file, {n: f for n, f in arms.items() if n in (args.arms or arms)},
-              args.horizons or ([ABLATED] if args.ablations else list(BUDGET)), args.seeds, args.jobs)
-    results = json.loads((RESULTS / file).read_text())
-    print(table(results, "ivr" if args.ablations else "grpo"), health(results), sep="\n\n")
+        study(file, arms, args.horizons or horizons, args.seeds, args.jobs)
+    results = json.loads(file.read_text())
+    print(report(results, baseline))
     if not args.ablations:
         plot(results, RESULTS / "compare.png")
 

@@ -147,8 +147,8 @@ def monte_carlo(model, codec, trajectories: list, max_new_tokens: int = 256, res
             prefixes += [prefix] * restarts
         if not asked:
             return alive, tokens
-        groups = rollout.sample(model, problems, codec, restarts, max_new_tokens, keys=keys, prefixes=prefixes,
-                                prompts=prompts)
+        groups = rollout.sample(model, problems, codec, restarts, max_new_tokens, 1.0, keys, prefixes,
+                                prompts)
         for n, group in zip(asked, groups):
             bound = alive if any(map(attribute.is_right, group)) else dead
             bound[n] = (alive[n] + dead[n]) // 2
@@ -269,7 +269,8 @@ def flawed_rollouts(model, codec, stream, count: int, max_new_tokens: int = 256)
 
 
 def score_localisers(model, codec, found: list, batch: int = 128) -> tuple[list, dict]:
-    """One record a rollout, and the tokens that each signal generated for all of them."""
+    """One record a rollout, with the step that each signal finds, and the tokens that each signal generated
+    for all of them."""
     records, tokens = [], {}
     for start in tqdm(range(0, len(found), batch), desc="localising", leave=False, disable=None):
         part = [t for t, _ in found[start:start + batch]]
@@ -289,25 +290,26 @@ def score_localisers(model, codec, found: list, batch: int = 128) -> tuple[list,
                      "random": random.Random(f"{start}/{n}").randrange(len(t.steps)),
                      "last step": len(t.steps) - 1}
             records.append({"id": t.problem.id, "task": t.problem.task, "steps": len(t.problem.key_steps),
-                            "true": true, "found": steps})
+                            "true": true, "found": list(steps.values())})
         for signal in steps:
             tokens[signal] = tokens.get(signal, 0) + cost.get(signal, 0)
     return records, tokens
 
 
 def summarise(records: list[dict], tokens: dict) -> list[dict]:
-    """A row a signal: exact hits, of all, by number of steps and by task; hits within one step; tokens a
-    rollout."""
-    parts, rows = {"exact": records}, []
+    """A row a signal: exact hits, hits within one step, tokens a rollout, exact hits by steps and by task."""
+    parts, rows = {}, []
     for key in ("steps", "task"):
         for r in sorted(records, key=itemgetter(key)):
             parts.setdefault(f"{key} {r[key]}", []).append(r)
-    for signal, generated in tokens.items():
-        near = sum(abs(r["found"][signal] - r["true"]) <= 1 for r in records)
-        row = {"localiser": signal, "tokens": f"{generated / len(records):.1f}",
-               "within 1": f"{100 * near / len(records):.1f} %"}
+    for n, (signal, generated) in enumerate(tokens.items()):
+        off = [abs(r["found"][n] - r["true"]) for r in records]
+        row = {"localiser": signal, "exact": percent(figure([float(distance == 0) for distance in off])),
+               "within 1": f"{100 * (off.count(0) + off.count(1)) / len(off):.1f} %",
+               "tokens": f"{generated / len(off):.1f}"}
         for name, part in parts.items():
-            row[name] = percent(figure([float(r["found"][signal] == r["true"]) for r in part]))
+            hits = sum(r["found"][n] == r["true"] for r in part)
+            row[name] = f"{100 * hits / len(part):.1f}"
         rows.append(row)
     return rows
 
@@ -364,14 +366,13 @@ class StudyConfig:
     data: str = "tiny:steps=3-12"   # a spec of the embedded tasks; held-out problems are used
     flawed: int = 2000              # flawed rollouts to score the localisers on
     planted: int = 600              # chains with a planted error, for the confusion of kinds
-    device: str = "auto"            # cpu, cuda (auto = cuda where there is one)
     out: str = ""                   # JSON file of everything ("" = none)
 
 
 def main(argv=None):
     c = train.parse_flags(StudyConfig, argv)
     stream, codec = shapes.Stream(c.data, "heldout"), rollout.load_codec(c.model)
-    model = load_model(c.model, *train.device_and_dtype(c.device, "auto")).eval()
+    model = load_model(c.model, *train.device_and_dtype("auto", "auto")).eval()
     found, slips = flawed_rollouts(model, codec, stream, c.flawed)
     if not found:
         sys.exit(f"error: no flawed rollout found among {32 * c.flawed} problems")
@@ -383,7 +384,7 @@ def main(argv=None):
     if c.out:
         flags = sys.argv[1:] if argv is None else argv
         result = {"command": " ".join(["python experiments/localisers.py", *flags]), "slips": slips,
-                  "tokens a rollout": length, "summary": summary, "kinds": kinds, "records": records}
+                  "length": length, "summary": summary, "kinds": kinds, "records": records}
         train.write_text(Path(c.out), json.dumps(result))
 
 

@@ -1,99 +1,101 @@
-"""How often the Re-Reasoning Loop succeeds: by number of looks, by kind of task and of error, by how far the
-first cut lies from the true error, and for each kind of second look.
+"""How often the Re-Reasoning Loop succeeds: for each kind of second look, and by where the first cut lies.
 
-    python experiments/repairs.py --model tiny --data tiny:steps=9,kinds=tiles+path+bars --parents 300
+    python experiments/repairs.py --model tiny --data tiny:steps=9,kinds=tiles+path+bars --sources 300
 
-Failed rollouts of one policy are repaired with the default localiser, and again with random first cuts, whose
-distances from the true error vary. No training. The step oracle only judges.
+Failed rollouts of one policy are repaired with the default verifier, and again with random first cuts, which
+lie before, at or after the true error. No training; the step oracle only judges. Tokens are those generated
+for a repair, successful or not, without the checks.
 """
 import argparse
+import collections
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import attribute  # noqa: E402
 import rereason  # noqa: E402
 import rollout  # noqa: E402
-from benchmarks.localisation import flawed_rollouts  # noqa: E402
-from benchmarks.figures import interval  # noqa: E402
-from data.codec import load_codec  # noqa: E402
+import train  # noqa: E402
+from eval import figure  # noqa: E402
+from experiments.localisers import flawed_rollouts  # noqa: E402
+from experiments.tables import markdown  # noqa: E402
 from model import load_model  # noqa: E402
 from tiny import shapes  # noqa: E402
 
 
-class RandomFirst(attribute.Locator):
-    """Doubts a random step of a chain it has not seen before; afterwards the pristine check decides."""
+class RandomFirst(attribute.Verifier):
+    """Suspects a random step of a trajectory it has not seen before; after that A1 decides."""
 
-    def __call__(self, chains: list):
-        for c in chains:
-            if c.checks is None:
-                super().__call__([c])
-                k = int(len(c.steps) * rollout.uniforms(f"cut/{c.problem.id}/{c.ids}", 1, 1).item())
-                c.checks = [attribute.Check(max(0.6, x.same), x.token) for x in c.checks[:k]] + \
-                           [attribute.Check(0.0)] + c.checks[k + 1:]
-        super().__call__(chains)
+    def __call__(self, trajectories: list):
+        unseen = [t for t in trajectories if t.checks is None]
+        super().__call__(trajectories)
+        for t in unseen:
+            k = int(len(t.steps) * rollout.uniforms(f"cut/{t.problem.id}/{t.ids}", 1, 1).item())
+            for n in range(k):
+                t.checks[n] = replace(t.checks[n], prob=max(0.6, t.checks[n].prob))
+            t.checks[k] = attribute.Check(0.0)
 
 
-def success(rows: list[dict], key: str) -> list[str]:
-    """One table row a value of `key`: how many, how many repaired, tokens each."""
-    lines = []
-    for value in sorted({r[key] for r in rows}, key=str):
-        part = [r for r in rows if r[key] == value]
-        done = [float(r["repaired"]) for r in part]
-        low, high = interval(done)
-        lines.append(f"| {key} {value} | {len(part)} | "
-                     f"{100 * sum(done) / len(done):.1f} % [{100 * low:.1f}, {100 * high:.1f}] | "
-                     f"{sum(r['tokens'] for r in part) / len(part):.0f} |")
-    return lines
+SETTINGS = {"default": (attribute.Verifier, "image"),                 # verifier and Rules.relook
+            "random first cut": (RandomFirst, "image"),
+            "look without the image": (attribute.Verifier, "text"),
+            "restarts only": (attribute.Verifier, "none")}
+
+
+def repair(model, codec, sources: list, verifier_class, relook: str) -> list:
+    """Repair failed rollouts, 64 side by side -> a Repair each; its source has the checks of the first cut."""
+    done = []
+    for start in range(0, len(sources), 64):
+        verifier, repairs = verifier_class(model, codec), []
+        part = [replace(t, checks=None) for t in sources[start:start + 64]]
+        verifier(part)
+        for n, t in enumerate(part, start):
+            repairs.append(rereason.Repair(t, replace(t), f"repairs/{n}", len(t.ids)))
+        rereason.rectify(model, codec, repairs, verifier, 256, rereason.Rules(relook=relook))
+        done += repairs
+    return done
+
+
+def row(setting: str, repairs: list) -> dict:
+    """A row of the table: the share repaired with its interval, tokens a repair."""
+    repaired = figure([float(r.outcome == "repaired") for r in repairs])
+    tokens = sum(r.tokens for r in repairs) / len(repairs)
+    return {"setting": setting, "n": len(repairs), "repaired": repaired["mean"], "low": repaired["low"],
+            "high": repaired["high"], "tokens": tokens}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="checkpoint")
-    parser.add_argument("--data", default="tiny:steps=9,kinds=tiles+path+bars",
-                        help="tiny spec, held-out split")
-    parser.add_argument("--parents", type=int, default=300, help="failed rollouts to repair")
-    args = parser.parse_args()
-    model, codec = load_model(args.model).eval(), load_codec(args.model)
-    stream = shapes.Stream(args.data, "heldout", 1)
-    found, _ = flawed_rollouts(model, codec, stream, args.parents, 256, 1)
-    rows = []
-    for name, cut, relook in (("default", attribute.Locator, "image"),
-                              ("random first cut", RandomFirst, "image"),
-                              ("look without the image", attribute.Locator, "text"),
-                              ("restarts only", attribute.Locator, "none")):
-        for at in range(0, len(found), 64):
-            part = found[at:at + 64]
-            locate = cut(model, codec)
-            for t, _ in part:
-                t.checks = None
-            locate([t for t, _ in part])
-            depends = attribute.visual_dependence(model, codec, [t for t, _ in part])
-            kinds = [attribute.localise(t.checks, None, d, t.steps).kind for (t, _), d in zip(part, depends)]
-            cuts = [rereason.doubted(t) for t, _ in part]
-            locate.tokens = 0
-            repairs = rereason.rectify(model, codec, [t for t, _ in part], [len(t.ids) for t, _ in part],
-                                       [f"repairs/{at + n}" for n in range(len(part))], locate, 256,
-                                       rereason.Rules(relook=relook))
-            for r, kind, k, (t, true) in zip(repairs, kinds, cuts, part):
-                off = ("none" if k is None else "4 or more" if abs(k - true) > 3 else
-                       f"{k - true:+d}" if k != true else "0")
-                rows.append({"setting": name, "task": t.problem.task, "kind": kind, "looks": r.looks,
-                             "distance": off, "outcome": r.outcome, "repaired": r.outcome == "repaired",
-                             "tokens": r.tokens})
-    print(json.dumps({"model": args.model, "data": args.data, "torch": torch.__version__}))
-    print("| of failed rollouts | n | repaired | tokens |\n|---|---|---|---|")
-    print("\n".join(success(rows, "setting")))
-    default = [r for r in rows if r["setting"] == "default"]
-    for key in ("task", "kind", "looks", "outcome"):
-        print("\n".join(success(default, key)))
-    print("With random first cuts, by their distance in steps from the first wrong step:")
-    print("\n".join(success([r for r in rows if r["setting"] == "random first cut"], "distance")))
+    parser.add_argument("--data", default="tiny:steps=9,kinds=tiles+path+bars", help="tiny spec, held out")
+    parser.add_argument("--sources", type=int, default=300, help="failed rollouts to repair")
+    parser.add_argument("--results", default=str(ROOT / "experiments" / "results" / "repairs.json"),
+                        help="JSON file of the table")
+    args, rows = parser.parse_args(), []
+    model, codec = load_model(args.model).eval(), rollout.load_codec(args.model)
+    found, _ = flawed_rollouts(model, codec, shapes.Stream(args.data, "heldout", 1), args.sources)
+    if not found:
+        sys.exit(f"error: no failed rollout among {32 * args.sources} problems")
+    for setting, (verifier_class, relook) in SETTINGS.items():
+        repairs = repair(model, codec, [t for t, _ in found], verifier_class, relook)
+        rows.append(row(setting, repairs))
+        print(f"{setting}: {dict(collections.Counter(r.outcome for r in repairs))}", flush=True)
+        if setting == "random first cut":
+            by_place = {"before": [], "at": [], "after": []}
+            for r, (_, wrong) in zip(repairs, found):
+                cut, place = attribute.first_suspect(r.source.checks), "at"
+                if cut != wrong:
+                    place = "before" if cut < wrong else "after"
+                by_place[place].append(r)
+            for place, part in by_place.items():
+                rows += [row(f"{setting}, {place} the error", part)] if part else []
+    print(markdown(list(rows[0]), [r.values() for r in rows]))
+    command = " ".join(["python experiments/repairs.py", *sys.argv[1:]])
+    train.write_text(Path(args.results), json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

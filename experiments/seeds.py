@@ -1,44 +1,68 @@
-"""The default run over several seeds: held-out accuracy before and after, as a table.
+"""The default run over several seeds and algorithms: held-out accuracy before and after.
 
-    python experiments/seeds.py --seeds 3 [any flag of train.py]
+    python experiments/seeds.py --seeds 3 --algos ivr grpo [flags of train.py]
 
-Each seed is one `python train.py --seed s`; runs already in the folder are not repeated.
+Each is one `python train.py --algo A --seed S`; finished runs in the folder are not repeated, stopped ones
+continue. The figures go to results/seeds.json.
 """
 import argparse
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.figures import accuracies, percent  # noqa: E402
+from eval import percent  # noqa: E402
+from experiments.tables import markdown  # noqa: E402
+from train import TrainConfig, parse_flags, write_text  # noqa: E402
+
+
+def held_out(out: Path, flags: list) -> dict:
+    """{"before", "after"}: the accuracies of a run, which is made or finished first."""
+    file, config = out / "heldout.json", asdict(parse_flags(TrainConfig, [*flags, "--out", str(out)]))
+    if (out / "config.json").is_file():
+        saved = json.loads((out / "config.json").read_text())
+        if {**saved, "resume": ""} != config:
+            sys.exit(f"error: {out} is a run with other flags; choose another --folder")
+    if not file.is_file() or json.loads(file.read_text())["after"] is None:
+        where = ["--resume" if list(out.glob("checkpoint-*")) else "--out", str(out)]
+        subprocess.run([sys.executable, str(ROOT / "train.py"), *where, *flags], check=True)
+    found = json.loads(file.read_text())
+    if found["after"] is None:
+        sys.exit(f"error: {out} has no held-out figures")
+    accuracies = {"before": {}, "after": {}}
+    for when, figures in accuracies.items():
+        for name, value in found[when].items():
+            if name == "greedy" or name.startswith(("avg@", "pass@")):
+                figures[name] = value
+    return accuracies
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    parser.add_argument("--algos", nargs="+", default=["ivr", "grpo"], help="values of train.py's --algo")
     parser.add_argument("--folder", default="runs/seeds", help="where the runs go")
+    parser.add_argument("--results", default=str(ROOT / "experiments" / "results" / "seeds.json"),
+                        help="JSON file of the figures")
     args, flags = parser.parse_known_args()           # the rest goes to train.py, which refuses unknown flags
-    rows = []
-    for seed in range(args.seeds):
-        out = Path(args.folder) / f"seed-{seed}"
-        if (not (out / "heldout.json").is_file()
-                or json.loads((out / "heldout.json").read_text())["after"] is None):
-            subprocess.run([sys.executable, str(ROOT / "train.py"), "--seed", str(seed), "--out", str(out),
-                            *flags], check=True)
-        rows.append(json.loads((out / "heldout.json").read_text()))
-    names = accuracies(rows[0]["before"])
-    print("| seed | " + " | ".join(f"{n} before | {n} after" for n in names)
-          + " |\n|---" + "|---" * (2 * len(names)) + "|")
-    for seed, row in enumerate(rows):
-        print(f"| {seed} | " + " | ".join(f"{percent(row['before'][n])} | {percent(row['after'][n])}"
-                                          for n in names) + " |")
-    for n in names:
-        gains = [100 * (row["after"][n]["mean"] - row["before"][n]["mean"]) for row in rows]
-        print(f"{n}: gain {sum(gains) / len(gains):+.1f} points "
-              f"(seeds: {', '.join(f'{g:+.1f}' for g in gains)})")
+    runs, rows = [], []
+    for algo in args.algos:
+        for seed in range(args.seeds):
+            out = Path(args.folder) / f"{algo}-{seed}"
+            run = {"algo": algo, "seed": seed}
+            runs.append(run | held_out(out, [*flags, "--algo", algo, "--seed", str(seed)]))
+    for run in runs:
+        for name, after in run["after"].items():
+            before = run["before"][name]
+            gain = 100 * (after["mean"] - before["mean"])
+            rows.append([run["algo"], run["seed"], name, percent(before), percent(after), f"{gain:+.1f}"])
+    print(markdown(["--algo", "seed", "", "before", "after", "gain"], rows))
+    command = " ".join(["python experiments/seeds.py", *sys.argv[1:]])
+    write_text(Path(args.results), json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

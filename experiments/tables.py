@@ -1,0 +1,123 @@
+"""The tables of README.md and experiments/README.md, from the files in experiments/results/.
+
+    python experiments/tables.py            # print all
+    python experiments/tables.py --write    # put them into both files, each after its line <!-- table: NAME -->
+
+A test fails where a table in either file is not the one made here. Intervals over seeds are Student's t, 95 %, of
+runs or of differences paired by seed; with fewer than four runs the runs themselves are shown.
+"""
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results"
+PAGES = (ROOT / "README.md", ROOT / "experiments" / "README.md")
+T_95 = (None, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)   # by degrees of freedom
+ARMS = {"grpo": "GRPO", "grpo_large": "GRPO, groups of 12", "stepgrpo": "StepGRPO", "ivr": "IVR-R1"}
+
+
+def load(name: str):
+    return json.loads((RESULTS / name).read_text())
+
+
+def percent(values: list[float], signed: bool = False) -> str:
+    """Mean and t-interval of runs, in percent."""
+    shown = [f"{100 * v:+.1f}" if signed else f"{100 * v:.1f}" for v in values]
+    if len(values) < 4:
+        return ", ".join(shown)
+    mean = sum(values) / len(values)
+    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    half = T_95[len(values) - 1] * math.sqrt(variance / len(values))
+    form = "{:+.1f} [{:+.1f}, {:+.1f}]" if signed else "{:.1f} [{:.1f}, {:.1f}]"
+    return form.format(100 * mean, 100 * (mean - half), 100 * (mean + half))
+
+
+def markdown(head: list, rows: list[list]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        lines.append("| " + " | ".join(map(str, row)) + " |")
+    return "\n".join(lines)
+
+
+def runs_of(results: list, arm: str, horizon: int) -> dict:
+    """Final accuracy by seed."""
+    return {r["seed"]: r["accuracy"] for r in results if (r["algo"], r["horizon"]) == (arm, horizon)}
+
+
+def main_job() -> str:
+    rows = []
+    for run in load("seeds.json")["runs"]:
+        row = [run["algo"], run["seed"]]
+        for name in ("greedy", "avg@4"):
+            row += [f"{100 * run[when][name]['mean']:.1f} % [{100 * run[when][name]['low']:.1f}, "
+                    f"{100 * run[when][name]['high']:.1f}]" for when in ("before", "after")]
+        rows.append(row)
+    return markdown(["--algo", "seed", "greedy before", "after", "avg@4 before", "after"], rows)
+
+
+def study() -> str:
+    results, rows = load("compare.json"), []
+    for horizon in sorted({r["horizon"] for r in results}):
+        warm = [r["warm_accuracy"] for r in results if r["horizon"] == horizon]
+        row = [horizon, f"{100 * sum(warm) / len(warm):.1f}"]
+        row += [percent(list(runs_of(results, arm, horizon).values())) for arm in ARMS]
+        ours, base = runs_of(results, "ivr", horizon), runs_of(results, "grpo", horizon)
+        rows.append([*row, percent([ours[seed] - base[seed] for seed in ours], signed=True)])
+    return markdown(["steps", "warm start", *ARMS.values(), "IVR-R1 - GRPO"], rows)
+
+
+def ablations() -> str:
+    results, rows = load("ablations.json"), []
+    for arm in dict.fromkeys(r["algo"] for r in results):
+        for horizon in sorted({r["horizon"] for r in results if r["algo"] == arm}):
+            rows.append([arm, horizon, percent(list(runs_of(results, arm, horizon).values()))])
+    return markdown(["arm", "steps", "accuracy after, each seed"], rows)
+
+
+def localisers() -> str:
+    columns = ("localiser", "exact", "within 1", "tokens", "steps 3", "steps 6", "steps 9", "steps 12")
+    rows = []
+    for r in load("localisers.json")["summary"]:
+        rows.append([r[column] for column in columns])
+    return markdown(list(columns), rows)
+
+
+def repairs() -> str:
+    rows = []
+    for r in load("repairs.json")["rows"]:
+        rows.append([r["setting"], r["n"], f"{100 * r['repaired']:.1f} % [{100 * r['low']:.1f}, "
+                     f"{100 * r['high']:.1f}]", f"{r['tokens']:.0f}"])
+    return markdown(["second look", "failed rollouts", "repaired", "tokens each"], rows)
+
+
+def speed() -> str:
+    rows = []
+    for r in load("speed.json")["generate"]:
+        rows.append([r["model"], r["prompt"], f"{r['ours']:,.0f}", f"{r['generate']:,.0f}", f"{r['ratio']:.1f}"])
+    return markdown(["model", "longest prompt, tokens", "ours, tokens/s", "`generate`", "ratio"], rows)
+
+
+TABLES = {"main": main_job, "study": study, "ablations": ablations, "localisers": localisers, "repairs": repairs,
+          "speed": speed}
+
+
+def filled(text: str) -> str:
+    """The text with each table after its marker replaced by the one made here."""
+    def table(match):
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n"
+
+    return re.sub(r"<!-- table: (\w+) -->\n(?:\|.*\n)*", table, text)
+
+
+def main():
+    for page in PAGES if "--write" in sys.argv else ():
+        page.write_text(filled(page.read_text()))
+    for name, table in TABLES.items():
+        print(f"{name}\n{table()}\n")
+
+
+if __name__ == "__main__":
+    main()
