@@ -1,13 +1,11 @@
 """Qwen2.5-VL in plain PyTorch: configuration, images, vision tower, decoder, caches, files as on the hub.
 
-Place in the pipeline: the policy. `rollout.py` samples from it, `train.py` updates it; it imports no other
-file of the project. It takes token ids and image patches and gives hidden states or logits.
-
-The paper's abstract (no more is public) names no architecture. We chose Qwen2.5-VL (arXiv 2502.13923): tensor
-names and config keys are those of the published checkpoints, the logits those of transformers to 1e-4.
-Computed in another way: windows gather their patches by index, so these are never permuted and permuted back;
-a context object does the attending, so the layers know nothing of caches; a prompt is computed and stored
-once for its G samples. Left out: video, dropout, sliding-window attention (off in published checkpoints).
+Takes token ids and image patches, gives hidden states or logits: the policy. `rollout.py` samples from it,
+`train.py` updates it. The paper's abstract names no architecture; we chose Qwen2.5-VL (arXiv 2502.13923):
+tensor names and config keys are those of the published checkpoints, the logits those of transformers to
+1e-4. Computed in another way: windows gather their patches by index; a context object does the attending, so
+the layers know nothing of caches; a prompt is computed and stored once for its G samples.
+Left out: video, dropout, sliding-window attention (off in published checkpoints).
 
 Shapes: B prompts, G samples a prompt, R = B * G rows, T tokens, S tokens of a row so far, P prompt tokens,
 V vocabulary, D width, H heads, K key/value heads, d head size, N image patches, M = N / 4 image tokens.
@@ -36,8 +34,7 @@ from torch.utils.checkpoint import checkpoint
 # ---- Configuration
 
 def fill(config_class, given: dict, where: str = ""):
-    """A configuration from a JSON object. Absent and null fields take their defaults; ValueError names one
-    without."""
+    """A configuration from a JSON object, absent and null fields by default; ValueError names one without."""
     values = {}
     for field in fields(config_class):
         value = given.get(field.name)
@@ -50,8 +47,7 @@ def fill(config_class, given: dict, where: str = ""):
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What the network needs of a checkpoint's config.json, under the names used there; v_: those of its
-    vision_config. Units: sizes in features, patch and window in pixels."""
+    """What the network needs of config.json, under its names; v_: of vision_config. Patch, window: pixels."""
     vocab_size: int                 # V
     hidden_size: int                # D
     intermediate_size: int
@@ -124,8 +120,8 @@ class ImageConfig:
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size (height, width) nearest to the given one with both sides multiples of `factor` and the area
-    inside [min_pixels, max_pixels]. Source: Qwen2-VL. ValueError for aspect ratios beyond 200."""
+    """The size (height, width) nearest to the given one, both sides multiples of `factor`, the area within
+    bounds. Source: Qwen2-VL. ValueError for aspect ratios beyond 200."""
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"aspect ratio of a {width}x{height} image is beyond 200:1")
     h, w = round(height / factor) * factor, round(width / factor) * factor
@@ -140,8 +136,8 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def preprocess_image(image: Image.Image, config: ImageConfig) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """One RGB image -> (patches (N, C * temporal * patch * patch) float32, grid (1, rows, columns) in
-    patches). Patches are ordered by merge block, the four of a block beside each other."""
+    """One RGB image -> (patches (N, C * temporal * patch * patch), grid (1, rows, columns) in patches).
+    Patches are ordered by merge block, the four of a block beside each other."""
     p, m = config.patch_size, config.merge_size
     h, w = smart_resize(image.height, image.width, p * m, config.min_pixels, config.max_pixels)
     if (w, h) != image.size:
@@ -281,12 +277,11 @@ class VisionTower(nn.Module):
         return self.merger["mlp"](self.merger["ln_q"](x).view(-1, self.merged_width))   # a merge block a row
 
 
-# ---- Attention and its caches. The decoder's layers only call context.attend(layer, q, k, v) -> (R, H, T, d) with
-# q (R, H, T, d), k and v (R, K, T, d) of the new tokens.
+# ---- Attention and its caches: context.attend(layer, q, k, v) with q (R, H, T, d), k and v (R, K, T, d) of the
+# new tokens -> (R, H, T, d)
 
 def sdpa(q, k, v, mask=None, causal: bool = False):
-    """Grouped-query attention: q (R, H, T, d), k and v (R, K, S, d) -> (R, H, T, d). `mask` broadcasts to
-    (R, H, T, S), True = attend."""
+    """Grouped-query attention: k and v (R, K, S, d); `mask` broadcasts to (R, H, T, S), True = attend."""
     rep = q.shape[1] // k.shape[1]
     if mask is not None and rep > 1:            # no fused CUDA kernel takes both a mask and grouped heads
         k, v, rep = k.repeat_interleave(rep, 1), v.repeat_interleave(rep, 1), 1
@@ -302,8 +297,8 @@ def causal_mask(real, T: int):
 
 
 class FullAttention:
-    """Causal attention within whole sequences, padded on the left or right: attention_mask (B, T). With
-    `keep_kv` (prefill) it keeps their keys and values in kv: layer -> (k, v), each (B, K, T, d)."""
+    """Causal attention within whole sequences padded left or right: attention_mask (B, T). With `keep_kv`
+    (prefill) it keeps keys and values in kv: layer -> (k, v), each (B, K, T, d)."""
 
     def __init__(self, attention_mask, keep_kv: bool = False):
         self.kv = {} if keep_kv else None
@@ -317,9 +312,8 @@ class FullAttention:
 
 
 class SharedPrompt:
-    """Rows that continue prompts computed once (the training forward; gradients flow into both). prompt_kv:
-    layer -> (k, v), each (B, K, P, d); prompt_mask (B, P) and row_mask (R, T): False for padding;
-    prompt_of_row (R,)."""
+    """Rows that continue prompts computed once (training; gradients flow into both). prompt_kv: layer -> (k,
+    v), each (B, K, P, d); prompt_mask (B, P), row_mask (R, T): False for padding; prompt_of_row (R,)."""
 
     def __init__(self, prompt_kv: dict, prompt_mask, prompt_of_row, row_mask):
         self.prompt_kv, self.prompt_mask, self.prompt_of_row = prompt_kv, prompt_mask.bool(), prompt_of_row
@@ -338,9 +332,9 @@ class SharedPrompt:
 
 
 class KVCache(SharedPrompt):
-    """Sampling (no gradients): G rows continue each of B prompts, row b * G + g being the g-th of prompt b.
-    Their keys and values go into buffers of `max_len` columns, all rows' into the same column at a time: rows
-    that start with forced tokens are padded on the left."""
+    """Sampling: G rows continue each of B prompts, row b * G + g being the g-th of prompt b. Keys and values
+    go into buffers of `max_len` columns, all rows' into the same column: forced tokens are padded on the
+    left."""
 
     def __init__(self, prompt_kv: dict, prompt_mask, group_size: int, max_len: int):
         B, device, self.G, self.len = len(prompt_mask), prompt_mask.device, group_size, 0
@@ -461,8 +455,8 @@ class Decoder(nn.Module):
 def mrope_positions(input_ids, attention_mask, grids: list, image_token_id: int, merge: int):
     """Positions (3, B, T) and the next free position (B,). Text advances all three axes by one; an image of
     h x w merged tokens keeps time fixed, counts rows and columns, and the text after it continues max(h, w)
-    later. grids: (1, rows, cols) in patches for every image of the batch, in order. ValueError where the
-    image tokens of a row do not match them."""
+    later. grids: (1, rows, cols) in patches of every image, in order. ValueError where the image tokens do
+    not match."""
     ids, mask = input_ids.cpu(), attention_mask.bool().cpu()
     positions = torch.ones(3, *ids.shape, dtype=torch.long)
     next_position, image = [], 0
@@ -491,8 +485,8 @@ def mrope_positions(input_ids, attention_mask, grids: list, image_token_id: int,
 
 
 class Qwen25VL(nn.Module):
-    """The whole model. `forward` gives logits as transformers would; `prompt_hidden`, `rows_hidden` and
-    `next_hidden` serve the sampler and the training forward, in which many rows share a prompt."""
+    """The whole model. `forward` gives logits as transformers would; the others serve sampler and
+    training."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -594,8 +588,8 @@ def init_model(config: Config, seed: int = 0) -> Qwen25VL:
 
 
 def load_model(path_or_id: str, device="cpu", dtype=torch.float32) -> Qwen25VL:
-    """Build the model from a folder or hub id and load its safetensors. ValueError names what does not fit,
-    before anything is allocated on `device`."""
+    """Build the model from a folder or hub id and load its safetensors. ValueError names what does not
+    fit."""
     folder = resolve(str(path_or_id))
     with torch.device("meta"):
         model = Qwen25VL(Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json")))
@@ -632,9 +626,8 @@ def load_model(path_or_id: str, device="cpu", dtype=torch.float32) -> Qwen25VL:
 
 
 def save_model(model: Qwen25VL, folder, source, dtype=None, max_shard_bytes: int = 5 * 10 ** 9):
-    """Write the weights in the hub's names and shards, beside the config, tokenizer and processor files of
-    `source` (a folder or hub id), so that transformers' from_pretrained opens the folder. dtype None keeps
-    the model's. Weights that were in the folder before are removed."""
+    """Write weights in the hub's names and shards, beside the config, tokenizer and processor files of
+    `source` (a folder or hub id), so that from_pretrained opens the folder. dtype None keeps the model's."""
     folder, source = Path(folder), resolve(str(source))
     folder.mkdir(parents=True, exist_ok=True)
     for name in COMPANIONS:

@@ -14,10 +14,9 @@ Left out: video, top-k and top-p (they would bias the ratio), several turns by t
 
 B prompts, G samples of each, R = B * G rows, T completion tokens, P prompt tokens, V vocabulary, D width.
 
-Worked example: inverse-CDF sampling with probabilities (0.2, 0.5, 0.3) and the uniform number 0.65 picks
-token 1, since 0.2 <= 0.65 < 0.7; its log-prob is ln 0.5 = -0.693. The row {"problem": "<image>How many?",
-"images": ["a.png"], "answer": "<answer>3</answer>"} is a problem with the answer "3" and the image a.png
-beside the file.
+Worked example: inverse-CDF sampling with probabilities (0.2, 0.5, 0.3) and the number 0.65 picks token 1,
+since 0.2 <= 0.65 < 0.7; its log-prob is ln 0.5 = -0.693. The row {"problem": "How many?", "image": "a.png",
+"answer": "<answer>3</answer>"} has the answer "3"; a.png lies beside its file.
 """
 import base64
 import hashlib
@@ -196,14 +195,13 @@ def image_source(image, folder: Path):
 
 
 def open_image(image, decode: bool = True) -> Image.Image:
-    """A path, the bytes of a file or a PIL image -> upright RGB image (OSError if it is truncated): the first
-    frame, 16-bit grey by its upper 8 bits, without transparency. decode False: as it is, not yet read."""
+    """A path, the bytes of a file or a PIL image -> upright RGB image. decode False: as it is, not read."""
     if not isinstance(image, Image.Image):
         image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
     if not decode:
         return image
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):                          # Pillow would clip it at 255
+    if image.mode.startswith("I"):                          # 16-bit grey: Pillow would clip it at 255
         grey = np.asarray(image)
         grey = grey >> 8 if grey.max() > 255 else grey
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
@@ -264,7 +262,7 @@ def load_row(where: str, row, folder: Path, instruction: str, check) -> Problem:
 
 
 def load_problems(path, image_dir=None, instruction: str = "", check=None, show=20) -> list[Problem]:
-    """Read and check a whole file (see `load_row`). DataError: a line for each bad row, the first `show`."""
+    """Read and check a whole file, see `load_row`. DataError: a line for each bad row (of the first `show`)."""
     path, problems, errors, work = Path(path), {}, [], []
     if not path.is_file():
         raise DataError(f"--data {path}: no such file")
@@ -305,8 +303,8 @@ def load_codec(path_or_id: str, max_pixels: int = 0) -> Codec:
     from transformers import AutoTokenizer                  # takes seconds
     folder = resolve(path_or_id)
     config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-    images = load_image_config(folder)
-    images = replace(images, max_pixels=max_pixels or images.max_pixels)
+    image_config = load_image_config(folder)
+    image_config = replace(image_config, max_pixels=max_pixels or image_config.max_pixels)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as e:
@@ -328,8 +326,9 @@ def load_codec(path_or_id: str, max_pixels: int = 0) -> Codec:
     mask = torch.zeros(config.vocab_size)
     mask[len(tokenizer):] = -torch.inf                      # rows of the embedding that no token owns
     mask[sorted({*tokenizer.all_special_ids, *specials} - set(eos))] = -torch.inf
-    breaks = tuple(i for text, i in tokenizer.get_vocab().items() if "\n" in text or "\u010a" in text)
-    return Codec(tokenizer, images, config.image_token_id, eos, pad_id, mask, tuple(specials.values()), breaks)
+    newlines = tuple(i for text, i in tokenizer.get_vocab().items() if "\n" in text or "\u010a" in text)
+    return Codec(tokenizer, image_config, config.image_token_id, eos, pad_id, mask, tuple(specials.values()),
+                 newlines)
 
 
 def escape_special(text: str, codec: Codec) -> str:
@@ -469,7 +468,7 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
     temperature 0 is greedy. keys (B): of each problem's random numbers, see `uniforms` (None: its id).
     prefixes (R, problem-major): forced tokens that each row continues from; they count towards
     max_new_tokens. prompts (B): the problems, encoded before. stop_ids: tokens that end a completion,
-    unfinished. limits (R): where each row ends, at most max_new_tokens. ValueError: prefixes that don't fit."""
+    unfinished. limits (R): where each row ends, at most max_new_tokens. ValueError: unfit prefixes."""
     device, R = model.head_weight.device, len(problems) * group_size
     prompts = prompts or [encode_prompt(problem, codec) for problem in problems]
     keys = keys or [problem.id for problem in problems]
@@ -579,9 +578,9 @@ def completion_hidden(model: Qwen25VL, prompts: list[Prompt], completions: list[
 
 
 def token_logps(hidden, head_weight, targets, logit_mask, temperature=1.0, chunk=1024, entropy=False):
-    """Log-probs (N,) of targets (N,) under softmax(logits / temperature) and, if asked for, entropies (N,),
-    without gradient. hidden (N, D), head_weight (V, D), logit_mask (V,) of 0 and -inf. The logits of a chunk
-    are computed again in the backward pass, so no more than (chunk, V) of them ever exist."""
+    """Log-probs (N,) of targets (N,) under softmax(logits / temperature), entropies (N,) (zeros unless asked
+    for; no gradient). hidden (N, D), head_weight (V, D), logit_mask (V,) of 0 and -inf. A chunk's logits are
+    computed again in the backward pass, so no more than (chunk, V) of them ever exist."""
     def logps_of_chunk(hidden, targets):
         logits = (F.linear(hidden, head_weight).float() + logit_mask) / temperature     # (chunk, V)
         logps = logits.log_softmax(-1)
@@ -598,7 +597,7 @@ def token_logps(hidden, head_weight, targets, logit_mask, temperature=1.0, chunk
 
 
 def completion_logps(model: Qwen25VL, codec: Codec, prompts: list, completions: list, entropy: bool = False):
-    """As for `completion_hidden` -> logps, entropies (zeros unless asked for), completion_mask: (R, T) each."""
+    """As `completion_hidden` -> logps, entropies (zeros unless asked for), completion_mask, all (R, T)."""
     hidden, targets, mask = completion_hidden(model, prompts, completions, codec.pad_id)
     logit_mask = codec.logit_mask.to(hidden.device)
     found, spread = token_logps(hidden[mask], model.head_weight, targets[mask], logit_mask, entropy=entropy)

@@ -589,9 +589,9 @@ def test_other_files_than_lines():
 def test_images_of_every_kind():
     """16-bit, CMYK, palette, transparent, animated and turned images become the RGB picture a viewer shows,
     and their headers tell the size it has."""
-    ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))                   # (H 48, W 64)
+    ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (28, 1))                   # (H 28, W 64)
     colour = Image.fromarray(np.stack((ramp, ramp[:, ::-1], 255 - ramp), axis=-1))
-    grey, red = Image.fromarray(ramp).convert("RGB"), Image.new("RGB", (64, 48), "red")
+    grey, red = Image.fromarray(ramp).convert("RGB"), Image.new("RGB", (64, 28), "red")
     deep, clear = Image.fromarray(ramp.astype(np.uint16) * 257), colour.copy()
     clear.putalpha(0)
     frames = {"save_all": True, "append_images": [colour]}
@@ -750,9 +750,7 @@ def test_pad():
 
 # ---- reward.py
 
-COLOURS = ["red", "green", "blue", "yellow"]
-NUMBERS = ["1", "12", "2", "21"]
-
+COLOURS, NUMBERS = ["red", "green", "blue", "yellow"], ["1", "12", "2", "21"]
 MATCH = r"""
 # numbers
 0.5 == 1/2   \frac12 == 0.5   \frac{3}4 == 0.75   \dfrac{6}{8} == 3/4   1,234 == 1234   12,345,678 == 12345678
@@ -787,82 +785,75 @@ y = 3x - 1 == y=-1+3x   2x + 4y = 6 == x + 2y = 3   x > 3 == 3 < x   x > 3 != x 
 \pm 4 == 4, -4   \pm 4 != 4   (-\infty, 1) \cup (3, ∞) == (3,\infty)∪(-∞,1)
 # words
 Blue. == blue   "Blue" == blue   \text{blue} == blue   **blue** == blue   redblue != red blue   red != blue
-yes != no   not != no   on != no   der != red   A B C != C B A   two != 2
-# embedded task
-red 7 0 != red 70   red 4 blue != red 4 blue 5   red 4 blue 5 != blue 5 red 4   red 0 blue 5 != red 0 blue 6
-4 red 5 dog != 4 dog 5 red   a 1 b 2 != b 2 a 1
-# others
-5 A != A   \boxed{5} == 5   The answer is \boxed{5}. == 5   2\boxed{5} != 5   The answer is 5 == 5
-5 or 6 != 5   5; 6 != 6
+yes != no   not != no   on != no   der != red   A B C != C B A   two != 2   red 7 0 != red 70
+red 4 blue != red 4 blue 5   red 4 blue 5 != blue 5 red 4   red 0 blue 5 != red 0 blue 6
+4 red 5 dog != 4 dog 5 red   a 1 b 2 != b 2 a 1   5 A != A   \boxed{5} == 5   The answer is \boxed{5}. == 5
+2\boxed{5} != 5   The answer is 5 == 5   5 or 6 != 5   5; 6 != 6
 # small print: up to three letters are a product, a minus comes before a power, roots are powers
 2abc == 2cab   2abcd != 2dcba   2abc != 2ac   -x^2 == 0-x^2   -x^2 != (-x)^2   -2x == 0-2x   4^(1/2) == 2
 4^(1/2) != 1   2^64 == 18446744073709551616   x-x=0 != y=2   x-x=y-y != x-x=2   2x<4 != -2x<-4
-sqrt(2)/10^13 != sqrt(3)/10^13   sin(π) == 0
+sqrt(2)/10^13 != sqrt(3)/10^13   sin(π) == 0   3^64 != 3433683820292512484657849089280   \log_{2}8 == 3
+\tfrac12 == 0.5   \cfrac{1}{2} == 0.5   6 \div 3 == 2   \lvert x\rvert == |x|   \vert x\vert == |x|
+\(5\) == 5   \displaystyle 5 == 5   x = **5** == 5   blue! == blue   5! != 5   70º == 70   70\degree == 70
+69{degrees} == 69   8\text{m} == 8 m   8 cubic cm == 8 cm^3   x <= 5 == 5 >= x   x \le 5 == 5 \ge x
+x \leqslant 5 == 5 \geqslant x   x \lt 5 == 5 \gt x   x != 5 == x \ne 5   x \neq 5 == x ≠ 5   x ≈ 5 == 5
+x \approx 5 == 5   x ∈ [0,2) == [0,2)   \angle A == ∠ A   \triangle ABC == △ ABC   \alpha+\beta == α+β
+\theta == θ   x=1, 2 != 2, x=1
 """
-EXTRACT = [
-    ("<think>a</think><answer> 7 </answer>", "7"), ("<answer>6</answer> no: <answer>7</answer>", "7"),
-    ("<think>It is 6", None), ("<think>a</think><think><answer>7</answer>", None),
-    ("<answer></answer>", None), ("<answer>  </answer>", None), ("<answer>7", None), ("7</answer>", None),
-    ("<answer>6</answer> or <answer>7", None), ("<answer><answer>7</answer></answer>", None),
-    ("<answer><think>a</think>7</answer>", None), ("<answer><think>7</answer>", None),
-    ("<think><answer>7</answer></think>", None), ("", None),
-    ("<think>\\boxed{6}</think> it is \\boxed{7}", "7"), ("\\boxed{6}, rather \\boxed{7}", "7"),
-    ("\\boxed{7", None), ("\\boxed{\\frac{1}{2}} cm", "\\frac{1}{2}"), ("\\boxed{}", None),
-    ("\\boxed{\\{1\\}}", "\\{1\\}"), ("It is \\boxed{16-8\\pi}.", "16-8\\pi"), ("The answer is 7.", "7"),
-    ("Answer: blue", "blue"), ("1+1\n#### 2", "2"), ("The answer is 7, since 3 + 4 = 7, not 9.", "7"),
-    ("6 + 2 = 8 cm", "8"), ("Of 4 and 3 it has 3", "3"), ("It costs $2.50 today.", "2.50"),
-    ("Hence $x = 4$ and so on", "x = 4"), ("It is 1,250 altogether", "1,250"),
-    ("The final answer is:\n7", "7"), ("**Answer:** 7", "7"), ("<answer>5 and 7</answer>", "5 and 7"),
-    ("blue", "blue"), ("The area is 16-8\\pi here", "The area is 16-8\\pi here"),
-    ("mm " * 100, None), ("a</think>7", "7"), ("The answer is (1, 2).", "(1, 2)"), ("It is $5 and $6", "6"),
+EXTRACT = [                                             # <t> is <think>, <a> is <answer>
+    ("<t>a</t><a> 7 </a>", "7"), ("<a>6</a> no: <a>7</a>", "7"), ("<t>It is 6", None),
+    ("<t>a</t><t><a>7</a>", None), ("<a></a>", None), ("<a>  </a>", None), ("<a>7", None), ("7</a>", None),
+    ("<a>6</a> or <a>7", None), ("<a><a>7</a></a>", None), ("<a><t>a</t>7</a>", None), ("<a><t>7</a>", None),
+    ("<t><a>7</a></t>", None), ("", None), ("<t>\\boxed{6}</t> it is \\boxed{7}", "7"),
+    ("\\boxed{6}, rather \\boxed{7}", "7"), ("\\boxed{7", None), ("\\boxed{\\frac{1}{2}} cm", "\\frac{1}{2}"),
+    ("\\boxed{}", None), ("\\boxed{\\{1\\}}", "\\{1\\}"), ("It is \\boxed{16-8\\pi}.", "16-8\\pi"),
+    ("The answer is 7.", "7"), ("Answer: blue", "blue"), ("1+1\n#### 2", "2"),
+    ("The answer is 7, since 3 + 4 = 7, not 9.", "7"), ("6 + 2 = 8 cm", "8"), ("Of 4 and 3 it has 3", "3"),
+    ("It costs $2.50 today.", "2.50"), ("Hence $x = 4$ and so on", "x = 4"),
+    ("It is 1,250 altogether", "1,250"), ("The final answer is:\n7", "7"), ("**Answer:** 7", "7"),
+    ("<a>5 and 7</a>", "5 and 7"), ("blue", "blue"),
+    ("The area is 16-8\\pi here", "The area is 16-8\\pi here"),
+    ("mm " * 100, None),
+    ("a</t>7", "7"), ("The answer is (1, 2).", "(1, 2)"), ("It is $5 and $6", "6"),
     ("So \\(\\frac{3}{4}\\) is it", "\\(\\frac{3}{4}\\)"), ("The answer is y > 3.", "y > 3"),
-    ("<think>a</think>The answer is seven.", "seven"),
+    ("<t>a</t>The answer is seven.", "seven"), ("<t>a</t><t>b</t>7", "7"), ("<a>5</a><a>6</a><a>7</a>", "7"),
+    ("<a>5</a><a><a>7</a>", None), ("\\boxed{ 7 }", "7"), ("so\n7\n", "7"),
+    ("The answer is 7. It has 3 sides.", "7"), ("The answer is the sum of 3 and 4, so 7 dots", "7"),
+    ("4 dots and then 3 dots", "3"), ("The answer is 7\nas it has 3 sides", "7"),
 ]
 CHOOSE = [                                              # of COLOURS
     ("B", "B"), ("(B)", "B"), ("B.", "B"), ("B) green", "B"), ("**B**", "B"), ("Option B", "B"),
-    ("The answer is (C).", "C"), ("<answer>b</answer>", "B"), ("<answer>green</answer>", "B"),
-    ("<answer>Green.</answer>", "B"), ("Ｂ", "B"), ("<answer>E</answer>", None),
-    ("<answer>A. red B. green</answer>", None), ("<answer>A, B</answer>", None),
-    ("<answer>A or B</answer>", None), ("red or green", None), ("It is the green one.", "B"),
-    ("It is not green.", None), ("<answer>B. red</answer>", None), ("I do not know.", None),
-    ("A red car", "A"), ("A car", None), ("greenish", None), ("Answer: C since A is too dark.", "C"),
-    ("<think>B</think>C", "C"), ("\\boxed{\\text{D}}", "D"), ("purple", None), ("$\\boxed{(D)}$", "D"),
-    ("5 A", None), ("B. It is that one", "B"), ("Neither A nor B", None), ("A is out, B is out\nSo D.", "D"),
+    ("The answer is (C).", "C"), ("<a>b</a>", "B"), ("<a>green</a>", "B"), ("<a>Green.</a>", "B"), ("Ｂ", "B"),
+    ("<a>E</a>", None), ("<a>A. red B. green</a>", None), ("<a>A, B</a>", None), ("<a>A or B</a>", None),
+    ("red or green", None), ("It is the green one.", "B"), ("It is not green.", None),
+    ("<a>B. red</a>", None), ("I do not know.", None), ("A red car", "A"), ("A car", None),
+    ("greenish", None), ("Answer: C since A is too dark.", "C"), ("<t>B</t>C", "C"),
+    ("\\boxed{\\text{D}}", "D"), ("purple", None), ("$\\boxed{(D)}$", "D"), ("5 A", None),
+    ("B. It is that one", "B"), ("Neither A nor B", None), ("A is out, B is out\nSo D.", "D"),
     ("The answer is A or B.", None), ("A is wrong. B is right.", "B"), ("(A) is not right, so (B).", "B"),
     ("A and B are wrong. So C", "C"), ("B is right. A is wrong.", "B"), ("A is incorrect.", None),
 ]
 REWARD = [                                              # the gold is 7: accuracy, format
-    ("<think>a</think><answer>7</answer>", 1, 1), ("<think>a</think><answer>8</answer>", 0, 1),
-    ("<answer>7</answer>", 1, 0), ("<think>a</think>\\boxed{7}", 1, 0),
-    ("<think>a</think><answer>\\boxed{7}</answer>", 1, 1),
-    ("<think>a</think><answer>6</answer><answer>7</answer>", 0, 0),
-    ("<think><answer>6</answer></think><answer>7</answer>", 0, 0),
-    ("<think><answer>7</answer></think>", 0, 0), ("<think>7</think>", 0, 0),
-    ("<think>\\boxed{7}</think>", 0, 0), ("The answer is 7", 0, 0),
-    ("<think>a</think>\\boxed{6}\\boxed{7}", 0, 0),
-    ("<think>a</think><answer>\\boxed{6} \\boxed{7}</answer>", 0, 1),
-    ("<think>a</think><answer>6, 7</answer>", 0, 1), ("<think>a</think><answer>6 or 7</answer>", 0, 1),
-    ("<think>a</think><answer>How many? 6 7 8</answer>", 0, 1),
-    ("<think>a</think><answer>6 = 7</answer>", 0, 1), ("", 0, 0), ("a</think><answer>7</answer>", 1, 0),
-    ("<think>a<answer>7</answer>", 0, 0), ("<answer>7</answer></answer>", 0, 0),
+    ("<t>a</t><a>7</a>", 1, 1), ("<t>a</t><a>8</a>", 0, 1), ("<a>7</a>", 1, 0), ("<t>a</t>\\boxed{7}", 1, 0),
+    ("<t>a</t><a>\\boxed{7}</a>", 1, 1), ("<t>a</t><a>6</a><a>7</a>", 0, 0),
+    ("<t><a>6</a></t><a>7</a>", 0, 0), ("<t><a>7</a></t>", 0, 0), ("<t>7</t>", 0, 0),
+    ("<t>\\boxed{7}</t>", 0, 0), ("The answer is 7", 0, 0), ("<t>a</t>\\boxed{6}\\boxed{7}", 0, 0),
+    ("<t>a</t><a>\\boxed{6} \\boxed{7}</a>", 0, 1), ("<t>a</t><a>6, 7</a>", 0, 1),
+    ("<t>a</t><a>6 or 7</a>", 0, 1), ("<t>a</t><a>How many? 6 7 8</a>", 0, 1), ("<t>a</t><a>6 = 7</a>", 0, 1),
+    ("", 0, 0), ("a</t><a>7</a>", 1, 0), ("<t>a<a>7</a>", 0, 0), ("<a>7</a></a>", 0, 0),
 ]
 REWARD_CHOICES = [                                      # the gold is B of COLOURS
-    ("<think>a</think><answer>(B)</answer>", 1, 1), ("<think>a</think><answer>green</answer>", 1, 1),
-    ("<think>a</think><answer>B. red</answer>", 0, 1),
-    ("<think>a</think><answer>Which colour? A. red B. green C. blue D. yellow</answer>", 0, 1),
-    ("<think>a</think><answer>A B C D</answer>", 0, 1),
-    ("<think>a</think><answer>B or green or blue</answer>", 0, 1), ("<think>B</think>", 0, 0),
-    ("<answer>B. It is that one</answer>", 0, 0), ("<think>a</think>\\boxed{B}", 1, 0),
-    ("<answer>\\boxed{A} \\boxed{B}</answer>", 0, 0), ("<answer>A</answer><answer>B</answer>", 0, 0),
+    ("<t>a</t><a>(B)</a>", 1, 1), ("<t>a</t><a>green</a>", 1, 1), ("<t>a</t><a>B. red</a>", 0, 1),
+    ("<t>a</t><a>Which colour? A. red B. green C. blue D. yellow</a>", 0, 1),
+    ("<t>a</t><a>A B C D</a>", 0, 1), ("<t>a</t><a>B or green or blue</a>", 0, 1), ("<t>B</t>", 0, 0),
+    ("<a>B. It is that one</a>", 0, 0), ("<t>a</t>\\boxed{B}", 1, 0), ("<a>\\boxed{A} \\boxed{B}</a>", 0, 0),
+    ("<a>A</a><a>B</a>", 0, 0),
 ]
-WELL_FORMED = ["<think>a</think><answer>b</answer>", "<think>a\nb</think>\n\n<answer>c</answer>"]
+WELL_FORMED = ["<t>a</t><a>b</a>", "<t>a\nb</t>\n\n<a>c</a>"]
 MALFORMED = [
-    "<think></think><answer>b</answer>", "<think>a</think><answer> </answer>",
-    "x<think>a</think><answer>b</answer>", "<think>a</think><answer>b</answer>x",
-    "<think>a</think>x<answer>b</answer>", "<answer>b</answer><think>a</think>",
-    "<think>a<answer>b</answer></think>", "<think>a</think><answer>b</answer><answer>b</answer>",
-    "<think><think>a</think><answer>b</answer>", "<think>a</think><answer>b", "",
-    "<think>a<answer></think>b</answer>", "<think>a</answer></think><answer>b</answer>",
+    "<t></t><a>b</a>", "<t>a</t><a> </a>", "x<t>a</t><a>b</a>", "<t>a</t><a>b</a>x", "<t>a</t>x<a>b</a>",
+    "<a>b</a><t>a</t>", "<t>a<a>b</a></t>", "<t>a</t><a>b</a><a>b</a>", "<t><t>a</t><a>b</a>", "<t>a</t><a>b",
+    "", "<t>a<a></t>b</a>", "<t>a</a></t><a>b</a>",
 ]
 HOSTILE = ["9^9^9^9^9", "3^6400000", "(" * 90 + "7" + ")" * 90, "2^(10^9)", "10^{400}",
            "(" * 900 + "7" + ")" * 900, "(" * 10 ** 6, "{" * 1999, "-" * 1999 + "7", "|" * 1500,
@@ -874,6 +865,10 @@ HOSTILE = ["9^9^9^9^9", "3^6400000", "(" * 90 + "7" + ")" * 90, "2^(10^9)", "10^
            "((((9^64)^64)^64)^64)^64", "\\", "%", "!", "°", ".", "=", ",", "7.7.7", "²", "e^(e^(e^e^e))",
            "a" * 1999, "a," * 999, "ﷺ" * 1999, "'", "7_0", "7e", "\\text", "x_", "|7", "sin", "√",
            "\\frac{7}", "A," * 999 + "C", "(A)," * 499, "sin 2x" * 99, "sin^2" * 99, "sin^9^9^9 x"]
+
+
+def tags(text):
+    return text.replace("t>", "think>").replace("a>", "answer>")
 
 
 def match_rows():
@@ -892,8 +887,8 @@ def test_reward_match():
 
 
 def test_reward_number():
-    assert number("\\frac{3}{4}") == 0.75 and number("1,234") == 1234 and number("(" * 90 + "7" + ")" * 90) is None
-    assert [number(text) for text in ("x", "red", "", "7" * 3000)] == [None] * 4
+    assert number("\\frac{3}{4}") == 0.75 and number("1,234") == 1234
+    assert [number(text) for text in ("x", "red", "", "7" * 3000, "(" * 90 + "7" + ")" * 90)] == [None] * 5
 
 
 def test_reward_verbatim_whatever_the_length():
@@ -903,24 +898,23 @@ def test_reward_verbatim_whatever_the_length():
     for other in (text[:-5], text.replace("3", "5", 1), text.upper(), "a" * 10 ** 6):
         assert not answers_match(text, other) and not answers_match(other, text)
     assert answers_match("1 " * 400, "1 " * 400) and not answers_match("1 " * 400, "1 " * 401)
-    assert not answers_match(" " * 3000, " " * 3000)
-    assert answers_match("+", "+") and answers_match("°", "°")      # nothing is left of these when normalised
+    assert answers_match("+", "+") and answers_match("°", "°") and not answers_match(" " * 3000, " " * 3000)
 
 
 def test_reward_declared_answer():
-    for text, want in ((" so <answer>7</answer>", "7"), ("\\boxed{7} b", "7"), ("<answer>7", ""), ("b", None)):
+    for text, want in ((" so <a>7</a>", "7"), ("\\boxed{7} b", "7"), ("<a>7", ""), ("b", None)):
+        text = tags(text)
         assert declared_answer(text) == declared_answer("<think>a</think>" + text) == (text, want), text
     assert declared_answer("<think>a \\boxed{7}") == ("", None)
 
 
 def test_reward_how_far_back_an_answer_is_looked_for():
-    """4,000 characters, and 300 for a letter in passing."""
-    for padding, want in ((297, "B"), (298, None)):
+    for padding, want in ((297, "B"), (298, None)):                         # 300 characters in passing
         assert extract_answer("So B,\n" + "z" * padding, ["red", "blue", "teal"]) == want
-    for padding, found in ((3998, True), (3999, False)):
+    for padding, found in ((3998, True), (3999, False)):                    # 4,000 in all
         text = "The answer is 7\n" + "so it goes\n" * (padding // 11) + "z" * (padding % 11)
         assert (extract_answer(text) == "7") is found
-    words = [f"word{a}{b}" for a in "ab" for b in string.ascii_lowercase][:30]
+    words = [f"word{a}{b}" for a in "ab" for b in map(chr, range(97, 123))][:30]
     for place, letter in ((0, "A"), (25, "Z"), (26, None)):                 # letters end at Z
         assert extract_answer(f"<answer>{words[place]}</answer>", words) == letter
 
@@ -928,7 +922,7 @@ def test_reward_how_far_back_an_answer_is_looked_for():
 def test_reward_extract_and_choose():
     for table, choices in ((EXTRACT, None), (CHOOSE, COLOURS)):
         for text, want in table:
-            assert extract_answer(text, choices) == want, (text, extract_answer(text, choices))
+            assert extract_answer(tags(text), choices) == want, (text, want)
     for text, choices, want in (
             ("12.0", NUMBERS, "B"), ("so 21 of them", NUMBERS, "D"), ("120", NUMBERS, None),
             ("<answer>$\\frac{24}{2}$</answer>", NUMBERS, "B"), ("C. D", ["A", "B", "D", "E"], "C"),
@@ -940,13 +934,13 @@ def test_reward_extract_and_choose():
 
 def test_reward_match_choices():
     right = [("B", "B"), ("(b)", "B"), ("green", "B"), ("B", "green"), ("B) green", "green")]
-    wrong = [("A", "B"), ("red", "B"), (None, "B"), ("", "B"), ("5 A", "A"), ("A or B", "B"), ("E", "B"), ("E", "E"),
-             ("AB", "B"), ("green red", "B"), ("purple", "purple")]
+    wrong = [("A", "B"), ("red", "B"), (None, "B"), ("", "B"), ("5 A", "A"), ("A or B", "B"), ("E", "B"),
+             ("E", "E"), ("AB", "B"), ("green red", "B"), ("purple", "purple")]
     for pair in right + wrong:
         assert answers_match(*pair, COLOURS) is (pair in right), pair
-    assert answers_match("C", "A", ["same", "other", "same"])               # two options with one text
-    assert not answers_match("B", "A", ["same", "other", "same"])
-    assert not answers_match("A", "B", ["", "", "x"])
+    twice = ["same", "other", "same", "", ""]
+    assert answers_match("C", "A", twice) and not answers_match("B", "A", twice)
+    assert not answers_match("D", "E", twice)           # empty texts are not one text
 
 
 def test_reward_hostile_text():
@@ -957,14 +951,12 @@ def test_reward_hostile_text():
             format_ok(wrapped), reward_parts(wrapped, "7")
         assert answers_match(text, "7") is False and answers_match("7", text) is False, text[:50]
         assert not answers_match(text, "B", COLOURS), text[:50]
-    large = ["<think>" * 10 ** 5, "<answer>" * 10 ** 5, "\\boxed{" * 10 ** 5, "answer is " * 10 ** 5,
-             " " * 10 ** 6, "1" * 10 ** 6, "1,111" * 10 ** 5,
-             "<think>" + "a " * 10 ** 5 + "</think><answer>7</answer>"]
-    for text in large:
+    for text in ("<think>", "<answer>", "\\boxed{", "answer is ", " ", "1", "1,111", "a ", "\n"):
+        text = text * (10 ** 6 // len(text)) + "</think><answer>7</answer>" * (text == "a ")
         extract_answer(text), extract_answer(text, COLOURS), format_ok(text), reward_parts(text, "7")
         answers_match(text, "7"), answers_match(text, text + "7"), answers_match(text, text[:-1] + "z")
     assert not answers_match("y=1e99*1e99*1e99*1e99*x", "y=πx")
-    numbers = [str(n) for n in range(140)]                                  # a set: 140 * 140 / 2 comparisons
+    numbers = [str(n) for n in range(140)]                                  # 140 * 140 / 2 comparisons
     assert answers_match("{" + ",".join(numbers) + "}", "{" + ",".join(numbers[::-1]) + "}")
     assert time.perf_counter() - start < 60                                 # a hang, on any machine
 
@@ -1011,13 +1003,10 @@ def perturbed(tree, rng):
     return (op, perturbed(a, rng), b) if first else (op, a, perturbed(b, rng))
 
 
-POINTS = ((1.37, 2.21), (0.83, 3.19), (2.71, 0.57))
-
-
-def values_at_points(tree):
+def values_at_points(tree, points=((1.37, 2.21), (0.83, 3.19), (2.71, 0.57))):
     """Values at three points by Python itself, None if one is missing, tiny or large."""
     try:
-        found = [eval(expression_text(tree), {"x": x, "y": y}) for x, y in POINTS]
+        found = [eval(expression_text(tree), {"x": x, "y": y}) for x, y in points]
     except ZeroDivisionError:
         return None
     return found if all(isinstance(v, (int, float)) and 1e-3 < abs(v) < 1e6 for v in found) else None
@@ -1034,24 +1023,22 @@ def test_reward_random_expressions():
             continue
         text = expression_text(tree, rng)
         if len(text) < 200:
-            again = expression_text(tree, rng)
+            again, same = expression_text(tree, rng), same + 1
             assert answers_match(text, again), (text, again)
-            same += 1
         if all(abs(a - b) > 1e-3 * abs(a) for a, b in zip(mine, its)):
-            changed = expression_text(other, rng)
+            changed, different = expression_text(other, rng), different + 1
             assert not answers_match(text, changed), (text, changed)
-            different += 1
 
 
-PIECES = ["<think>", "</think>", "<answer>", "</answer>", "\\frac", "{", "}", "(", ")", "^", "\\boxed{", "|", "=",
-          "9" * 40, ",", "\\sqrt", "π", "½", "\u202e", "\u200b", "\0", "\ud7ff", " and ", "-", "**", "(A)", "\n",
-          "%", "°", "√", "1e9", "9^9^9^9^9", "eval(input())", "$$", "±", "<|im_end|>", "<image>"]
+PIECES = ["<think>", "</think>", "<answer>", "</answer>", "\\frac", "{", "}", "(", ")", "^", "\\boxed{", "|",
+          "9" * 40, ",", "\\sqrt", "π", "½", "\u202e", "\u200b", "\0", "\ud7ff", " and ", "-", "**", "(A)",
+          "=", "\n", "%", "°", "√", "1e9", "9^9^9^9^9", "eval(input())", "$$", "±", "<|im_end|>", "<image>"]
 
 
 def test_reward_mutated_completions():
     """Whatever a completion holds: no exception, answers of the right kind, little time."""
     rng = random.Random(time.time_ns())
-    pool = [row[0] for row in match_rows() + EXTRACT + CHOOSE + REWARD] + [text[:3000] for text in HOSTILE]
+    pool = [tags(row[0]) for row in match_rows() + EXTRACT + CHOOSE + REWARD] + [t[:3000] for t in HOSTILE]
     for _ in range(600):
         text, other, spent = rng.choice(pool), rng.choice(pool)[:500], []
         for _ in range(rng.randint(1, 4)):
@@ -1065,31 +1052,26 @@ def test_reward_mutated_completions():
             parts = reward_parts(text, other)
             spent.append(time.thread_time() - start)
         assert min(spent) < 0.5, (spent, text)
-        assert answer is None or (isinstance(answer, str) and answer), text
-        assert letter in [*"ABCD", None] and matches | {*parts.values()} <= {0, 1, 0.1, 0.9}, (text, parts)
+        assert answer != "" and letter in [*"ABCD", None], text
+        assert matches | {*parts.values()} <= {0, 1, 0.1, 0.9}, (text, parts)
 
 
 def test_reward_parts_and_hacks():
-    think = "<think>a</think>"
     cases = [(text, "7", None, accuracy, form) for text, accuracy, form in REWARD]
     cases += [(text, "B", COLOURS, accuracy, form) for text, accuracy, form in REWARD_CHOICES]
-    cases += [(f"{think}<answer>red 70</answer>", "red 7 0", None, 0, 1),
-              (f"{think}<answer>B. green</answer>", "green", COLOURS, 1, 1),
-              (f"{think}<answer>A. red B. green C. blue D. yellow</answer>", "A", COLOURS, 0, 1),
-              (f"{think}<answer>ABCD</answer>", "A", COLOURS, 0, 1)]
+    cases += [("<t>a</t><a>red 70</a>", "red 7 0", None, 0, 1), ("<t>a</t><a>ABCD</a>", "A", COLOURS, 0, 1),
+              ("<t>a</t><a>B. green</a>", "green", COLOURS, 1, 1),
+              ("<t>a</t><a>A. red B. green C. blue D. yellow</a>", "A", COLOURS, 0, 1)]
     for text, gold, choices, accuracy, form in cases:
-        parts = reward_parts(text, gold, choices)
+        parts = reward_parts(tags(text), gold, choices)
         assert parts == {"accuracy": accuracy, "format": form, "total": parts["total"]}, (text, parts)
         assert abs(parts["total"] - (0.9 * accuracy + 0.1 * form)) < 1e-12
-    good = f"{think}<answer>7</answer>"
+    good = tags("<t>a</t><a>7</a>")
     assert reward_parts(good, "7", finished=False) == {"accuracy": 0.0, "format": 0.0, "total": 0.0}
     assert reward_parts(good, "7", format_weight=0.0)["total"] == 1.0
     assert abs(reward_parts(good, "8", format_weight=0.3)["total"] - 0.3) < 1e-12
-
-
-def test_reward_format():
     for text in WELL_FORMED + MALFORMED:
-        assert format_ok(text) is (text in WELL_FORMED), text
+        assert format_ok(tags(text)) is (text in WELL_FORMED), text
 
 
 # ---- attribute.py
@@ -2187,68 +2169,55 @@ def test_eval_command_resumes():
 
 # ---- train.py
 
+SMALL = {"model": TINY, "data": "tiny:steps=3,kinds=tiles+bars", "max_steps": 2, "batch": 4, "group_size": 4,
+         "max_new_tokens": 40, "eval_problems": 0, "lr": 1e-4, "warmup_steps": 1, "save_every": 100,
+         "show_every": 0, "device": "cpu"}
+KINDS = {"sft": {"stage": "sft"}, "ivr": {"rectify_below": 1.0},
+         "grpo": {"algo": "grpo", "beta": 0.1, "updates_per_batch": 2, "micro_rows": 5}}
+FORK = multiprocessing.get_context("fork")
+
+
+def small_trainer(out="", **changes):
+    """Of few, short problems."""
+    return train.Trainer(train.TrainConfig(**{**SMALL, "out": str(out), **changes}))
+
+
 def small_run(out, **changes):
-    """A few real steps of the real loop on few, short problems."""
-    settings = {"model": TINY, "data": "tiny:steps=3", "out": str(out), "max_steps": 2, "batch": 4,
-                "group_size": 4, "max_new_tokens": 40, "eval_problems": 0, "lr": 1e-3, "warmup_steps": 1,
-                "save_every": 100, "show_every": 0, "device": "cpu", **changes}
-    config = train.TrainConfig(**settings)
     with contextlib.redirect_stdout(io.StringIO()):
-        train.train(train.Trainer(config))
-    return config
+        train.train(small_trainer(out, **changes))
+
+
+def small_flags(out, **changes) -> list[str]:
+    words = []
+    for name, value in {**SMALL, "out": out, **changes}.items():
+        words += [f"--{name}", str(value)]
+    return words
 
 
 def metrics(out):
     """The rows of metrics.jsonl but for the seconds that each step took."""
-    rows = train.read_jsonl(Path(out) / "metrics.jsonl")
+    rows = train.read_jsonl(out / "metrics.jsonl")
     for row in rows:
         del row["seconds"]
     return rows
 
 
-def last_state(out):
-    """Every tensor of the last checkpoint: weights, master weights and moments, of whatever rank."""
-    state = {}
-    for file in sorted(Path(out).glob("checkpoint-*"))[-1].glob("*.safetensors"):
-        state |= load_file(file)
-    return state
-
-
-def same_runs(one, two):
-    """Two finished runs are the same to the last bit."""
-    assert metrics(one) == metrics(two)
-    for name in ("groups.jsonl", "heldout.json"):
-        assert (one / name).read_text() == (two / name).read_text(), name
-    a, b = last_state(one), last_state(two)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
-def nearly_same_runs(one, two, tolerance=1e-6):
-    """Two finished runs differ by rounding alone: losses by `tolerance`, other figures and moments of that
-    order; Adam makes whole steps of tiny differences, so of the weights only the mean is compared."""
+def same_runs(one, two, tolerance=0.0):
+    """Two finished runs are the same to the last bit; or, with a tolerance, the losses are. (Adam may make
+    whole steps of rounding errors, so the mean counts of weights and moments.) A figure that only one has is
+    left out."""
     for a, b in zip(metrics(one), metrics(two), strict=True):
-        assert abs(a["loss"] - b["loss"]) <= tolerance
-        for name, value in a.items():
-            if value is not None:
-                assert abs(value - b[name]) <= 20 * tolerance * max(1, abs(value)), (name, value, b[name])
-    a, b = last_state(one), last_state(two)
-    assert a.keys() == b.keys()
-    for name in a:
-        if "exp_avg" in name:
-            close(a[name], b[name], tolerance)
-        close((a[name] - b[name]).abs().mean(), 0, 3 * tolerance)
-
-
-def rolled_out(folder, **changes):
-    """A trainer and its first groups of scored rollouts."""
-    settings = {"model": TINY, "data": "tiny:steps=9,kinds=tiles+bars", "batch": 6, "group_size": 4,
-                "max_new_tokens": 110, "device": "cpu", "eval_problems": 0, "out": str(folder), **changes}
-    trainer = train.Trainer(train.TrainConfig(**settings))
-    c, (problems, keys) = trainer.config, trainer.next_batch()
-    groups = rollout.sample(trainer.model.eval(), problems, trainer.codec, c.group_size, c.max_new_tokens)
-    return trainer, groups
+        assert tolerance or a == b, (a, b)
+        for name in a.keys() & b.keys():
+            if isinstance(a[name], float):
+                assert abs(a[name] - b[name]) <= tolerance * (1 if name == "loss" else 20), (name, a, b)
+    states = {}, {}
+    for out, state in zip((one, two), states):
+        for file in max(out.glob("checkpoint-*")).glob("*.safetensors"):        # of all ranks
+            state |= load_file(file)
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        close((value - states[1][name]).abs().mean(), 0, 3 * tolerance)
 
 
 # ---- Runs in processes of their own
@@ -2257,152 +2226,110 @@ def rolled_out(folder, **changes):
 def fresh(call, *launcher):
     """Run a function of this file in a new interpreter, which has no threads yet and so may fork."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import test_all; test_all.{call}"
-    return subprocess.run([*launcher, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def forked(function, *given) -> int:
-    """The id of a new process that runs function(*given) and ends with its exit code."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            function(*given)
-            code = 0
-        except SystemExit as e:
-            code = e.code if isinstance(e.code, int) else 1
-            print(e.code, file=sys.stderr)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return pid
-
-
-def exit_codes(pids) -> list[int]:
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-
-
-KINDS = {"sft": {"stage": "sft", "data": "tiny:steps=3", "max_new_tokens": 60},
-         "grpo": {"algo": "grpo", "beta": 0.1, "updates_per_batch": 2, "micro_rows": 5, "group_size": 4,
-                  "data": "tiny:steps=3,kinds=tiles+bars", "max_new_tokens": 40},
-         "ivr": {"rectify_below": 1.0, "group_size": 4, "data": "tiny:steps=3,kinds=tiles+bars",
-                 "max_new_tokens": 40}}
-
-
-def flags_of(**settings) -> list[str]:
-    words = []
-    for name, value in settings.items():
-        words += [f"--{name}", str(value)]
-    return words
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.run([*launcher, sys.executable, "-c", code], cwd=ROOT, env=env, text=True,
+                          capture_output=True, timeout=400)
 
 
 def two_ranks(folder):
     """What each rank does under torchrun. The first time rank 1 is killed in the middle of a run, which
-    continues when torchrun has started both again; in the end it raises, which ends the job."""
-    folder, rank = Path(folder), int(os.environ["RANK"])
-    train.init_distributed = functools.lru_cache(train.init_distributed)         # one group for all the runs
+    continues when torchrun has started both again. In the end it raises."""
+    folder, rank, restarts = Path(folder), os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+    train.init_distributed = functools.lru_cache(train.init_distributed)        # one group for all the runs
     train.leave = functools.partial(train.all_gather, [])
-    step = train.Trainer.sft_step
+    sft_step = train.Trainer.sft_step
 
     def faulty_step(trainer):
-        if rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and trainer.step == 1:
+        if rank == "1" and restarts == "0" and trainer.step == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        if rank == 1 and trainer.config.out.endswith("faulty"):
+        if rank == "1" and trainer.config.out.endswith("faulty"):
             raise RuntimeError("a fault on rank one")
-        return step(trainer)
+        return sft_step(trainer)
 
     train.Trainer.sft_step = faulty_step
-    config = {"model": TINY, "device": "cpu", "batch": 4, "max_steps": 2, "eval_problems": 0, "lr": 1e-4,
-              "warmup_steps": 1, "show_every": 0}
-    train.start(flags_of(**config, **KINDS["sft"], save_every=1, out=folder / "sft-2"))
-    del os.environ["TORCHELASTIC_RESTART_COUNT"]
-    for kind in ("grpo", "ivr"):
-        small_run(folder / f"{kind}-2", **KINDS[kind], lr=1e-4)
+    train.start(small_flags(folder / "sft-2", save_every=1, stage="sft"))
+    small_run(folder / "grpo-2", **KINDS["grpo"])
+    small_run(folder / "ivr-2", **KINDS["ivr"])
     evaluation.main(eval_flags(folder / "data.jsonl", folder / "rows-2.jsonl"))
-    train.start(flags_of(**config, **KINDS["sft"], out=folder / "faulty"))
+    small_run(folder / "faulty", stage="sft")
 
 
 def test_two_ranks_equal_one():
-    """torchrun with two gloo processes against one process: losses, moments, weights, evaluated rows. A rank
-    that is killed comes back; one that raises ends the job, and says why."""
-    with scratch() as folder:
+    """torchrun with two gloo processes against one process: losses, weights, evaluated rows. A rank that is
+    killed comes back; one that raises ends the job, and says why."""
+    with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
         data = data_file(folder)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    "--max-restarts", "1", "--no-python"]
-        done = fresh(f"two_ranks({str(folder)!r})", *launcher)
-        assert done.returncode != 0 and "RuntimeError: a fault on rank one" in done.stderr, done.stderr[-3000:]
-        assert "sft-2/checkpoint-000002" in done.stdout and done.stdout.count("| all ") == 1
-        for kind, settings in KINDS.items():
-            small_run(folder / kind, **settings, lr=1e-4)
-            nearly_same_runs(folder / kind, folder / f"{kind}-2")
-        assert any(0 < row["repaired"] for row in metrics(folder / "ivr"))
-        with contextlib.redirect_stdout(io.StringIO()):
-            evaluation.main(eval_flags(data, folder / "rows.jsonl"))
-        one, two = (sorted(train.read_jsonl(folder / f"rows{n}.jsonl"), key=str) for n in ("", "-2"))
-        assert one == two and len(one) == 12
+        done = fresh(f"two_ranks({str(folder)!r})", sys.executable, "-m", "torch.distributed.run", "--standalone",
+                     "--nproc_per_node", "2", "--max-restarts", "1", "--no-python")
+        assert done.returncode and "RuntimeError: a fault on rank one" in done.stderr, done.stderr[-3000:]
+        for kind, changes in KINDS.items():
+            small_run(folder / kind, **changes)
+            same_runs(folder / kind, folder / f"{kind}-2", 1e-6)
+        assert any(row["repaired"] for row in metrics(folder / "ivr"))
+        evaluation.main(eval_flags(data, folder / "rows.jsonl"))
+        one, two = [(folder / name).read_text().splitlines() for name in ("rows.jsonl", "rows-2.jsonl")]
+        assert sorted(one) == sorted(two) and len(one) == 12 and done.stdout.count("| all ") == 1
 
 
-def start_ranks(out, kind, ranks) -> list[int]:
-    """Process ids of the ranks of a run; one with a checkpoint is resumed."""
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    flags = ["--resume", str(out)]
+def start_ranks(out, kind, ranks) -> list:
+    """The processes of a run's ranks; one with a checkpoint is resumed."""
+    flags, processes = ["--resume", str(out)], []
     if not list(out.glob("checkpoint-*")):
-        flags = flags_of(model=TINY, device="cpu", out=out, max_steps=3, batch=4, eval_problems=1, lr=1e-4,
-                         eval_samples=1, show_every=1, save_every=1, keep=2, warmup_steps=1, **KINDS[kind])
-    pids = []
+        flags = small_flags(out, max_steps=3, eval_problems=1, eval_samples=1, save_every=1,
+                            **{**KINDS[kind], "batch": 2})
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.getsockname()[1]))
     for rank in range(ranks):
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        if ranks == 1:
-            del os.environ["WORLD_SIZE"]
-        pids.append(forked(train.start, flags))
-    return pids
+        if ranks > 1:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
+        processes.append(FORK.Process(target=train.start, args=(flags,)))
+        processes[-1].start()
+    return processes
 
 
-def await_path(folder, pattern, seconds):
-    deadline = time.time() + seconds
-    while time.time() < deadline and not list(folder.glob(pattern)):
-        time.sleep(0.0005)
+def exit_codes(processes) -> list[int]:
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
 
-def interrupt_and_compare(folder, kind, ranks):
-    """A run left alone against one that is killed at a random moment, asked to stop, killed while it writes a
-    checkpoint, and continued each time."""
-    whole, out, started = folder / f"{kind} whole", folder / kind, time.time()
+def interrupted_run(folder, kind, ranks, *actions):
+    """A run left alone against one that is interrupted and continued."""
+    whole, out, started = Path(folder) / "whole", Path(folder) / "cut", time.time()
     assert exit_codes(start_ranks(whole, kind, ranks)) == [0] * ranks
-    length = time.time() - started
-    for action in ("kill", "stop", "kill while saving"):
-        pids = start_ranks(out, kind, ranks)
+    seconds = time.time() - started
+    for action in actions:
+        processes, deadline = start_ranks(out, kind, ranks), time.time() + 60
+        awaited = {"stop": "checkpoint-000001", "kill while saving": "unfinished-checkpoint"}.get(action)
+        while awaited and time.time() < deadline and not (out / awaited).exists():
+            time.sleep(0.002)
         if action == "stop":
-            steps = [int(found.name[11:]) for found in out.glob("checkpoint-*")]
-            await_path(out, f"checkpoint-{max(steps, default=0) + 1:06d}", 60)
-            os.kill(pids[-1], signal.SIGTERM)               # one rank is told, all stop
-            codes = exit_codes(pids)
-            assert codes == [128 + signal.SIGTERM] * ranks or max(steps, default=0) > 1, codes
-            continue
-        time.sleep(random.random() * 0.4 * length)
-        if action == "kill while saving":
-            await_path(out, "unfinished-checkpoint", 5)
-        time.sleep(random.random() * 0.02)
-        for pid in random.sample(pids, ranks):
-            os.kill(pid, signal.SIGKILL)
-        exit_codes(pids)
+            processes[-1].terminate()                       # one rank is told, all stop
+            assert exit_codes(processes) == [128 + signal.SIGTERM] * ranks
+        time.sleep(random.random() * (0.8 * seconds if action == "kill" else 0.02))
+        for process in processes:
+            process.kill()
+        exit_codes(processes)
     assert exit_codes(start_ranks(out, kind, ranks)) == [0] * ranks
     same_runs(whole, out)
+    assert (whole / "heldout.json").read_text() == (out / "heldout.json").read_text()
 
 
 def interrupted_runs(folder):
-    import torch._dynamo                                    # Adam and the tokenizer load much:
-    rollout.load_codec(TINY)                                # once for all forks
+    """Three at the same time; each process is a fork of this one."""
+    import torch._dynamo                                    # Adam and the tokenizer load much: once is enough
+    rollout.load_codec(TINY)
     torch.set_num_threads(1)
-    jobs = [forked(interrupt_and_compare, Path(folder), *job) for job in (("sft", 2), ("grpo", 1), ("ivr", 2))]
+    jobs = []
+    for job in (("sft", 2, "stop", "kill while saving"), ("grpo", 1, "kill while saving", "kill"),
+                ("ivr", 2, "kill")):
+        jobs.append(FORK.Process(target=interrupted_run, args=(f"{folder}/{job[0]}", *job)))
+        jobs[-1].start()
     sys.exit(any(exit_codes(jobs)))
 
 
 def test_interrupted_runs_continue_bit_for_bit():
+    """SIGTERM in a step; SIGKILL at a random moment; SIGKILL while a checkpoint is written."""
     with scratch() as folder:
         done = fresh(f"interrupted_runs({str(folder)!r})")
         assert done.returncode == 0, done.stderr[-4000:]
@@ -2411,16 +2338,13 @@ def test_interrupted_runs_continue_bit_for_bit():
 def test_examples_of_the_readme_run():
     """Every block of Python, as it stands, in a folder of its own."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert blocks
+    env, jobs = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, []
     with scratch() as folder:
-        jobs = []
         for n, block in enumerate(blocks):
-            place = folder / str(n)
+            place = folder / f"{n}"
             place.mkdir()
             (place / "tiny").symlink_to(TINY)
-            (place / "example.py").write_text(block)
-            env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-            jobs.append(subprocess.Popen([sys.executable, "example.py"], cwd=place, env=env, text=True,
+            jobs.append(subprocess.Popen([sys.executable, "-c", block], cwd=place, env=env, text=True,
                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
         for job, block in zip(jobs, blocks):
             said = job.communicate(timeout=300)[0]
@@ -2431,123 +2355,102 @@ def test_examples_of_the_readme_run():
 
 
 def test_a_run_resumed_from_an_earlier_checkpoint_equals_the_first():
-    """What was later is set aside, rows later than the checkpoint or cut off by a kill are made again, and
-    pruning never takes the checkpoint just written."""
-    with scratch() as folder:
-        whole, again = folder / "whole", folder / "again"
-        small_run(whole, max_steps=4, data="tiny:steps=9,kinds=tiles+bars", max_new_tokens=100, lr=1e-4,
-                  save_every=1, keep=9, show_every=1)
-        assert any(row["repaired"] for row in metrics(whole)[2:])
-        shutil.copytree(whole, again)
-        with open(again / "metrics.jsonl", "a") as file:
-            file.write('{"step": 5, "lo')
-        with contextlib.redirect_stdout(io.StringIO()):
-            train.start(["--resume", str(again / "checkpoint-000002"), "--keep", "1"])
-        same_runs(whole, again)
-        assert {found.name for found in again.glob("*checkpoint*")} == {
-            "checkpoint-000004", "abandoned-checkpoint-000003", "abandoned-checkpoint-000004"}
-        assert m.read_json(again / "config.json")["lr"] == 1e-4
+    """What was later is set aside, a row cut off by a kill is made again, and pruning never takes the
+    checkpoint just written. groups.jsonl holds all that is known of rollouts and repairs."""
+    with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
+        small_run(folder / "whole", **KINDS["ivr"], max_steps=3, save_every=1, keep=9, show_every=1)
+        shutil.copytree(folder / "whole", folder / "again")
+        with open(folder / "again" / "metrics.jsonl", "a") as file:
+            file.write('{"step": 4, "lo')
+        train.start(["--resume", f"{folder}/again/checkpoint-000001", "--keep", "1"])
+        same_runs(folder / "whole", folder / "again")
+        assert sorted(found.name for found in (folder / "again").glob("*checkpoint*")) == [
+            "abandoned-checkpoint-000002", "abandoned-checkpoint-000003", "checkpoint-000003"]
+        rows = train.read_jsonl(folder / "whole" / "groups.jsonl")
+        assert rows == train.read_jsonl(folder / "again" / "groups.jsonl") and len(rows) == 3
+        assert rows[0]["repairs"] and rows[0]["step"] == 1
+        for row in rows:
+            for t in row["rollouts"]:
+                ids = t["ids"][:-1] if t["finished"] else t["ids"]
+                assert t["text"] == tiny_codec().tokenizer.decode(ids)
+                assert {len(t["sampled"]), len(t["logps"]), len(t["weights"] or t["ids"])} == {len(t["ids"])}
+            for repair in row["repairs"]:
+                t, source = row["rollouts"][repair["trajectory"]], row["rollouts"][repair["source"]]
+                kept = t["shared_prefix_len"]
+                assert t["source"] == repair["source"] and t["ids"][:kept] == source["ids"][:kept]
+                assert t["rewards"]["accuracy"] == 1 > source["rewards"]["accuracy"] and repair["turns"]
 
 
 def test_damaged_checkpoints_are_passed_over():
     """Each file of the last checkpoint in turn: missing, and cut."""
-    with scratch() as folder:
-        small_run(folder, stage="sft", max_new_tokens=60, max_steps=1, save_every=1)
+    with scratch() as folder, contextlib.redirect_stderr(io.StringIO()) as said:
+        small_run(folder, stage="sft", max_steps=1, save_every=1)
         before, last = sorted(folder.glob("checkpoint-*"))
-        assert train.last_intact(folder) == last and train.last_intact(before) == before
-        for file in sorted(last.iterdir()):
+        for file in last.iterdir():
             whole = file.read_bytes()
-            for damage in (None, whole[:len(whole) // 2]):
-                file.unlink(missing_ok=True)
-                if damage:
-                    file.write_bytes(damage)
-                with contextlib.redirect_stderr(io.StringIO()) as said:
-                    if train.last_intact(folder) != before: print("NOT SEEN", file.name, damage is None)
+            file.unlink()
+            assert train.last_intact(folder) == before, file.name
+            file.write_bytes(whole[:len(whole) // 2])
+            assert train.last_intact(folder) == before, file.name
             file.write_bytes(whole)
-        assert train.last_intact(folder) == last
-        shutil.rmtree(before)
-        (last / "trainer.json").write_text("{")
-        with contextlib.redirect_stderr(io.StringIO()):
-            raises(SystemExit, ["--resume", "no whole checkpoint"], train.start, ["--resume", str(folder)])
+        assert train.last_intact(folder) == last and f"warning: {last}" in said.getvalue()
+        for checkpoint in (before, last):
+            (checkpoint / "trainer.json").unlink()
+        raises(SystemExit, ["--resume", "no whole checkpoint"], train.start, ["--resume", str(folder)])
 
 
 def test_full_disk_leaves_the_last_checkpoint():
     """A limit on the size of files stands for the full disk."""
-    import resource
     with scratch() as folder:
-        trainer = train.Trainer(train.TrainConfig(model=TINY, out=str(folder), device="cpu", eval_problems=0))
+        trainer, limits = small_trainer(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
         trainer.save()
-        good, limits = folder / "checkpoint-000000", resource.getrlimit(resource.RLIMIT_FSIZE)
-        before = (good / "model.safetensors").read_bytes()
-        (folder / "config.json").write_text("{}")
         trainer.step = 1
-        for limit, save in ((1_000_000, trainer.save), (9, lambda: train.write_text(folder / "config.json", "x" * 99))):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
-            try:
-                raises(OSError, "checkpoint-000001" if limit > 9 else "", save)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert [found.name for found in folder.glob("*checkpoint*")] == [good.name]
-        assert train.last_intact(folder) == good and (good / "model.safetensors").read_bytes() == before
-        assert (folder / "config.json").read_text() == "{}"
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+        try:
+            raises(OSError, ["checkpoint-000001", "could not be written"], trainer.save)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert train.last_intact(folder).name == "checkpoint-000000" and len(list(folder.iterdir())) == 1
 
 
 def test_ivr_without_repairs_is_grpo_whatever_the_micro_batches():
     with scratch() as folder:
-        small_run(folder / "grpo", algo="grpo", data="tiny:steps=4", lr=1e-4)
-        small_run(folder / "ivr", rectify_below=-1.0, credit="rollout", data="tiny:steps=4", lr=1e-4,
-                  micro_rows=3, activation_checkpointing=True)
+        small_run(folder / "grpo", algo="grpo")
+        small_run(folder / "ivr", rectify_below=-1.0, credit="rollout", micro_rows=3,
+                  activation_checkpointing=True)
         for row in metrics(folder / "ivr"):
             assert row["sources"] == row["repair_tokens"] == 0 < row["grad_norm"]
-        lines = (folder / "ivr" / "metrics.jsonl").read_text()
-        rows = [json.loads(line) for line in lines.splitlines()]
-        for row in rows:
-            for name in ("sources", "repaired", "revisions", "repair_tokens", "check_tokens"):
-                del row[name]
-        train.write_text(folder / "ivr" / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        nearly_same_runs(folder / "grpo", folder / "ivr")
+        same_runs(folder / "grpo", folder / "ivr", 1e-6)
 
 
 def test_first_update_is_the_plain_policy_gradient():
-    """The gradient of a whole step against autograd on uncached log-probs: -sum A_i log pi(y_i) /
-    (B G L_max); and the entropy of the policy's tokens."""
-    with scratch() as folder:
-        trainer, _ = rolled_out(folder, data="tiny:steps=3", batch=1, group_size=2)
-        net, codec = random_model(spread=0.2), trainer.codec
-        c = trainer.config = replace(trainer.config, batch=3, group_size=3, max_new_tokens=24)
-        trainer.model, trainer.optimizer = net, train.Optimizer(net, c, 0, 1)
-        groups = rollout.sample(net, trainer.next_batch()[0], codec, 3, 24)
-        rows = sum(groups, [])
-        for i, t in enumerate(rows):
-            t.advantage = math.sin(i + 1)
-        with swapped(trainer.optimizer, "step", lambda lr: 0.0):
-            stats = trainer.update(groups, 0.0)
-        assert abs(stats["ratio"] - 1) < 1e-4 and stats["clip_fraction"] == 0 and abs(stats["kl_old"]) < 1e-6
-        entropy = 0.0
-        for t in rows:
-            row, grids = torch.tensor([t.prompt.ids + t.ids]), torch.tensor(t.prompt.grids)
-            logits = net(row, None, t.prompt.pixel_values, grids)[0, len(t.prompt.ids) - 1:-1] + codec.logit_mask
-            logps = logits.log_softmax(-1)
-            entropy -= (logps.exp() * logps.clamp(min=-99)).sum().item()
-            chosen = logps[torch.arange(len(t.ids)), torch.tensor(t.ids)]
-            (-t.advantage * chosen.sum() / (9 * 24)).backward()
-        close(stats["entropy"], entropy / sum(len(t.ids) for t in rows), 1e-4)
-        for name, p in net.named_parameters():
-            close(trainer.optimizer.grads[name], p.grad, 1e-4 * max(1.0, p.grad.abs().max().item()))
-
-
-def test_forced_tokens_and_tokens_without_weight_carry_no_gradient():
-    with scratch() as folder:
-        trainer, groups = rolled_out(folder, data="tiny:steps=3", batch=2, group_size=2)
-        t = groups[0][0]
-        t.advantage, size = 1.0, len(t.ids)
-        for sampled, weights, learns in (([0] * size, None, False), (t.sampled, [0.0] * size, False),
-                                         ([0] * size, [1.0] * size, False), (t.sampled, None, True)):
-            t.sampled, t.weights, trainer.optimizer.grads = sampled, weights, {}
-            trainer.backward([t], 1.0)
-            total = sum(grad.abs().sum().item() for grad in trainer.optimizer.grads.values())
-            assert (total > 0) == learns
-            assert grpo.has_gradient(t, 0.0) or not learns
+    """Against autograd on uncached log-probs: -sum A_i log pi(y_i) / (B G L_max). The entropy is that of the
+    policy's tokens, and forced tokens and those without weight have no gradient."""
+    with swapped(train, "load_model", lambda *given: random_model(spread=0.2)):
+        trainer = small_trainer(batch=3, group_size=3, max_new_tokens=24)
+    net, codec, optimizer, entropy = trainer.model, trainer.codec, trainer.optimizer, 0.0
+    groups = rollout.sample(net, trainer.next_batch()[0], codec, 3, 24)
+    rows = sum(groups, [])
+    for i, t in enumerate(rows):
+        t.advantage = math.sin(i + 1)
+    with swapped(optimizer, "step", lambda lr: 0.0):
+        stats = trainer.update(groups, 0.0)
+    assert abs(stats["ratio"] - 1) < 1e-4 and stats["clip_fraction"] == 0 and abs(stats["kl_old"]) < 1e-6
+    for t in rows:
+        p, size = t.prompt, len(t.ids)
+        logits = net(torch.tensor([p.ids + t.ids]), None, p.pixel_values, torch.tensor(p.grids))[0, -size - 1:-1]
+        logps = (logits + codec.logit_mask).log_softmax(-1)                     # (T, V)
+        entropy -= (logps.exp() * logps.clamp(min=-99)).sum().item()
+        (-t.advantage * logps[range(size), t.ids].sum() / (3 * 3 * 24)).backward()
+    close(stats["entropy"], entropy / sum(len(t.ids) for t in rows), 1e-4)
+    for name, p in net.named_parameters():
+        close(optimizer.grads[name], p.grad, 1e-4 * max(1.0, p.grad.abs().max().item()))
+    for t.sampled, t.weights, learns in (([0] * size, None, False), ([1] * size, [0.0] * size, False),
+                                         ([0] * size, [1.0] * size, False), ([1] * size, None, True)):
+        net.zero_grad()
+        optimizer.grads = {}
+        trainer.backward([t], 1.0)
+        assert any(grad.any() for grad in optimizer.grads.values()) == learns
 
 
 def test_tokens_of_every_kind_are_counted():
@@ -2556,69 +2459,43 @@ def test_tokens_of_every_kind_are_counted():
 
     def counting_sample(*given, **more):
         groups = sample(*given, **more)
-        counted.append(sum(sum(t.sampled) for group in groups for t in group))
+        counted.append(sum(sum(t.sampled) for t in sum(groups, [])))
         return groups
 
     def counting_check(model, codec, claims):
         asked.extend((problem.id, text) for problem, _, text in claims)
         return check(model, codec, claims)
 
-    with scratch() as folder:
-        trainer = rolled_out(folder, rectify_below=0.5)[0]
-        with swapped(rollout, "sample", counting_sample), swapped(attribute, "check_steps", counting_check):
-            found = trainer.rl_step()
-        assert found["rollout_tokens"] == counted[0] and len(counted) > 2 and len(asked) == len(set(asked)) > 9
-        assert found["check_tokens"] == len(asked) and found["repaired"] <= found["sources"]
-        assert found["repair_tokens"] == len(asked) + sum(counted[1:])
-        assert found["generated_tokens"] == trainer.tokens == len(asked) + sum(counted)
-        trainer.config.max_tokens = 2 * trainer.tokens
-        assert trainer.progress() == 0.5
-
-
-def test_groups_are_recorded():
-    """groups.jsonl: a row a shown group, with all that is known of its rollouts and repairs."""
-    with scratch() as folder:
-        small_run(folder, **{**KINDS["ivr"], "batch": 6, "max_steps": 1, "show_every": 1, "lr": 1e-4})
-        row, = train.read_jsonl(folder / "groups.jsonl")
-        rectified = [t for t in row["rollouts"] if t["provenance"] != "policy"]
-        assert row["step"] == 1 and len(row["rollouts"]) == 4 and rectified and row["repairs"]
-        for t in row["rollouts"]:
-            sizes = {len(t[name]) for name in ("ids", "sampled", "logps")}
-            assert sizes == {len(t["ids"])} and len(t["weights"] or t["ids"]) == len(t["ids"])
-            assert t["text"] == tiny_codec().tokenizer.decode(t["ids"][:-1] if t["finished"] else t["ids"])
-            assert t["steps"] and not t["checks"] or len(t["checks"]) == len(t["steps"])
-        t, (repair, *_) = rectified[0], row["repairs"]
-        source = row["rollouts"][t["source"]]
-        assert t["rewards"]["accuracy"] == 1 > source["rewards"]["accuracy"] and t["advantage"] > 0
-        assert t["ids"][:t["shared_prefix_len"]] == source["ids"][:t["shared_prefix_len"]]
-        assert repair["outcome"] == "repaired" and repair["source"] == t["source"] and repair["tokens"] > 0
-        assert row["rollouts"][repair["trajectory"]] == t and set(repair["turns"][0]) == {
-            "what", "step", "before", "after"}
+    trainer = small_trainer(**KINDS["ivr"], seed=1, max_tokens=10 ** 4)
+    with swapped(rollout, "sample", counting_sample), swapped(attribute, "check_steps", counting_check):
+        found = trainer.rl_step()
+    assert found["rollout_tokens"] == counted[0] and len(counted) > 2 and len(asked) == len(set(asked)) > 9
+    assert found["check_tokens"] == len(asked) and 0 < found["repaired"] <= found["sources"]
+    assert found["repair_tokens"] == len(asked) + sum(counted[1:])
+    assert found["generated_tokens"] == trainer.tokens == len(asked) + sum(counted)
+    assert trainer.progress() == trainer.tokens / 10 ** 4
 
 
 def test_the_two_hooks():
-    """A reward and an attribution signal of one's own."""
-    class EveryStep(attribute.Verifier):
+    """A reward and an attribution signal of one's own; and a run that ends by tokens."""
+    class Doubts(attribute.Verifier):
         def check(self, claims):
             return [attribute.Check(0.25)] * len(claims)
 
     class Mine(train.Trainer):
-        verifier_class = EveryStep
+        verifier_class = Doubts
 
         def score(self, t):
-            rewards = super().score(t)
-            return {**rewards, "total": rewards["total"] - 0.01 * len(t.ids)}
+            return {**super().score(t), "total": 0.01 * len(t.ids)}
 
     with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
-        flags = flags_of(model=TINY, device="cpu", out=folder, batch=2, group_size=2, eval_problems=0, max_steps=9,
-                         max_tokens=1)
-        train.start(flags, Mine, {"rectify_below": 1.0, "show_every": 1, "group_size": 8})
+        train.start(small_flags(folder, max_tokens=1, show_every=1), Mine, {"rectify_below": 1.0, "batch": 2})
         row, = metrics(folder)
-        close(row["reward"], 0.9 * row["accuracy"] + 0.1 * row["format"] - 0.01 * row["length"], 1e-6)
-        assert row["sources"] and not row["check_tokens"]
-        checked = sum([t["checks"] for t in train.read_jsonl(folder / "groups.jsonl")[0]["rollouts"]], [])
-        assert set(checked) == {0.25}
-        assert m.read_json(folder / "config.json")["group_size"] == 2
+        close(row["reward"], 0.01 * row["length"], 1e-6)
+        checks = sum([t["checks"] for t in train.read_jsonl(folder / "groups.jsonl")[0]["rollouts"]], [])
+        assert row["sources"] and not row["check_tokens"] and set(checks) == {0.25}
+        config = m.read_json(folder / "config.json")
+        assert config["rectify_below"] == 1.0 and config["batch"] == 4          # what is given wins
 
 
 # ---- The optimiser
@@ -2626,19 +2503,16 @@ def test_the_two_hooks():
 
 def test_bf16_master_weights():
     """In bfloat16 a small update would be lost in rounding; the fp32 masters keep it."""
-    net, c = random_model().to(torch.bfloat16), train.TrainConfig(lr=1e-6, max_grad_norm=1e9)
-    optimizer = train.Optimizer(net, c, 0, 1)
+    net = random_model().to(torch.bfloat16)
+    optimizer = train.Optimizer(net, train.TrainConfig(max_grad_norm=1e9), 0, 1)
     before = {name: master.detach().clone() for name, master in optimizer.masters.items()}
     for _ in range(3):
         for part in (1.0, 2 ** -9):                         # two micro-batches; the sum is no bfloat16 number
             for p in net.parameters():
                 p.grad = torch.full_like(p, part)
             optimizer.accumulate()
-        for name, p in net.named_parameters():
-            assert p.grad is None and (optimizer.grads[name] == 1 + 2 ** -9).all()
-        norm = optimizer.step(1e-6)
-    size = sum(p.numel() for p in net.parameters())
-    close(norm, (1 + 2 ** -9) * math.sqrt(size), 0.1)
+        assert all((grad == 1 + 2 ** -9).all() for grad in optimizer.grads.values())
+        optimizer.step(1e-6)
     for name, p in net.named_parameters():
         close(optimizer.masters[name].detach(), before[name] - 3e-6, 1e-6)
         assert torch.equal(p, optimizer.masters[name].to(torch.bfloat16))
@@ -2647,75 +2521,64 @@ def test_bf16_master_weights():
 def test_optimizer_state_is_sharded():
     """Each parameter has one owner, shares are even, and a rank takes its share out of the files of one rank
     or of two; a gradient is clipped by its global norm."""
-    net, c = random_model(), train.TrainConfig(max_grad_norm=0.5, weight_decay=0.1, freeze_vision=True)
+    net, c = random_model(), train.TrainConfig(max_grad_norm=0.5, weight_decay=0.1)
     net.visual.requires_grad_(False)
-    start = {name: p.detach().clone() for name, p in net.named_parameters()}
-    one, shards = train.Optimizer(net, c, 0, 1), [train.Optimizer(net, c, rank, 2) for rank in (0, 1)]
-    assert sorted([*shards[0].masters, *shards[1].masters]) == sorted(one.masters)
-    assert not any(name.startswith("visual") for name in one.masters)
-    sizes = [sum(master.numel() for master in shard.masters.values()) for shard in shards]
-    assert abs(sizes[0] - sizes[1]) <= max(p.numel() for p in one.params.values())
+    one, two, three = (train.Optimizer(net, c, *place) for place in ((0, 1), (0, 2), (1, 2)))
+    assert sorted([*two.masters, *three.masters]) == sorted(one.masters)
+    sizes = [sum(master.numel() for master in o.masters.values()) for o in (one, two, three)]
+    assert abs(sizes[1] - sizes[2]) <= max(p.numel() for p in one.params.values())
+    before, norm = {name: p.detach().clone() for name, p in one.params.items()}, math.sqrt(sizes[0])
     for p in one.params.values():
         p.grad = torch.ones_like(p)
     one.accumulate()
-    assert abs(one.step(1e-3) - math.sqrt(sum(sizes))) < 0.1
-    for name, p in one.params.items():                      # Adam's first step is one of lr, whatever the norm
-        decayed = start[name] * (1 - 1e-3 * 0.1 * (p.dim() > 1))
-        close(p.detach(), decayed - 1e-3, 2e-5)
-        close(one.state()[f"{name}/exp_avg"], 0.1 * 0.5 / math.sqrt(sum(sizes)), 1e-7)
+    close(one.step(1e-3), norm, 0.1)
+    for name, p in one.params.items():                      # Adam's first step is lr, whatever the norm
+        close(p.detach(), before[name] * (1 - 1e-4 * (p.dim() > 1)) - 1e-3, 2e-5)
+        close(one.state()[f"{name}/exp_avg"], 0.1 * 0.5 / norm, 1e-7)
     with scratch() as folder:
         save_file(one.state(), folder / "whole")
-        for shard in shards:
+        for name, shard in (("two", two), ("three", three)):
             shard.load([folder / "whole"])
-            save_file(shard.state(), folder / f"rank {len(list(folder.iterdir()))}")
-        again = train.Optimizer(net, c, 0, 1)
-        again.load(sorted(folder.glob("rank*")))
-        found, expected = again.state(), one.state()
-        assert found.keys() == expected.keys()
-        for name in expected:
-            assert torch.equal(found[name], expected[name]), name
+            save_file(shard.state(), folder / name)
+        again, expected = train.Optimizer(net, c, 0, 1), one.state()
+        again.load([folder / "two", folder / "three"])
+        assert again.state().keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in again.state().items())
         net.visual.requires_grad_(True)
-        raises(ValueError, ["no state of visual", "frozen"], train.Optimizer(net, c, 0, 1).load, [folder / "whole"])
+        raises(ValueError, "no state of visual", train.Optimizer(net, c, 0, 1).load, [folder / "whole"])
 
 
 def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run():
     with scratch() as folder, contextlib.redirect_stdout(io.StringIO()) as said:
-        trainer, _ = rolled_out(folder, data="tiny:steps=2", stage="sft", batch=2, max_steps=9, max_bad_steps=3)
+        trainer = small_trainer(folder, stage="sft", max_steps=4, max_bad_steps=3)
         before, step = [p.clone() for p in trainer.model.parameters()], trainer.optimizer.step
 
         def poisoned(lr):
             next(iter(trainer.optimizer.grads.values())).view(-1)[0] = math.nan
             return step(lr)
 
-        trainer.optimizer.step = poisoned
-        raises(FloatingPointError, ["3 steps in a row", str(folder)], train.train, trainer)
-        assert said.getvalue().count("was skipped") == 3 and len(metrics(folder)) == 3
-        for a, b in zip(before, trainer.model.parameters(), strict=True):
-            assert torch.equal(a, b)
-        trainer.optimizer.step = step                       # a good step ends the row
-        trainer.config.max_steps = 4
-        with contextlib.redirect_stderr(io.StringIO()):
-            train.train(trainer)
+        with swapped(trainer.optimizer, "step", poisoned):
+            raises(FloatingPointError, ["3 steps in a row", str(folder)], train.train, trainer)
+        assert said.getvalue().count("was skipped") == 3 == trainer.step
+        assert all(map(torch.equal, before, trainer.model.parameters()))
+        train.train(trainer)                                # a good step, and all is forgotten
         assert trainer.bad_steps == 0 and math.isfinite(metrics(folder)[-1]["grad_norm"])
 
 
 def test_learning_rate_and_data_order():
-    """The worked example of train.py's header; and a file is seen as a whole each epoch, in another order."""
-    c = train.TrainConfig(lr=1.0, warmup_steps=4, max_steps=10, lr_end=0.0, batch=4)
+    """The worked example of train.py's header; a file is seen as a whole each epoch, in another order."""
+    c = train.TrainConfig(lr=1.0, warmup_steps=4, max_steps=10, lr_end=0.0)
     for step in range(10):
         close(train.learning_rate(c, step, step / 10), min(1, (step + 1) / 4) * (1 - step / 10), 1e-9)
-    assert train.learning_rate(replace(c, lr_end=1.0), 9, 0.9) == 1.0
-    c = train.TrainConfig(batch=4)
-    close([train.learning_rate(c, step, 0.0) for step in (0, 4, 9)], [6e-6, 3e-5, 3e-5], 1e-12)
-    trainer = SimpleNamespace(config=c, rank=1, world=2, step=0, data=shapes.Stream("tiny", run=4))
-    for trainer.step, places in enumerate(((1, 3), (5, 7))):
-        problems, keys = train.Trainer.next_batch(trainer)
-        assert [p.id for p in problems] == [trainer.data[i].id for i in places]
-        assert keys == [f"0/{trainer.step}/1", f"0/{trainer.step}/3"]
-    seen = []
-    trainer = SimpleNamespace(config=c, rank=0, world=1, step=0, data=list("abcdef"))
-    for trainer.step in range(3):
-        seen += train.Trainer.next_batch(trainer)[0]
+    c, seen = train.TrainConfig(batch=4), []
+    close([train.learning_rate(c, step, 0.9) for step in (0, 4, 9)], [6e-6, 3e-5, 3e-5], 1e-12)
+    rank = SimpleNamespace(config=c, rank=1, world=2, data=shapes.Stream("tiny", run=4))
+    file = SimpleNamespace(config=c, rank=0, world=1, data=list("abcdef"))
+    for rank.step, places in enumerate(((1, 3), (5, 7), (9, 11))):
+        problems, keys = train.Trainer.next_batch(rank)
+        assert [p.id for p in problems] == [rank.data[i].id for i in places] and keys[1] == f"0/{rank.step}/3"
+        file.step = rank.step
+        seen += train.Trainer.next_batch(file)[0]
     assert sorted(seen[:6]) == sorted(seen[6:]) == list("abcdef") and seen[:6] != seen[6:]
 
 
@@ -2725,117 +2588,102 @@ def test_learning_rate_and_data_order():
 def test_collapse_is_warned_of():
     first = {"finished": 1.0, "format": 0.9, "entropy": 0.3, "accuracy": 0.2, "all_wrong": 0.4}
     stuck = {**first, "all_wrong": 1.0, "entropy": None}    # no token was trained on
-    cases = ((first, first, []), ({**first, "finished": 0.4}, first, ["cut off"]),
-             ({**first, "format": 0.3}, first, ["format"]), ({**first, "entropy": 0.001}, first, ["entropy"]),
-             ({**first, "entropy": 0.001, "accuracy": 0.95}, first, []), (stuck, stuck, ["all wrong"]),
-             (stuck, first, []))
-    for row, before, kinds in cases:
+    for row, before, kinds in ((first, first, []), ({**first, "finished": 0.4}, first, ["cut off"]),
+                               ({**first, "format": 0.3}, first, ["format"]),
+                               ({**first, "entropy": 0.001}, first, ["entropy"]),
+                               ({**first, "entropy": 0.001, "accuracy": 0.95}, first, []),
+                               (stuck, stuck, ["all wrong"]), (stuck, first, [])):
         assert list(train.warnings_of(row, before)) == kinds
 
 
 def test_supervised_stage_learns_from_a_file():
     """A JSONL file of demonstrations: the loss falls, and their tokens are counted."""
     with scratch() as folder:
-        demonstration = "<think>black 1</think><answer>black</answer>"
-        data = data_file(folder, demonstration=demonstration)
+        text = "<think>black 1</think><answer>black</answer>"
+        data, length = data_file(folder, demonstration=text), len(rollout.token_ids(text, tiny_codec())) + 1
         small_run(folder / "run", stage="sft", data=str(data), max_steps=8, lr=3e-3, micro_rows=3)
         losses = [row["loss"] for row in metrics(folder / "run")]
-        assert losses[-1] < 0.3 * losses[0], losses
         state = m.read_json(folder / "run" / "checkpoint-000008" / "trainer.json")
-        length = len(rollout.token_ids(demonstration, tiny_codec())) + 1
-        assert state == {"step": 8, "tokens": 8 * 4 * length, "bad_steps": 0}
-        short = ["--stage", "sft", "--data", str(data), "--max_new_tokens", str(length - 1), "--model", TINY]
-        raises(SystemExit, ["data.jsonl:4", f"has {length} tokens"], train.start, short)
+        assert losses[-1] < 0.3 * losses[0] and state["tokens"] == 8 * 4 * length, losses
+        flags = small_flags(folder / "new", stage="sft", data=data, max_new_tokens=length - 1)
+        raises(SystemExit, ["data.jsonl:4", f"has {length} tokens"], train.start, flags)
         data_file(folder)
-        raises(SystemExit, ["data.jsonl:1", "demonstration", "missing"], train.start, short)
+        raises(SystemExit, ["data.jsonl:1", "demonstration", "missing"], train.start, flags)
 
 
 def test_flags_of_a_dataclass():
     c = train.parse_flags(evaluation.EvalConfig, ["--samples", "3", "--greedy"], {"samples": 2, "seed": 5})
     assert (c.samples, c.greedy, c.seed, c.data) == (3, True, 5, "tiny")
-    frozen = {"freeze_vision": True}
-    assert train.parse_flags(train.TrainConfig, ["--no-freeze_vision"], frozen).freeze_vision is False
     with contextlib.redirect_stdout(io.StringIO()) as said:
         raises(SystemExit, "0", train.parse_flags, train.TrainConfig, ["--help"])
-    help_text = said.getvalue().split("\n  --")[1:]
-    assert len(help_text) == len(asdict(train.TrainConfig()))
-    for text in help_text:
-        assert len(text.split()) > 4, text                  # a default, and what the flag is
+    assert "AdamW's learning rate after warm-up [3e-05]" in said.getvalue()
 
 
 def test_bad_input_ends_with_one_line():
-    """As a user would meet it: an exit code that is not 0, one line that names the flag or the row, nothing
-    written."""
+    """As a user would meet it: an exit code, a line that names the flag or the row, nothing written."""
     with scratch() as folder:
-        data = data_file(folder, images=["none.png"])
-        (folder / "llama").mkdir()
-        (folder / "llama" / "config.json").write_text('{"model_type": "llama"}')
-        (folder / "used").mkdir()
-        (folder / "used" / "metrics.jsonl").write_text("{}\n")
-        cases = ((f"--data {data}", "data.jsonl:1 images none.png"), ("--batches 3", "--batches"),
-                 ("--check --data nowhere.jsonl", "nowhere.jsonl"), ("--lr much", "--lr"),
-                 (f"--model {folder}/llama", "llama model_type"), ("--batch 0", "--batch"),
-                 ("--model ./nowhere", "./nowhere"), ("--stage ppo", "--stage rl sft"), ("--algo ppo", "--algo"),
-                 ("--credit all", "--credit"), ("--relook twice", "--relook"), ("--anneal -1", "--anneal"),
-                 ("--data tiny:steps=99", "steps"), ("--dtype int4", "--dtype"), ("--device gpu", "--device"),
-                 ("--group_size 1", "--group_size"), ("--batch 4 --updates_per_batch 3", "--batch"),
-                 (f"--resume {folder}", "--resume no whole checkpoint"), ("--save_every -1", "--save_every"),
-                 (f"--out {folder}/used", "--out holds a run"), ("--max_prompt_tokens 4", "--max_prompt_tokens"),
-                 (f"--eval_data {data}", "data.jsonl:1 none.png"))
+        data = data_file(folder, 1, images=["none.png"])
+        for name, file, text in (("llama", "config.json", '{"model_type": "llama"}'),
+                                 ("used", "metrics.jsonl", "{}\n")):
+            (folder / name).mkdir()
+            (folder / name / file).write_text(text)
+        cases = ((f"--data {data}", "data.jsonl:1 images none.png"), (f"--eval_data {data} --eval_problems 1",
+                                                                     "data.jsonl:1"),
+                 ("--check --data nowhere.jsonl", "nowhere.jsonl"), (f"--model {folder}/llama", "llama model_type"),
+                 ("--model ./nowhere", "./nowhere"), (f"--resume {folder}", "--resume no whole checkpoint"),
+                 (f"--out {folder}/used", "--out holds a run"), ("--data tiny:steps=99", "steps"),
+                 ("--stage ppo", "--stage rl sft"), ("--algo ppo", "--algo"), ("--credit all", "--credit"),
+                 ("--relook twice", "--relook"), ("--anneal -1", "--anneal"), ("--dtype int4", "--dtype"),
+                 ("--device gpu", "--device"), ("--batch 0", "--batch"), ("--group_size 1", "--group_size"),
+                 ("--batch 4 --updates_per_batch 3", "--batch 4"), ("--save_every -1", "--save_every"),
+                 ("--max_prompt_tokens 4", "--max_prompt_tokens"), ("--batches 3", "--batches"),
+                 ("--lr much", "--lr"))
         evaluated = ((f"--data {data}", "data.jsonl:1"), ("--batch 0", "--batch"), ("--samples -1", "--samples"),
                      ("--data tiny:kinds=maze", "maze"), ("--max_prompt_tokens 4", "--max_prompt_tokens"))
         for main, table in ((train.start, cases), (evaluation.main, evaluated)):
             for flags, words in table:
-                given = ["--model", TINY, "--device", "cpu", "--out", str(folder / "new"), *flags.split()]
+                given = ["--model", TINY, "--device", "cpu", "--out", f"{folder}/new", *flags.split()]
                 with contextlib.redirect_stderr(io.StringIO()) as said:
                     message = raises(SystemExit, "", main, given)
-                message = said.getvalue().splitlines()[-1] if message == "2" else message   # argparse's
-                assert message.splitlines()[0] and all(word in message for word in words.split()), (flags, message)
+                message = said.getvalue().splitlines()[-1] if message == "2" else message       # argparse's
+                assert "\n" not in message and all(word in message for word in words.split()), (flags, message)
                 assert not (folder / "new").exists(), flags
 
 
 def test_folders_like_the_hubs_train_and_open_again():
-    """A step of IVR-R1 on a folder laid out like the hub's; transformers opens the checkpoint and its
-    tokenizer, and its greedy answer is ours."""
-    from transformers import AutoTokenizer
+    """A step of IVR-R1 on a folder laid out like the hub's; transformers opens the checkpoint, and its greedy
+    answer is ours."""
     for tied in (True, False):
         with scratch() as folder:
-            hub = hub_folder(folder / "Qwen2.5-VL-xB-Instruct", tied)
-            data = data_file(folder)
-            small_run(folder / "run", model=str(hub), data=str(data), max_steps=1, max_new_tokens=8)
-            saved = folder / "run" / "checkpoint-000001"
+            hub, data, saved = folder / "Qwen2.5-VL-xB", data_file(folder), folder / "run" / "checkpoint-000001"
+            small_run(folder / "run", model=str(hub_folder(hub, tied)), data=str(data), max_steps=1,
+                      max_new_tokens=8)
             for file in hub.iterdir():
                 if not file.name.startswith(("model", "config")):
                     assert (saved / file.name).read_bytes() == file.read_bytes(), file.name
             problem, codec = rollout.load_problems(data)[0], rollout.load_codec(str(saved))
-            assert "You are a helpful assistant." in rollout.render_chat(problem, codec)
             t = rollout.sample(m.load_model(saved).eval(), [problem], codec, 1, 8, 0.0)[0][0]
             ids = torch.tensor([t.prompt.ids])
-            banned = [[i] for i in (codec.logit_mask < 0).nonzero()[:, 0].tolist()]
             found = reference_model(saved).generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=t.prompt.pixel_values,
                 image_grid_thw=torch.tensor(t.prompt.grids), max_new_tokens=8, do_sample=False,
                 mm_token_type_ids=(ids == codec.image_token_id).int(), repetition_penalty=1.0,
-                bad_words_ids=banned)
+                suppress_tokens=(codec.logit_mask < 0).nonzero()[:, 0].tolist())
             assert found[0, ids.shape[1]:].tolist() == t.ids
-            assert AutoTokenizer.from_pretrained(saved).decode(t.ids) == codec.tokenizer.decode(t.ids)
 
 
 def test_the_main_job_improves():
-    """The shipped model and the default flags but for a run cut short at a higher rate: held-out accuracy
-    rises, the log is written, a sample is shown."""
+    """The shipped model and the default flags, but few steps at a higher rate: held-out accuracy rises, the
+    log is written, a group is shown."""
     with scratch() as folder, contextlib.redirect_stdout(io.StringIO()) as printed:
-        train.start(flags_of(out=folder, max_steps=3, batch=16, lr=3e-4, warmup_steps=1, eval_problems=24,
-                             eval_every=2, device="cpu", show_every=1))
-        text = printed.getvalue()
-        for words in ("held-out before: greedy", "held-out after:  greedy", "held-out at 2: avg@1", "avg@4",
-                      "step 3/3", "question", "rectified", "| bars/free"):
-            assert words in text.replace("task ", ""), words
-        figures = m.read_json(folder / "heldout.json")
-        before, after = figures["before"], figures["after"]
-        assert before["n"] == after["n"] == 24 and metrics(folder)[1]["heldout"]["n"] == 12
-        print(before["avg@4"], after["avg@4"], file=sys.stderr)
-        assert after["avg@4"]["mean"] > before["avg@4"]["mean"] + 0.1
+        train.start(f"--out {folder} --max_steps 3 --batch 8 --lr 3e-4 --warmup_steps 1 --eval_problems 12 "
+                    "--eval_every 2 --device cpu".split())
+        for words in ("held-out before: greedy", "held-out after:  greedy", "held-out at 2: avg@1", "pass@4",
+                      "step 3/3", "question", "rectified", "| task bars/free"):
+            assert words in printed.getvalue(), words
+        before, after = m.read_json(folder / "heldout.json").values()
+        assert before["n"] == after["n"] == 12 and metrics(folder)[1]["heldout"]["n"] == 6
+        assert after["avg@4"]["mean"] > before["avg@4"]["mean"] + 0.05, (before, after)
 
 
 # ---- Running them

@@ -1,19 +1,13 @@
-"""Training: flags, the RL step, the supervised step, ranks, the optimiser, checkpoints, the log, the run.
+"""Training: flags, ranks, the optimiser, the RL step, the supervised step, checkpoints, the log, the run.
 
     python train.py                                             # the embedded default: CPU, minutes
     torchrun --nproc_per_node 8 train.py --model Qwen/Qwen2.5-VL-3B-Instruct --data train.jsonl --lr 1e-6 ...
 
 Takes: a checkpoint and problems. Gives: a run folder with checkpoints in the hub's format, metrics.jsonl,
-groups.jsonl and held-out figures. One RL step is `rl_step`: rollout -> reward -> attribute -> rereason ->
-grpo; the rest is plumbing. `Trainer.score` and `Trainer.verifier_class` are its two hooks.
-
-The paper says what `rl_step` says and no more. We chose: one update a rollout batch, AdamW at a constant rate
-after a short warm-up, fp32 master weights. Left out: FSDP, pipelines, asynchronous rollouts.
-
-Data parallelism: rank r takes problems r, r + W, r + 2W, ... of the global batch, divides its loss by the
-*global* normaliser, and gradients are summed in fp32 to the rank that owns a parameter's optimiser state
-(ZeRO-1). Random numbers are keyed by problem and step (`rollout.uniforms`), so W ranks and one process
-compute the same, and a resumed run equals an uninterrupted one.
+groups.jsonl and held-out figures. The paper says what `Trainer.rl_step` says; `Trainer.score` and
+`verifier_class` are its hooks. We chose: one update a rollout batch, AdamW at a constant rate after a short
+warm-up, fp32 master weights, random numbers keyed by problem and step, so that W ranks compute what one does
+and a resumed run what an uninterrupted one does. Left out: FSDP, pipelines, asynchronous rollouts.
 
 Worked example: of a global batch of 4, rank 1 of 2 takes problems 1 and 3 in the first step, 5 and 7 in the
 second. With G = 8 and L_max = 64 both ranks divide their loss by 4 * 8 * 64 = 2048. At lr 3e-5 with 5 warm-up
@@ -30,9 +24,8 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -116,26 +109,27 @@ class TrainConfig:
 
     def validate(self, world: int):
         """ValueError names the flag that can not be."""
-        at_least = {"max_steps": 1, "batch": 1, "group_size": 2 if self.stage == "rl" else 1, "max_new_tokens": 1,
-                    "updates_per_batch": 1, "micro_rows": 1, "keep": 1, "max_bad_steps": 1, "eval_problems": 0,
-                    "eval_samples": 0, "eval_every": 0, "show_every": 0, "save_every": 0, "max_pixels": 0}
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least {least}")
-        for name, known in (("stage", ("rl", "sft")), ("algo", ("ivr", "grpo")), ("relook", rereason.RELOOKS),
-                            ("credit", ("token", "step", "rollout"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}")
-        if self.batch % (world * self.updates_per_batch):
-            raise ValueError(f"--batch {self.batch}: must be a multiple of ranks x updates_per_batch = "
-                             f"{world} x {self.updates_per_batch}")
-        if not 0 <= self.anneal <= 1:
-            raise ValueError(f"--anneal {self.anneal}: must be between 0 and 1")
+        def need(name, good, rule):
+            if not good:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be {rule}")
+
+        positive = "max_steps batch max_new_tokens updates_per_batch micro_rows keep max_bad_steps".split()
+        for f in fields(self):
+            if f.type is int:
+                least = int(f.name in positive)
+                need(f.name, getattr(self, f.name) >= least, f"at least {least}")
+        parts = world * self.updates_per_batch
+        need("stage", self.stage in ("rl", "sft"), "rl or sft")
+        need("algo", self.algo in ("ivr", "grpo"), "ivr or grpo")
+        need("credit", self.credit in ("token", "step", "rollout"), "token, step or rollout")
+        need("relook", self.relook in rereason.RELOOKS, f"one of {', '.join(rereason.RELOOKS)}")
+        need("batch", self.batch % parts == 0, f"a multiple of ranks x updates_per_batch = {parts}")
+        need("group_size", self.group_size > 1 or self.stage == "sft", "at least 2")
+        need("anneal", 0 <= self.anneal <= 1, "between 0 and 1")
 
 
 def parse_flags(config_class, argv=None, defaults: dict | None = None):
-    """A dataclass as a command line: every field a --flag, its comment the help text. Unknown flags exit
-    with code 2. `defaults` replaces default values by field name (a saved configuration)."""
+    """A dataclass as a command line: each field a --flag, its comment the help. defaults: by name."""
     comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(config_class), re.M))
     parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False)
     for f in fields(config_class):
@@ -149,8 +143,7 @@ def parse_flags(config_class, argv=None, defaults: dict | None = None):
 # ---- Data
 
 def training_data(c: TrainConfig, codec) -> tuple:
-    """Training data (an endless Stream or a list) and held-out problems, checked before anything is computed.
-    DataError names all bad rows."""
+    """Training problems (endless on tiny) and held-out ones. DataError names the rows that are bad."""
     def check(problem):
         rollout.encode_prompt(problem, codec, c.max_prompt_tokens, pixels=False)
         if c.stage == "sft":
@@ -161,9 +154,9 @@ def training_data(c: TrainConfig, codec) -> tuple:
         check(data[0])
     else:
         data = rollout.load_problems(c.data, c.image_dir, c.instruction, check, show=None if c.check else 20)
-    held_out, name = [], c.eval_data or (c.data if is_tiny(c.data) else "")
-    if name and c.eval_problems:
-        held_out = load_data(name, "heldout", c.eval_problems, c.image_dir, c.instruction)
+    held_out = []
+    if c.eval_problems and (c.eval_data or is_tiny(c.data)):
+        held_out = load_data(c.eval_data or c.data, "heldout", c.eval_problems, c.image_dir, c.instruction)
     for problem in held_out:
         rollout.encode_prompt(problem, codec, c.max_prompt_tokens, pixels=False)
     return data, held_out
@@ -171,7 +164,7 @@ def training_data(c: TrainConfig, codec) -> tuple:
 
 def demonstration(problem, c: TrainConfig, codec) -> list[int]:
     """A problem's demonstration as completion tokens, EOS included; on tiny it is made here, eroded or not.
-    DataError where it is missing, or too long (cut, it would teach to stop midway)."""
+    DataError where it is missing or too long: cut, it would teach to stop midway."""
     where, text = f"{problem.where or problem.id}: field 'demonstration'", problem.demonstration
     if is_tiny(c.data):
         rng = random.Random(f"erosion/{c.seed}/{problem.id}")
@@ -192,16 +185,15 @@ def device_and_dtype(device: str, dtype: str):
     if device != "auto" and device.partition(":")[0] not in ("cpu", found):
         raise ValueError(f"--device {device}: there is no such device here, only {found}")
     device = torch.device(found if device == "auto" else device)
-    dtypes = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "float32": torch.float32,
-              "bfloat16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise ValueError(f"--dtype {dtype}: must be one of {', '.join(dtypes)}")
-    return device, dtypes[dtype]
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype {dtype}: must be auto, float32 or bfloat16")
+    return device, getattr(torch, dtype)
 
 
 def init_distributed(device: torch.device) -> tuple[int, int, torch.device]:
-    """Join torchrun's process group, if there is one (gloo on CPU, nccl on CUDA) -> rank, world size,
-    device."""
+    """Join torchrun's process group, if there is one -> rank, world size, this rank's device."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, device
     if device.type == "cuda":
@@ -211,20 +203,18 @@ def init_distributed(device: torch.device) -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def all_sum(values: list[float]) -> list[float]:
-    total = torch.tensor(values, dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
-
-
 def all_gather(rows: list) -> list:
-    """The rows of all ranks, on every rank."""
+    """The rows of all ranks, on every rank. No rank continues before all are here."""
     if not dist.is_initialized():
         return rows
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, rows)
     return sum(parts, [])
+
+
+def all_sum(values: list[float]) -> list[float]:
+    """Each value summed over all ranks."""
+    return torch.tensor(all_gather([values]), dtype=torch.float64).sum(0).tolist()
 
 
 def leave():
@@ -236,48 +226,37 @@ def leave():
 
 @contextlib.contextmanager
 def stop_signals():
-    """Ctrl-C and SIGTERM are noted in the list given, so that the run ends after its step, with a
-    checkpoint."""
+    """Ctrl-C and SIGTERM are noted in the list given, so that the run ends after its step."""
     asked = []
 
     def note(number, frame):
         asked.append(number)
         signal.signal(number, signal.default_int_handler)       # a second time ends it at once
 
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = signal.signal(signal.SIGTERM, note), signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-
-# ---- The optimiser
 
 class Optimizer:
-    """AdamW with fp32 master weights, its state sharded over ranks (ZeRO-1): each parameter has one owner,
-    which alone holds its master weight and moments. Gradients are summed in fp32, reduced to the owner,
-    clipped by their global norm; the owner updates the parameter and broadcasts it. Source: Rajbhandari et
-    al. (arXiv 1910.02054)."""
+    """AdamW with fp32 master weights, its state sharded over ranks (ZeRO-1, arXiv 1910.02054): the owner of a
+    parameter alone holds its master weight and moments, updates it and broadcasts it."""
 
     def __init__(self, model, c: TrainConfig, rank: int, world: int):
-        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.world, self.max_grad_norm = world, c.max_grad_norm
-        self.owner, load = {}, [0] * world
-        for name in sorted(self.params, key=lambda name: -self.params[name].numel()):
-            self.owner[name] = load.index(min(load))        # largest first, to the rank that holds least
-            load[self.owner[name]] += self.params[name].numel()
-        self.masters, matrices, vectors = {}, [], []
-        for name, p in self.params.items():
-            if self.owner[name] == rank:
-                master = self.masters[name] = p.detach().float().clone().requires_grad_()
-                (matrices if p.dim() > 1 else vectors).append(master)
-        self.adamw = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay},
-                                        {"params": vectors, "weight_decay": 0.0}],
-                                       lr=c.lr, betas=(0.9, c.beta2))
+        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.owner, self.masters = {}, {}
+        for n, (name, p) in enumerate(sorted(self.params.items(), key=lambda item: -item[1].numel())):
+            self.owner[name] = n % world                        # the largest first, in turn
+            if n % world == rank:
+                self.masters[name] = p.detach().float().clone().requires_grad_()
+        matrices = [master for master in self.masters.values() if master.dim() > 1]
+        vectors = [master for master in self.masters.values() if master.dim() <= 1]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, c.beta2), weight_decay=c.weight_decay)
         self.grads = {}                                         # fp32 sums over the micro-batches of a step
 
     def accumulate(self):
@@ -292,9 +271,7 @@ class Optimizer:
         """One update. Returns the gradient norm before clipping; if it is not finite, nothing is updated."""
         squares = 0.0
         for name, p in self.params.items():                     # all ranks in the same order
-            grad = self.grads.pop(name, None)
-            if grad is None:
-                grad = torch.zeros_like(p, dtype=torch.float32)
+            grad = self.grads.pop(name, torch.zeros_like(p, dtype=torch.float32))
             if self.world > 1:
                 dist.reduce(grad, self.owner[name])
             if name in self.masters:
@@ -324,8 +301,7 @@ class Optimizer:
         return out
 
     def load(self, files: list[Path]):
-        """This rank's share of the state of all ranks, however many they were. ValueError where a parameter
-        has none (it was frozen then)."""
+        """Take this rank's share of what all ranks saved. ValueError where a parameter has none."""
         state = {}
         for file in files:
             state |= load_file(file)                            # mapped into memory, not read yet
@@ -335,16 +311,14 @@ class Optimizer:
             master.data.copy_(state[f"{name}/master"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{name}/{key}" in state:                    # not before the first update
-                    value = state[f"{name}/{key}"].clone()
-                    self.adamw.state[master][key] = value if key == "step" else value.to(master.device)
+                    device = "cpu" if key == "step" else master.device
+                    self.adamw.state[master][key] = state[f"{name}/{key}"].to(device, copy=True)
 
 
 def learning_rate(c: TrainConfig, step: int, progress: float) -> float:
     """Linear warm-up, then linear decay to lr_end * lr. progress: share of the training that is done."""
     return c.lr * min(1.0, (step + 1) / max(1, c.warmup_steps)) * (1 - (1 - c.lr_end) * progress)
 
-
-# ---- The step
 
 class Trainer:
     """The policy and what its updates need."""
@@ -374,13 +348,12 @@ class Trainer:
         return self.tokens / c.max_tokens if c.max_tokens else self.step / c.max_steps
 
     def next_batch(self) -> tuple[list, list[str]]:
-        """This rank's problems of the step, every W-th of the global batch, and the keys that name their
-        random numbers. A file is shuffled again each epoch."""
+        """This rank's problems of the step, every W-th, and the keys that name their random numbers."""
         c, problems, keys = self.config, [], []
         for place in range(self.rank, c.batch, self.world):
             i = self.step * c.batch + place
             if isinstance(self.data, list):
-                epoch, i = divmod(i, len(self.data))
+                epoch, i = divmod(i, len(self.data))            # a file is shuffled again each epoch
                 rng = torch.Generator().manual_seed(c.seed + 7919 * epoch)
                 i = torch.randperm(len(self.data), generator=rng)[i]
             problems.append(self.data[i])
@@ -429,38 +402,33 @@ class Trainer:
 
     def update(self, groups, lr: float) -> dict:
         """`updates_per_batch` optimiser steps, each on its share of the groups."""
-        c, sums, norms = self.config, {}, []
+        names = ("loss", "tokens", "entropy", "clip_fraction", "kl_ref", "kl_old", "ratio")
+        c, sums, norms = self.config, dict.fromkeys(names, 0.0), []
         self.model.train()
-        share = c.batch // c.updates_per_batch                  # problems an update, over all ranks
-        normaliser = share * c.group_size * c.max_new_tokens
-        for u in range(c.updates_per_batch):
-            rows = []
-            for n, group in enumerate(groups):
-                if (n * self.world + self.rank) // share == u:
-                    rows += [t for t in group if grpo.has_gradient(t, c.beta)]
+        share = len(groups) // c.updates_per_batch
+        normaliser = self.world * share * c.group_size * c.max_new_tokens
+        for first in range(0, len(groups), share):
+            rows = [t for t in sum(groups[first:first + share], []) if grpo.has_gradient(t, c.beta)]
             for start in range(0, len(rows), c.micro_rows):
                 for name, value in self.backward(rows[start:start + c.micro_rows], normaliser).items():
-                    sums[name] = sums.get(name, 0.0) + value
+                    sums[name] += value
             norms.append(self.optimizer.step(lr))
-        names = ("loss", "tokens", "entropy", "clip_fraction", "kl_ref", "kl_old", "ratio")
-        totals = dict(zip(names, all_sum([sums.get(name, 0.0) for name in names])))
-        metrics = {"loss": totals["loss"] / c.updates_per_batch}
-        for name in names[2:]:                                  # means over the policy's own tokens
-            metrics[name] = totals[name] / totals["tokens"] if totals["tokens"] else None
-        return {**metrics, "grad_norm": sum(norms) / len(norms), "lr": lr}
+        loss, tokens, *totals = all_sum(list(sums.values()))
+        metrics = {"loss": loss / len(norms), "grad_norm": sum(norms) / len(norms), "lr": lr}
+        for name, total in zip(names[2:], totals):              # means over the policy's own tokens
+            metrics[name] = total / tokens if tokens else None
+        return metrics
 
     def backward(self, rows: list, normaliser: float) -> dict:
         """Loss and gradients of one micro-batch of trajectories."""
         c, inputs = self.config, (self.codec, [t.prompt for t in rows], [t.ids for t in rows])
         logps, entropy, _ = rollout.completion_logps(self.model, *inputs, entropy=True)         # (R, T)
-        ref_logps = None
-        if self.reference:
-            with torch.no_grad():
-                ref_logps, _, _ = rollout.completion_logps(self.reference, *inputs)
+        with torch.no_grad():
+            ref_logps = rollout.completion_logps(self.reference, *inputs)[0] if self.reference else None
         batch = grpo.collate(rows, self.device)
-        loss, stats = grpo.policy_loss(logps, batch["old_logps"], batch["advantages"], batch["weights"],
-                                       normaliser, c.clip_low, c.clip_high, c.dual_clip, c.beta, ref_logps,
-                                       batch["rectified"], c.lambda_r, c.gamma)
+        loss, stats = grpo.policy_loss(logps, **batch, normaliser=normaliser, clip_low=c.clip_low,
+                                       clip_high=c.clip_high, dual_clip=c.dual_clip, beta=c.beta,
+                                       ref_logps=ref_logps, lambda_r=c.lambda_r, gamma=c.gamma)
         loss.backward()
         self.optimizer.accumulate()
         on_policy = (batch["weights"] > 0) & ~batch["rectified"]
@@ -474,83 +442,74 @@ class Trainer:
         prompts = [rollout.encode_prompt(p, self.codec) for p in problems]
         completions = [demonstration(p, c, self.codec) for p in problems]
         total = all_sum([sum(map(len, completions))])[0]
+        self.tokens += int(total)
         self.model.train()
-        loss_sum = likely = 0.0
+        loss_sum = 0.0
         for start in range(0, len(problems), c.micro_rows):
             part = slice(start, start + c.micro_rows)
-            inputs = self.codec, prompts[part], completions[part]
-            logps, _, mask = rollout.completion_logps(self.model, *inputs)
+            logps, _, _ = rollout.completion_logps(self.model, self.codec, prompts[part], completions[part])
             loss = -logps.sum() / total
             loss.backward()
             self.optimizer.accumulate()
             loss_sum += loss.item()
-            likely += ((logps.exp() > 0.5) & mask).sum().item()
         norm = self.optimizer.step(lr)
-        loss, likely = all_sum([loss_sum, likely / total])
-        self.tokens += int(total)
-        return {"loss": loss, "likely_tokens": likely, "grad_norm": norm, "lr": lr}
-
-    # ---- figures
+        return {"loss": all_sum([loss_sum])[0], "grad_norm": norm, "lr": lr}
 
     def rollout_metrics(self, groups) -> dict:
         """What a step's rollouts were like, over all ranks; their tokens are counted here."""
-        rows = []
-        for group in groups:
-            for t in group:
-                scores = [t.rewards[name] for name in ("total", "accuracy", "format")]
-                rows.append([*scores, len(t.ids), t.finished])
+        names, rows = ("reward", "accuracy", "format", "length", "finished"), []
+        for t in sum(groups, []):
+            r = t.rewards
+            rows.append([r["total"], r["accuracy"], r["format"], len(t.ids), t.finished])
         table = torch.tensor(all_gather(rows), dtype=torch.float64)                             # (B * G, 5)
-        names, tokens = ("reward", "accuracy", "format", "length", "finished"), int(table[:, 3].sum())
-        self.tokens += tokens
+        means, tokens = dict(zip(names, table.mean(0).tolist())), int(table[:, 3].sum())
         shares = grpo.group_shares(table[:, 1].view(-1, self.config.group_size))
-        return {**dict(zip(names, table.mean(0).tolist())), **shares, "rollout_tokens": tokens}
+        self.tokens += tokens
+        return {**means, **shares, "rollout_tokens": tokens}
 
     def repair_metrics(self, repairs, verifier) -> dict:
         """What the Re-Reasoning Loop did, over all ranks; its tokens are counted here."""
-        done, revisions, tokens = 0, 0, verifier.tokens
-        for r in repairs:
-            done += r.outcome == "repaired"
-            revisions += r.num_revisions
-            tokens += r.tokens
         names = ("sources", "repaired", "revisions", "repair_tokens", "check_tokens")
-        found = all_sum([len(repairs), done, revisions, tokens, verifier.tokens])
-        metrics = {name: int(value) for name, value in zip(names, found)}
+        rows = [[0, 0, 0, verifier.tokens, verifier.tokens]]
+        for r in repairs:
+            rows.append([1, r.outcome == "repaired", r.num_revisions, r.tokens, 0])
+        metrics = dict(zip(names, torch.tensor(all_gather(rows)).sum(0).tolist()))
         self.tokens += metrics["repair_tokens"]
         return metrics
 
     def evaluate(self, short: bool = False) -> dict | None:
-        """Held-out figures of the policy as it is; None where there is nothing to evaluate on. short: one
-        sample of each of the first half of the problems, nothing greedy."""
-        c, problems = self.config, self.held_out
+        """Held-out figures, None where there are no problems. short: one sample of each of the first half."""
+        problems, modes = self.held_out, sorted({0, self.config.eval_samples})
         if not problems:
             return None
-        problems = problems[:(len(problems) + 1) // 2] if short else problems
+        if short:
+            problems, modes = problems[:(len(problems) + 1) // 2], [1]
         self.model.eval()
-        records = []
-        for samples in (1,) if short else (0, c.eval_samples):
-            records += evaluate(self.model, self.codec, problems[self.rank::self.world], samples,
-                                c.max_new_tokens, c.seed, progress=self.rank == 0 and not short)
-        records = all_gather(records)
-        return {**summarise(records), "table": report(records)}
-
-    # ---- checkpoints
+        limit, seed, records = self.config.max_new_tokens, self.config.seed, []
+        for samples in modes:
+            mine = problems[self.rank::self.world]
+            records += evaluate(self.model, self.codec, mine, samples, limit, seed, progress=self.rank == 0)
+        records, right = all_gather(records), {}
+        for record in records:
+            if record["mode"] == "sample":
+                right.setdefault(record["id"], []).append(record["correct"])
+        by_problem = [sum(right[name]) / len(right[name]) for name in sorted(right)]
+        return {**summarise(records), "table": report(records), "problems": by_problem}
 
     def save(self):
-        """out/checkpoint-<step>: the model in the hub's format, each rank's optimiser state, the step.
-        Written beside, flushed and renamed, so that it is complete or absent; the oldest beyond `keep` are
-        removed. OSError where the disk is full: what was saved before is untouched. (All ranks write to one
-        file system.)"""
-        c, out = self.config, Path(self.config.out)
-        target, part = out / f"checkpoint-{self.step:06d}", out / "unfinished-checkpoint"
+        """out/checkpoint-<step>: the model in the hub's format, each rank's optimiser state, the step. It is
+        written beside, flushed and renamed, so it is complete or absent. OSError where the disk is full."""
+        out, part = Path(self.config.out), Path(self.config.out) / "unfinished-checkpoint"
+        target = out / f"checkpoint-{self.step:06d}"
         try:
             if self.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
-                save_model(self.model, part, c.model)
+                save_model(self.model, part, self.config.model)
                 state = {"step": self.step, "tokens": self.tokens, "bad_steps": self.bad_steps}
                 (part / "trainer.json").write_text(json.dumps(state))
             all_gather([])                                      # the folder is there
-            name = f"optimizer-{self.rank + 1:05d}-of-{self.world:05d}.safetensors"
-            save_file(self.optimizer.state(), part / name)
+            shard = f"optimizer-{self.rank + 1:05d}-of-{self.world:05d}.safetensors"
+            save_file(self.optimizer.state(), part / shard)
             all_gather([])                                      # all ranks have written
             for file in part.iterdir() if self.rank == 0 else ():
                 with open(file, "rb+") as f:
@@ -561,25 +520,21 @@ class Trainer:
         if self.rank == 0:
             shutil.rmtree(target, ignore_errors=True)
             part.rename(target)
-            others = [old for old in sorted(out.glob("checkpoint-*")) if old != target]
-            for old in others[:max(0, len(others) - c.keep + 1)]:
+            for old in sorted(out.glob("checkpoint-*"))[:-self.config.keep]:
                 shutil.rmtree(old)
 
 
 def last_intact(folder: Path) -> Path:
-    """The last checkpoint of a run folder (or `folder` itself, a checkpoint) whose files can be opened; the
-    later ones are named. ValueError where there is none."""
+    """The last checkpoint of a run folder (or itself one) that is whole. ValueError where there is none."""
     found = [folder] if (folder / "trainer.json").is_file() else sorted(folder.glob("checkpoint-*"))
     for checkpoint in reversed(found):
         try:
             json.loads((checkpoint / "trainer.json").read_text())
-            files = list(checkpoint.glob("*.safetensors"))
-            world = int(max(checkpoint.glob("optimizer-*")).stem.rpartition("-")[2])
-            if len(list(checkpoint.glob("optimizer-*"))) != world:
+            shards = sorted(checkpoint.glob("optimizer-*"))
+            if not shards or not shards[-1].stem.endswith(f"-of-{len(shards):05d}"):
                 raise ValueError("the state of a rank is missing")
-            for file in files:
-                with safe_open(file, "pt"):                     # a file that was cut does not open
-                    pass
+            for file in checkpoint.glob("*.safetensors"):
+                safe_open(file, "pt")                           # a file that was cut does not open
             return checkpoint
         except (OSError, ValueError, SafetensorError) as e:
             print(f"warning: {checkpoint}: {e}", file=sys.stderr)
@@ -617,93 +572,84 @@ def log_line(step: int, c: TrainConfig, m: dict) -> str:
     def known(name, digits):
         return "-" if m[name] is None else f"{m[name]:.{digits}f}"
 
-    if c.stage == "sft":
-        text = f"loss {m['loss']:.3f}  likely tokens {m['likely_tokens']:.3f}"
-    else:
-        text = (f"loss {m['loss']:+.4f}  reward {m['reward']:.3f}  accuracy {m['accuracy']:.3f}  "
-                f"right/mixed/wrong {m['all_right']:.2f}/{m['mixed']:.2f}/{m['all_wrong']:.2f}  "
-                f"length {m['length']:.0f}  entropy {known('entropy', 3)}  kl {known('kl_old', 5)}")
+    text = f"step {step}/{c.max_steps}  loss {m['loss']:.4f}"
+    if "reward" in m:
+        text += (f"  reward {m['reward']:.3f}  accuracy {m['accuracy']:.3f}  right/mixed/wrong "
+                 f"{m['all_right']:.2f}/{m['mixed']:.2f}/{m['all_wrong']:.2f}  length {m['length']:.0f}  "
+                 f"entropy {known('entropy', 3)}  kl {known('kl_old', 5)}")
     if "repaired" in m:
         text += f"  repaired {m['repaired']}/{m['sources']} for {m['repair_tokens']} tokens"
-    return (f"step {step}/{c.max_steps}  {text}  |grad| {m['grad_norm']:.2f}  lr {m['lr']:.1e}  "
-            f"{m['seconds']:.1f} s")
+    return f"{text}  |grad| {m['grad_norm']:.2f}  lr {m['lr']:.1e}  {m['seconds']:.1f} s"
 
 
 def warnings_of(m: dict, first: dict) -> dict:
-    """What looks wrong in a step's figures, by kind, with the likely cause. first: those of the first
-    step."""
+    """What looks wrong in a step's figures, by kind, with the likely cause. first: the first step's."""
     found = {}
     if m["finished"] < 0.5:
-        found["cut off"] = (f"only {100 * m['finished']:.0f} % of the rollouts end by themselves, the others "
-                            "earn nothing: raise --max_new_tokens, or teach shorter answers first (--stage sft)")
+        found["cut off"] = "most rollouts are cut off: raise --max_new_tokens, or begin with --stage sft"
     elif m["format"] < 0.5 * first["format"]:
-        found["format"] = (f"the form of answers is being lost ({100 * first['format']:.0f} % -> "
-                           f"{100 * m['format']:.0f} %): lower --lr or raise --format_weight")
+        found["format"] = "the form of answers is being lost: lower --lr or raise --format_weight"
     if m["entropy"] is not None and m["entropy"] < 0.005 and m["accuracy"] < 0.8:
-        found["entropy"] = (f"entropy fell to {m['entropy']:.4f} with {100 * m['accuracy']:.0f} % right: the "
-                            "rollouts of a group are the same; lower --lr, or try --beta 0.01")
+        found["entropy"] = "the rollouts of a group have become the same: lower --lr, or try --beta 0.01"
     if m["all_wrong"] == first["all_wrong"] == 1:
-        found["all wrong"] = ("no rollout is right: problems too hard, or answers in a form the reward does "
-                              "not read (see the printed samples)")
+        found["all wrong"] = "no rollout is right: too hard, or in a form that the reward does not read"
     return found
 
 
 def telling_group(groups) -> list:
     """The group to show to people: one with a rectified trajectory, else one with right and wrong ones."""
-    def rank(group):
-        return any(t.source for t in group), len({t.rewards["accuracy"] for t in group})
+    def interest(group):
+        return any(t.source for t in group) + len({t.rewards["accuracy"] for t in group})
 
-    return max(groups, key=rank)
+    return max(groups, key=interest)
 
 
 def describe(group) -> str:
     """A decoded rollout of a group; where one was repaired, that one with its checks and what it became."""
     rectified = max(group, key=lambda t: t.source is not None)
-    t, right = rectified.source or rectified, sum(t.rewards["accuracy"] for t in group)
-    lines = [f"  question  {t.problem.question!r}", f"  gold      {t.problem.answer!r}",
-             f"  sampled   {t.text!r}"]
+    t = rectified.source or rectified
+    shown = {"question": repr(t.problem.question), "gold": repr(t.problem.answer), "sampled": repr(t.text)}
     if t.problem.oracle:
         thoughts = t.text.partition("<think>")[2].partition("</think>")[0]
-        lines.append(f"  steps     {' '.join(shapes.check_steps(t.problem, thoughts.splitlines()))}")
+        shown["steps"] = " ".join(shapes.check_steps(t.problem, thoughts.splitlines()))
     if rectified.source:
-        checks = [f"{check.prob:.2f}" if check else "?" for check in t.checks]
-        lines.append(f"  checks    {' '.join(checks)}")
-        lines.append(f"  rectified {rectified.text!r}  ({rectified.provenance})")
-    return "\n".join([*lines, f"  reward    {t.rewards}, right in the group: {right:.0f} of {len(group)}"])
+        shown["checks"] = " ".join(f"{check.prob:.2f}" if check else "?" for check in t.checks)
+        shown["rectified"] = f"{rectified.text!r}  ({rectified.provenance})"
+    shown["reward"] = str(t.rewards)
+    return "\n".join(f"  {name:9} {text}" for name, text in shown.items())
 
 
 def group_record(step: int, group, repairs) -> dict:
     """Everything known of one group, as a row of groups.jsonl; experiments/trace.py makes a page of them."""
     number, rollouts, turns = {id(t): n for n, t in enumerate(group)}, [], []
+    p = group[0].problem
     for t in group:
-        row = {**vars(t), "source": number.get(id(t.source)), "problem": t.problem.id, "prompt": None,
-               "steps": [(step.start, step.stop) for step in t.steps or ()],
-               "checks": [check and check.prob for check in t.checks or ()]}
-        rollouts.append(row)
+        steps = [(step.start, step.stop) for step in t.steps or ()]
+        checks = [check and check.prob for check in t.checks or ()]
+        rollouts.append({**vars(t), "problem": p.id, "prompt": None, "source": number.get(id(t.source)),
+                         "steps": steps, "checks": checks})
     for r in repairs:
         if id(r.source) in number:
             turns.append({"source": number[id(r.source)], "trajectory": number.get(id(r.trajectory)),
                           "tokens": r.tokens, "outcome": r.outcome, "turns": r.turns})
-    problem = group[0].problem
-    return {"step": step, "id": problem.id, "question": problem.question, "gold": problem.answer,
-            "rollouts": rollouts, "repairs": turns}
+    return {"step": step, "id": p.id, "question": p.question, "gold": p.answer, "rollouts": rollouts,
+            "repairs": turns}
 
 
 class Log:
-    """The run folder's metrics.jsonl and groups.jsonl and the terminal; silent but on rank 0."""
+    """The run folder and the terminal; rank 0 alone writes."""
 
     def __init__(self, t: Trainer):
-        self.config, self.lead, self.warned = t.config, t.rank == 0, {}
-        self.out = Path(t.config.out)
+        self.lead, self.out = t.rank == 0, Path(t.config.out)
         if not self.lead:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        write_text(self.out / "config.json", json.dumps(asdict(self.config), indent=1))
+        write_text(self.out / "config.json", json.dumps(asdict(t.config), indent=1))
         for later in self.out.glob("checkpoint-*"):     # damaged, or this run continues an earlier one
             if int(later.name[11:]) > t.step:
                 shutil.rmtree(self.out / f"abandoned-{later.name}", ignore_errors=True)
                 later.rename(self.out / f"abandoned-{later.name}")
-        for name in ("metrics.jsonl", "groups.jsonl"):          # rows later than the checkpoint go
+        for name in ("metrics.jsonl", "groups.jsonl"):  # rows later than the checkpoint go
             rows = [json.dumps(row) + "\n" for row in read_jsonl(self.out / name) if row["step"] <= t.step]
             write_text(self.out / name, "".join(rows))
 
@@ -711,24 +657,20 @@ class Log:
         if self.lead:
             tqdm.write(text)
 
-    def step(self, m: dict, groups, repairs):
+    def step(self, c: TrainConfig, m: dict, groups, repairs):
         """One step: its figures in a row and a line, now and then a group, and what looks wrong."""
         if not self.lead:
             return
-        c, step = self.config, m["step"]
-        append_jsonl(self.out / "metrics.jsonl", [m])
+        step, file = m["step"], self.out / "metrics.jsonl"
+        append_jsonl(file, [m])
         self.say(log_line(step, c, m))
-        if groups is None:
-            return
-        if c.show_every and (step == 1 or step % c.show_every == 0):
+        if groups and c.show_every and (step == 1 or step % c.show_every == 0):
             group = telling_group(groups)
             self.say(describe(group))
             append_jsonl(self.out / "groups.jsonl", [group_record(step, group, repairs)])
-        for kind, text in warnings_of(m, read_jsonl(self.out / "metrics.jsonl")[0]).items():
-            if step - self.warned.get(kind, -20) >= 20:
-                self.warned[kind] = step
+        if groups and step % 10 == 1:
+            for text in warnings_of(m, read_jsonl(file)[0]).values():
                 self.say(f"warning: {text}")
-
 
     def held_out(self, figures: dict):
         """Held-out figures before and after, to the terminal and to heldout.json."""
@@ -744,14 +686,13 @@ class Log:
 # ---- The run
 
 def train(t: Trainer) -> dict:
-    """The whole run, from where the trainer is. Returns the held-out figures {"before", "after"}, None where
-    there are none. SystemExit where a signal stopped it, FloatingPointError where it diverged."""
+    """The whole run, from where the trainer is -> held-out figures {"before", "after"}, None where there are
+    none. SystemExit where a signal stopped it, FloatingPointError where it diverged."""
     c = t.config
     c.out = all_gather([c.out or f"runs/{c.stage}-{time.strftime('%Y%m%d-%H%M%S')}"])[0]
     log, figures = Log(t), {"before": None, "after": None}
-    log.say(json.dumps(asdict(c)))
     size = sum(p.numel() for p in t.model.parameters())
-    log.say(f"{size:,} parameters on {t.world} x {t.device}, run folder {c.out}")
+    log.say(f"{asdict(c)}\n{size:,} parameters on {t.world} x {t.device}, run folder {c.out}")
     if t.step == 0:
         figures["before"] = t.evaluate()
         t.save()
@@ -763,19 +704,17 @@ def train(t: Trainer) -> dict:
     if not stopped:
         figures["after"] = t.evaluate()
         log.held_out(figures)
-    log.say(f"checkpoint {log.out / f'checkpoint-{t.step:06d}'}")
     leave()
+    log.say(f"checkpoint {c.out}/checkpoint-{t.step:06d}, to continue: python train.py --resume {c.out}")
     if stopped:
-        log.say(f"stopped after step {t.step}; continue with: python train.py --resume {c.out}")
         sys.exit(128 + stopped)
     return figures
 
 
 def train_steps(t: Trainer, log: Log, asked: list) -> int:
-    """Step after step, logged, until the training is done (0 is returned) or a signal in `asked` stops it
-    (its number is)."""
+    """Step after step until the training is done -> 0, or a signal in `asked` stops it -> its number."""
     c, stopped = t.config, 0
-    bar = tqdm(total=c.max_steps, initial=t.step, desc=c.stage, disable=None if t.rank == 0 else True)
+    bar = tqdm(total=c.max_steps, initial=t.step, desc=c.stage, disable=None if log.lead else True)
     while t.progress() < 1 and not stopped:
         started = time.time()
         metrics = t.sft_step() if c.stage == "sft" else t.rl_step()
@@ -783,18 +722,17 @@ def train_steps(t: Trainer, log: Log, asked: list) -> int:
         t.step += 1
         t.bad_steps = 0 if math.isfinite(metrics["grad_norm"]) else t.bad_steps + 1
         metrics = {"step": t.step, **metrics, "seconds": time.time() - started}
-        found = t.evaluate(short=True) if c.eval_every and t.step % c.eval_every == 0 else None
-        if found:
+        if c.eval_every and t.step % c.eval_every == 0 and t.held_out:
+            found = t.evaluate(short=True)
             log.say(f"held-out at {t.step}: {headline(found)}")
-            metrics["heldout"] = {name: value for name, value in found.items() if name != "table"}
-        log.step(metrics, groups, repairs)
+            metrics["heldout"] = {name: value for name, value in found.items() if isinstance(value, dict)}
+        log.step(c, metrics, groups, repairs)
         if t.bad_steps:
             log.say(f"warning: step {t.step} was skipped, its gradient is not finite")
         if t.bad_steps >= c.max_bad_steps:
-            raise FloatingPointError(f"{t.bad_steps} steps in a row without a finite gradient (--max_bad_steps); "
-                                     f"the checkpoints in {c.out} are untouched")
+            raise FloatingPointError(f"{t.bad_steps} steps in a row without a finite gradient, see {c.out}")
         bar.update()
-        stopped = int(max(all_gather(asked[-1:]), default=0))
+        stopped = int(max(all_gather(asked[-1:]), default=0))   # on any rank
         if t.progress() >= 1 or stopped or (c.save_every and t.step % c.save_every == 0):
             t.save()
     bar.close()
@@ -802,19 +740,18 @@ def train_steps(t: Trainer, log: Log, asked: list) -> int:
 
 
 def start(argv=None, trainer_class=Trainer, defaults: dict | None = None):
-    """Flags in, run out; bad input ends with one line. defaults: of an algorithm, by flag; flags that are
-    given win."""
+    """Flags in, run out; bad input ends with one line. defaults: by flag; flags that are given win."""
     try:
         config, checkpoint = parse_flags(TrainConfig, argv, defaults), None
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0      # by torchrun
-        if restarted and config.out and list(Path(config.out).glob("checkpoint-*")):
-            config.resume = config.out
+        has_run = config.out and read_jsonl(Path(config.out) / "metrics.jsonl")
+        if has_run and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            config.resume = config.out                          # torchrun has started this process again
         if config.resume:
             checkpoint = last_intact(Path(config.resume))
             saved = json.loads((checkpoint.parent / "config.json").read_text())
-            config = parse_flags(TrainConfig, argv, {**(defaults or {}), **saved})
+            config = parse_flags(TrainConfig, argv, saved)
             config.out = str(checkpoint.parent)
-        elif config.out and not restarted and read_jsonl(Path(config.out) / "metrics.jsonl"):
+        elif has_run:
             raise ValueError(f"--out {config.out}: holds a run already; --resume it, or choose another")
         if config.check:
             training_data(config, rollout.load_codec(config.model, config.max_pixels))
@@ -824,7 +761,7 @@ def start(argv=None, trainer_class=Trainer, defaults: dict | None = None):
         sys.exit(f"error: {e}")
     try:
         train(trainer)
-    except (FloatingPointError, OSError) as e:
+    except (FloatingPointError, OSError) as e:                  # a full disk
         sys.exit(f"error: {e}")
 
 

@@ -1,6 +1,6 @@
 """Other answers to "at which step was the image lost?", and how well each finds the first wrong step.
 
-    python experiments/localisers.py --data tiny:steps=9 --flawed 2000 --out runs/localisers.json
+    python experiments/localisers.py --data tiny:steps=3-12 --flawed 2000 --out runs/localisers.json
 
 Takes: a checkpoint and a spec of the embedded tasks, whose step oracle knows the truth. Gives: two tables,
 with --out also every rollout as JSON; and `Verifier` subclasses for `train.Trainer.verifier_class`.
@@ -38,6 +38,7 @@ import rollout  # noqa: E402
 import train  # noqa: E402
 from attribute import Check  # noqa: E402
 from eval import figure, percent  # noqa: E402
+from experiments.tables import markdown  # noqa: E402
 from model import load_model  # noqa: E402
 from reward import reward_parts  # noqa: E402
 from tiny import shapes  # noqa: E402
@@ -352,13 +353,6 @@ def planted_kinds(model, codec, stream, count: int) -> list[dict]:
     return list(rows.values())
 
 
-def table(rows: list[dict]) -> str:
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    for row in rows:
-        lines.append("| " + " | ".join(map(str, row.values())) + " |")
-    return "\n".join(lines)
-
-
 @dataclass
 class StudyConfig:
     """Flags of `python experiments/localisers.py`."""
@@ -380,7 +374,9 @@ def main(argv=None):
     summary, kinds = summarise(records, tokens), planted_kinds(model, codec, stream, c.planted)
     length = sum(len(t.ids) for t, _ in found) / len(found)
     print(f"{len(found)} flawed rollouts with a wrong step, {slips} more with only a wrong answer; "
-          f"{length:.1f} tokens a rollout\n\n{table(summary)}\n\n{table(kinds)}")
+          f"{length:.1f} tokens a rollout")
+    for rows in (summary, kinds):
+        print("\n" + markdown(list(rows[0]), map(dict.values, rows)))
     if c.out:
         flags = sys.argv[1:] if argv is None else argv
         result = {"command": " ".join(["python experiments/localisers.py", *flags]), "slips": slips,

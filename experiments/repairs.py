@@ -11,6 +11,7 @@ import collections
 import json
 import sys
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,18 +40,19 @@ class RandomFirst(attribute.Verifier):
             t.checks[k] = attribute.Check(0.0)
 
 
+RESULTS = ROOT / "experiments" / "results" / "repairs.json"
 SETTINGS = {"default": (attribute.Verifier, "image"),                 # verifier and Rules.relook
             "random first cut": (RandomFirst, "image"),
             "look without the image": (attribute.Verifier, "text"),
             "restarts only": (attribute.Verifier, "none")}
 
 
-def repair(model, codec, sources: list, verifier_class, relook: str) -> list:
-    """Repair failed rollouts, 64 side by side -> a Repair each; its source has the checks of the first cut."""
+def repair(model, codec, found: list, verifier_class, relook: str) -> list:
+    """Repair failed rollouts, 64 side by side -> a Repair each, its source with the checks it began with."""
     done = []
-    for start in range(0, len(sources), 64):
+    for start in range(0, len(found), 64):
         verifier, repairs = verifier_class(model, codec), []
-        part = [replace(t, checks=None) for t in sources[start:start + 64]]
+        part = [replace(t, checks=None) for t, _ in found[start:start + 64]]
         verifier(part)
         for n, t in enumerate(part, start):
             repairs.append(rereason.Repair(t, replace(t), f"repairs/{n}", len(t.ids)))
@@ -61,10 +63,9 @@ def repair(model, codec, sources: list, verifier_class, relook: str) -> list:
 
 def row(setting: str, repairs: list) -> dict:
     """A row of the table: the share repaired with its interval, tokens a repair."""
-    repaired = figure([float(r.outcome == "repaired") for r in repairs])
+    share = figure([float(r.outcome == "repaired") for r in repairs])
     tokens = sum(r.tokens for r in repairs) / len(repairs)
-    return {"setting": setting, "n": len(repairs), "repaired": repaired["mean"], "low": repaired["low"],
-            "high": repaired["high"], "tokens": tokens}
+    return {"setting": setting, "n": len(repairs), "repaired": share.pop("mean"), **share, "tokens": tokens}
 
 
 def main():
@@ -73,29 +74,26 @@ def main():
     parser.add_argument("--model", default="tiny", help="checkpoint")
     parser.add_argument("--data", default="tiny:steps=9,kinds=tiles+path+bars", help="tiny spec, held out")
     parser.add_argument("--sources", type=int, default=300, help="failed rollouts to repair")
-    parser.add_argument("--results", default=str(ROOT / "experiments" / "results" / "repairs.json"),
-                        help="JSON file of the table")
+    parser.add_argument("--results", default=RESULTS, type=Path, help="JSON file of the table")
     args, rows = parser.parse_args(), []
     model, codec = load_model(args.model).eval(), rollout.load_codec(args.model)
     found, _ = flawed_rollouts(model, codec, shapes.Stream(args.data, "heldout", 1), args.sources)
-    if not found:
-        sys.exit(f"error: no failed rollout among {32 * args.sources} problems")
     for setting, (verifier_class, relook) in SETTINGS.items():
-        repairs = repair(model, codec, [t for t, _ in found], verifier_class, relook)
+        repairs = repair(model, codec, found, verifier_class, relook)
         rows.append(row(setting, repairs))
-        print(f"{setting}: {dict(collections.Counter(r.outcome for r in repairs))}", flush=True)
-        if setting == "random first cut":
-            by_place = {"before": [], "at": [], "after": []}
-            for r, (_, wrong) in zip(repairs, found):
-                cut, place = attribute.first_suspect(r.source.checks), "at"
-                if cut != wrong:
-                    place = "before" if cut < wrong else "after"
-                by_place[place].append(r)
-            for place, part in by_place.items():
-                rows += [row(f"{setting}, {place} the error", part)] if part else []
+        print(setting, collections.Counter(map(attrgetter("outcome"), repairs)), flush=True)
+        by_place = {"before": [], "at": [], "after": []}
+        for r, (_, wrong) in zip(repairs, found):
+            cut, place = attribute.first_suspect(r.source.checks), "at"
+            if cut is not None and cut != wrong:
+                place = "before" if cut < wrong else "after"
+            by_place[place].append(r)
+        for place, part in by_place.items():
+            if part and verifier_class is RandomFirst:
+                rows.append(row(f"{setting}, {place} the error", part))
     print(markdown(list(rows[0]), [r.values() for r in rows]))
     command = " ".join(["python experiments/repairs.py", *sys.argv[1:]])
-    train.write_text(Path(args.results), json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+    train.write_text(args.results, json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
     parser.add_argument("--algos", nargs="+", default=["ivr", "grpo"], help="values of train.py's --algo")
     parser.add_argument("--folder", default="runs/seeds", help="where the runs go")
-    parser.add_argument("--results", default=str(ROOT / "experiments" / "results" / "seeds.json"),
+    parser.add_argument("--results", default=ROOT / "experiments" / "results" / "seeds.json", type=Path,
                         help="JSON file of the figures")
     args, flags = parser.parse_known_args()           # the rest goes to train.py, which refuses unknown flags
     runs, rows = [], []
@@ -62,7 +62,7 @@ def main():
             rows.append([run["algo"], run["seed"], name, percent(before), percent(after), f"{gain:+.1f}"])
     print(markdown(["--algo", "seed", "", "before", "after", "gain"], rows))
     command = " ".join(["python experiments/seeds.py", *sys.argv[1:]])
-    write_text(Path(args.results), json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
+    write_text(args.results, json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

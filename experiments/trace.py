@@ -3,23 +3,21 @@
     python experiments/trace.py runs/rl-20250101-120000 [--signals]
 
 Takes: a run folder's config.json, metrics.jsonl and groups.jsonl (train.py writes a group every --show_every
-steps), the tokenizer of its model, and its data. Gives: curves, and each of those groups with its image,
-rollouts, checks, weights and the turns of its repairs. --signals adds forward passes of the last checkpoint:
-A2, A3 and the kind of the fault for wrong rollouts (localisers.py), and each token's ratio to mu.
-
-What is put into the template (trace.html) is JSON with every "<" escaped; the page asks no network and shows
-texts as text only, control characters by their numbers: nothing a model writes can become markup or turn a
-line around. The paper has no such page. Left out: comparing runs.
+steps), its model's tokenizer, its data. Gives: curves, and each of those groups with its image, rollouts,
+checks, weights and repairs. --signals adds what the last checkpoint says: A2, A3 and the kind of the fault of
+wrong rollouts (localisers.py), and each token's ratio to mu. The paper has no such page. Left out: comparing
+runs. What goes into the template (trace.html) is JSON with every "<" escaped; the page asks no network and
+shows texts as text only, control characters by their numbers: nothing a model writes can become markup.
 
 Worked example: a completion "</script><b>" stands in the file as "\\u003c/script>\\u003cb>" and on the page
 as the twelve characters it is; an escape character is shown as "\\u001b".
 """
 import argparse
 import base64
+import contextlib
 import io
 import json
 import math
-import re
 import sys
 from pathlib import Path
 
@@ -35,8 +33,7 @@ from reward import extract_answer  # noqa: E402
 from tiny import shapes  # noqa: E402
 
 TEMPLATE = Path(__file__).with_name("trace.html")
-MAX_BYTES = 20_000_000              # of all groups; beyond it every second one of the older half is left out
-TINY_ID = re.compile(r"(\w+)-(\d+)-(\w+)-(\w+)-(-?\d+)-(\d+)")      # as shapes.make_problem writes them
+MAX_GROUPS = 50                     # on a page, evenly over the run
 
 
 def find_problems(config: dict, ids: list[str]) -> dict:
@@ -47,9 +44,9 @@ def find_problems(config: dict, ids: list[str]) -> dict:
         return {problem.id: problem for problem in problems}
     found = {}
     for name in ids:
-        match = TINY_ID.fullmatch(name)
-        if match:
-            kind, steps, form, split, seed, index = match.groups()
+        with contextlib.suppress(ValueError):               # not one that shapes.make_problem has written
+            kind, steps, form, split, rest = name.split("-", 4)
+            seed, _, index = rest.rpartition("-")
             found[name] = shapes.make_problem(kind, int(steps), form, split, int(seed), int(index))
     return found
 
@@ -97,7 +94,8 @@ def write_page(run: Path, with_signals: bool = False):
     config = json.loads((run / "config.json").read_text())
     codec = rollout.load_codec(config["model"], config["max_pixels"])
     model = load_model(train.last_intact(run)).eval() if with_signals else None
-    rows, groups = train.read_jsonl(run / "groups.jsonl"), []
+    rows = train.read_jsonl(run / "groups.jsonl")
+    rows = rows[::1 + len(rows) // MAX_GROUPS]
     problems = find_problems(config, [row["id"] for row in rows])
     for row in rows:
         problem = problems.get(row["id"])
@@ -109,23 +107,21 @@ def write_page(run: Path, with_signals: bool = False):
         for r in row["rollouts"]:
             r["answer"] = extract_answer(r.pop("text"), problem.choices if problem else None)
             r["tokens"] = [codec.tokenizer.decode([i]) for i in r.pop("ids")]
-        groups.append(json.dumps(finite(row)))
-    while sum(map(len, groups)) > MAX_BYTES and len(groups) > 2:
-        half = len(groups) // 2
-        groups = groups[:half:2] + groups[half:]
-    metrics = train.read_jsonl(run / "metrics.jsonl")
-    data = json.dumps(finite({"config": config, "suspect_below": SUSPECT_BELOW, "metrics": metrics}))
-    data = data[:-1] + ', "groups": [' + ",".join(groups) + "]}"
-    page = TEMPLATE.read_text(encoding="utf-8").replace('"DATA"', data.replace("<", "\\u003c"))
-    train.write_text(run / "trace.html", page)
+    data = {"config": config, "suspect_below": SUSPECT_BELOW, "groups": rows,
+            "metrics": train.read_jsonl(run / "metrics.jsonl")}
+    data = json.dumps(finite(data), allow_nan=False).replace("<", "\\u003c")
+    train.write_text(run / "trace.html", TEMPLATE.read_text(encoding="utf-8").replace('"DATA"', data))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="run folder of train.py")
-    parser.add_argument("--signals", action="store_true", help="compute A2, A3 and ratios (last checkpoint)")
+    parser.add_argument("--signals", action="store_true", help="add A2, A3, ratios (of the last checkpoint)")
     args = parser.parse_args(argv)
-    write_page(args.run, args.signals)
+    try:
+        write_page(args.run, args.signals)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
     print(f"to look at: {args.run / 'trace.html'}")
 
 

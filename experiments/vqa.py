@@ -23,43 +23,48 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from attribute import CHECK  # noqa: E402
-from benchmarks.figures import interval  # noqa: E402
+from eval import figure, percent  # noqa: E402
+from experiments.tables import markdown  # noqa: E402
+from train import read_jsonl  # noqa: E402
 
-SHAPES = ("circle", "rectangle", "triangle")
-OUT = ROOT / "runs" / "easy-vqa"
-SFT = ("--stage sft --batch 64 --max_steps 400 --lr 1e-3 --lr_end 0.1 --max_new_tokens 48 --eval_problems 0 "
-       "--save_every 0 --keep 1")
-RL = ("--batch 16 --group_size 8 --max_new_tokens 48 --lr 1e-4 --max_tokens 60000 --eval_problems 300 "
-      "--eval_samples 4 --save_every 0 --keep 1 --print_every 10")
+SHAPES, FACTS = ("circle", "rectangle", "triangle"), ("shape", "color")
+SFT = "--stage sft --batch 64 --lr 1e-3 --lr_end 0.1 --eval_problems 0"
+RL = "--batch 16 --group_size 8 --lr 1e-4 --eval_problems 300 --eval_samples 4"
+BOTH = "--max_new_tokens 48 --save_every 0 --keep 1 --instruction".split() + [""]
+
+
+def data_folder() -> Path:
+    spec = find_spec("easy_vqa")
+    if spec is None:
+        sys.exit("error: this experiment needs the package easy-vqa: pip install --no-deps easy-vqa")
+    return Path(spec.origin).parent / "data"
 
 
 def load(split: str) -> dict:
     """{image file: {question: answer}} of the package's split."""
-    spec = find_spec("easy_vqa")
-    if spec is None:
-        sys.exit("error: this experiment needs the package easy-vqa: pip install --no-deps easy-vqa")
-    folder, found = Path(spec.origin).parent / "data" / split, {}
-    for question, answer, image in json.loads((folder / "questions.json").read_text()):
-        found.setdefault(str(folder / "images" / f"{image}.png"), {})[question] = answer
+    found = {}
+    for question, answer, image in json.loads((data_folder() / split / "questions.json").read_text()):
+        found.setdefault(f"{split}/images/{image}.png", {})[question] = answer
     return found
 
 
 def kind(answer: str) -> str:
-    return "yes/no" if answer in ("yes", "no") else "shape" if answer in SHAPES else "color"
+    if answer in ("yes", "no"):
+        return "yes/no"
+    return "shape" if answer in SHAPES else "color"
 
 
-def facts(answers: dict) -> dict | None:
-    """{"shape": "circle", "color": "red"} of an image, if its questions tell both."""
-    told = {kind(a): a for a in answers.values() if kind(a) != "yes/no"}
-    return told if len(told) == 2 else None
+def facts(answers: dict) -> dict:
+    """{"shape": "circle", "color": "red"} of an image, as far as its questions tell."""
+    return {kind(answer): answer for answer in answers.values() if kind(answer) in FACTS}
 
 
 def rows_of(images: dict, rng: random.Random) -> list[dict]:
     """Plain questions: one of each kind an image has, so that yes/no does not prevail."""
     rows = []
     for image, answers in images.items():
-        for name in ("shape", "color", "yes/no"):
-            of_kind = sorted(q for q, a in answers.items() if kind(a) == name)
+        for name in (*FACTS, "yes/no"):
+            of_kind = sorted(question for question, answer in answers.items() if kind(answer) == name)
             if of_kind:
                 question = rng.choice(of_kind)
                 rows.append({"image": image, "problem": question, "answer": answers[question], "task": name})
@@ -69,94 +74,102 @@ def rows_of(images: dict, rng: random.Random) -> list[dict]:
 
 def supervised(images: dict, rng: random.Random) -> list[dict]:
     """Rows with demonstrations, a third of them checks of one line."""
-    rows, values = [], {n: sorted({facts(a)[n] for a in images.values()}) for n in ("shape", "color")}
+    rows, values = [], {}
+    for name in FACTS:
+        values[name] = sorted({facts(answers)[name] for answers in images.values()})
     for row in rows_of(images, rng):
         told = facts(images[row["image"]])
-        lines = [f"{name} {told[name]}" for name in ("shape", "color")]
-        chain = "\n".join(lines)
+        chain = f"shape {told['shape']}\ncolor {told['color']}"
         row["demonstration"] = f"<think>{chain}</think><answer>{row['answer']}</answer>"
         if rng.random() < 1 / 3:
-            name = rng.choice(("shape", "color"))
-            shown = rng.choice((told[name], rng.choice([v for v in values[name] if v != told[name]])))
-            row = {**row, "problem": f"{row['problem']}{CHECK}{name} {shown}", "task": "check",
-                   "answer": f"{name} {told[name]}", "demonstration": f"{name} {told[name]}"}
+            name = rng.choice(FACTS)
+            wrong = rng.choice([value for value in values[name] if value != told[name]])
+            shown, right = f"{name} {rng.choice((told[name], wrong))}", f"{name} {told[name]}"
+            row |= {"problem": row["problem"] + CHECK + shown, "task": "check", "answer": right,
+                    "demonstration": right}
         rows.append(row)
     return rows
 
 
 def write(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def train(out: Path, *flags):
-    """One `train.py`; nothing where the run is there already, and the rest of it where it was stopped."""
-    log, figures = out / "metrics.jsonl", out / "heldout.json"
-    steps = len(log.read_text().splitlines()) if log.is_file() else 0
-    done = steps == 400 or (figures.is_file() and json.loads(figures.read_text())["after"])
-    if not done:
-        flags = (*flags, "--resume", str(out)) if list(out.glob("checkpoint-*")) else flags
-        command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), "--instruction", "",
-                   "--outside_images"]
-        subprocess.run([*command, *flags], check=True)
+def train(out: Path, *flags) -> Path:
+    """One `train.py` -> its last checkpoint. Nothing where the run is finished, the rest of it where it was
+    stopped."""
+    if not (out / "done").is_file():
+        where = ["--resume" if list(out.glob("checkpoint-*")) else "--out", str(out)]
+        command = [sys.executable, str(ROOT / "train.py"), *where, "--image_dir", str(data_folder())]
+        subprocess.run([*command, *BOTH, *flags], check=True)
+        (out / "done").touch()
     return sorted(out.glob("checkpoint-*"))[-1]
 
 
-def blind(train_rows: dict, test: list[dict]) -> list[float]:
+def blind(images: dict, test: list[dict]) -> list[float]:
     """Right or not, of the answer a question has most often in training."""
-    counts = {}
-    for answers in train_rows.values():
-        for q, a in answers.items():
-            counts.setdefault(q, collections.Counter())[a] += 1
-    return [float(counts[r["problem"]].most_common(1)[0][0] == r["answer"]) for r in test]
+    counts, right = collections.defaultdict(collections.Counter), []
+    for answers in images.values():
+        for question, answer in answers.items():
+            counts[question][answer] += 1
+    for row in test:
+        guess, _ = counts[row["problem"]].most_common(1)[0]
+        right.append(float(guess == row["answer"]))
+    return right
+
+
+def accuracy_cells(right: list[float], test: list[dict]) -> list[str]:
+    """Accuracy on all questions and on those of each kind."""
+    parts = {"all": [], "shape": [], "color": [], "yes/no": []}
+    for value, row in zip(right, test):
+        parts["all"].append(value)
+        parts[row["task"]].append(value)
+    return [percent(figure(part)) for part in parts.values()]
+
+
+def average(runs: list[list]) -> list[float]:
+    """The mean over runs, problem by problem."""
+    return [sum(values) / len(values) for values in zip(*runs)]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the reinforced runs")
-    seeds = parser.parse_args().seeds
-    images, rng = load("train"), random.Random(0)
-    told = [i for i, answers in images.items() if facts(answers)]
-    taught = {i: images[i] for i in told[:len(told) * 3 // 4]}
-    sft = write(OUT / "sft.jsonl", supervised(taught, rng))
-    rl = write(OUT / "train.jsonl", rows_of({i: a for i, a in images.items() if i not in taught}, rng))
-    test = [{"id": f"test-{n:03d}", **r} for n, r in enumerate(rows_of(load("test"), rng)[:300])]
-    held_out = write(OUT / "test.jsonl", test)
-    warm = train(OUT / "warm", "--model", str(ROOT / "tiny"), "--data", str(sft), *SFT.split())
-    guesses = blind(images, test)
-    columns = ("all", "shape", "color", "yes/no")
-    lines = ["| | " + " | ".join(columns) + " | tokens | repaired |", "|---" * 7 + "|"]
-
-    def line(name, values, *more):
-        parts = [[v for v, r in zip(values, test) if k in ("all", r["task"])] for k in columns]
-        cells = []
-        for part in parts:
-            low, high = interval(part)
-            cells.append(f"{100 * sum(part) / len(part):.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
-        lines.append(f"| {name} | " + " | ".join([*cells, *more]) + " |")
-
-    line("without the image", guesses, "", "")
+    parser.add_argument("--sft_steps", type=int, default=400, help="supervised steps")
+    parser.add_argument("--max_tokens", type=int, default=60_000, help="generated tokens of a reinforced run")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "easy-vqa", help="where all goes")
+    args, rng, rows = parser.parse_args(), random.Random(0), []
+    images, out = load("train"), args.folder
+    told = [image for image, answers in images.items() if len(facts(answers)) == 2]
+    taught = {image: images[image] for image in told[:len(told) * 3 // 4]}
+    sft = write(out / "sft.jsonl", supervised(taught, rng))
+    others = {image: answers for image, answers in images.items() if image not in taught}
+    rl = write(out / "train.jsonl", rows_of(others, rng))
+    test = [{"id": f"test-{n:03d}", **row} for n, row in enumerate(rows_of(load("test"), rng)[:300])]
+    held_out = write(out / "test.jsonl", test)
+    warm = train(out / "warm", "--model", str(ROOT / "tiny"), "--data", str(sft), *SFT.split(), "--max_steps",
+                 str(args.sft_steps))
     for algo in ("grpo", "ivr"):
-        befores, afters, tokens, repaired = [], [], [], [0, 0]
-        for seed in range(seeds):
-            out = OUT / f"{algo}-{seed}"
-            train(out, "--model", str(warm), "--data", str(rl), "--eval_data", str(held_out), "--algo", algo,
-                  "--seed", str(seed), *RL.split())
-            figures = json.loads((out / "heldout.json").read_text())
-            log = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
-            befores.append(figures["before"]["problems"])
-            afters.append(figures["after"]["problems"])
-            tokens.append(log[-1]["generated_tokens"])
-            repaired = [repaired[0] + sum(r.get("repaired", 0) for r in log),
-                        repaired[1] + sum(r.get("parents", 0) for r in log)]
-        mean = lambda runs: [sum(values) / len(values) for values in zip(*runs)]
-        if algo == "grpo":
-            line("warm start", mean(befores), "", "")
-        line(algo, mean(afters), f"{sum(tokens) / seeds / 1000:.0f} k",
-             f"{repaired[0]} of {repaired[1]}" if algo == "ivr" else "")
-    print(f"easy-VQA, {len(test)} test questions, avg@4, mean of {seeds} seeds\n\n" + "\n".join(lines))
+        figures, tokens, repaired, sources = {"before": [], "after": []}, 0, 0, 0
+        for seed in range(args.seeds):
+            run = out / f"{algo}-{seed}"
+            train(run, "--model", str(warm), "--data", str(rl), "--eval_data", str(held_out), "--algo", algo,
+                  "--seed", str(seed), *RL.split(), "--max_tokens", str(args.max_tokens))
+            for when, found in json.loads((run / "heldout.json").read_text()).items():
+                figures[when].append(found["problems"])
+            log = read_jsonl(run / "metrics.jsonl")
+            tokens += log[-1]["generated_tokens"] / args.seeds
+            for row in log:
+                repaired, sources = repaired + row.get("repaired", 0), sources + row.get("sources", 0)
+        before, after = average(figures["before"]), average(figures["after"])
+        rows.append([algo, *accuracy_cells(after, test), f"{tokens / 1000:.0f} k", f"{repaired} of {sources}"])
+    rows.insert(0, ["without the image", *accuracy_cells(blind(images, test), test), "", ""])
+    rows.insert(1, ["warm start", *accuracy_cells(before, test), "", ""])
+    print(f"easy-VQA, {len(test)} test questions, avg@4, mean of {args.seeds} seeds\n")
+    print(markdown(["", "all", *FACTS, "yes/no", "tokens", "repaired"], rows))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,11 @@
 
     python experiments/walkthrough.py [--batch 16 and any other flag of train.py]
 
-Takes: flags of train.py (--model runs/x/checkpoint-000080 tells of a later policy). Gives: text, of a group that
-holds a repaired rollout if there is one; nothing on disk. `Told` is a Trainer that runs `rl_step` itself and
-listens: the phases hand it their groups, repairs and update. The paper has nothing of the kind. Left out:
---stage sft, several ranks, a second step.
+Takes: flags of train.py (--model runs/x/checkpoint-000080 tells of a later policy). Gives: text, of a group
+that holds a repaired rollout if there is one; nothing on disk. `Told` is a Trainer that runs `rl_step` and
+listens in its hooks. The paper has nothing of the kind. Left out: --stage sft, several ranks, a second step.
 
-Worked example: of rewards 0.1 (seven times) and 1.0 the mean is 0.212, so it tells of advantages -0.112 and
-+0.788, of the weight on the token at fault in a wrong rollout, of the loss that these make, and of the update.
+Worked example: of rewards 0.1 (seven times) and 1.0 it tells the mean 0.212 and advantages -0.112 and +0.788.
 """
 import math
 import sys
@@ -44,14 +42,11 @@ class Told(train.Trainer):
         return super().repair_metrics(repairs, verifier)
 
     def update(self, groups, lr: float) -> dict:
-        """The update, and before it the whole story."""
         group, told = train.telling_group(groups), None
         for r in self.repairs:
             if any(t is r.trajectory for t in group):
                 told = r
-        for sampled in self.sampled_groups:
-            if sampled[0].problem is group[0].problem:
-                tell_rollouts(sampled, self.codec)
+        tell_rollouts(self.sampled_groups[groups.index(group)], self.codec)
         if told:
             tell_repair(told, self)
         tell_loss(group, self)
@@ -88,9 +83,9 @@ def tell_repair(r, trainer):
     """Where a failed rollout lost the image, and how it was repaired."""
     t, model, codec = r.source, trainer.model, trainer.codec
     margins, dependence = answer_margins(model, codec, [t])[0], visual_dependence(model, codec, [t])[0]
-    print("\n4. A wrong rollout in steps (attribute.split_steps). A1: would the policy, shown the image alone, "
-          f"repeat\n   the step (below {SUSPECT_BELOW} it is suspect)? A2: margin of the right answer after it. "
-          "A3: how much its\n   tokens depend on the image (localisers.py, not used in training)")
+    print("\n4. A wrong rollout in steps. A1: would the policy, shown the image alone, repeat the step (below\n"
+          f"   {SUSPECT_BELOW} it is suspect)? A2: margin of the right answer after it (both attribute.py).\n"
+          "   A3: how much its tokens depend on the image (localisers.py, not used in training)")
     for k, (step, check) in enumerate(zip(t.steps, t.checks)):
         note = ""
         if t.problem.oracle:
@@ -106,15 +101,15 @@ def tell_repair(r, trainer):
               f"{line(turn['after'], 50)}")
     t = r.trajectory
     log_w = (logps_of(t, trainer)[0].cpu() - torch.tensor(t.logps))[torch.tensor(t.sampled) > 0]
-    print(f"   the new trajectory {line(t.text, 80)}\n   its tokens were sampled with probability mu; the clean "
-          f"context gives them w x mu, mean log w\n   {log_w.mean():+.3f} (each new step at least "
+    print(f"   the new trajectory {line(t.text, 80)}\n   its tokens were sampled with probability mu; the "
+          f"clean context gives them w x mu, mean log w\n   {log_w.mean():+.3f} (each new step at least "
           f"{trainer.config.min_log_w}), so it is accepted as \"{t.provenance}\"")
 
 
 def tell_loss(group: list, trainer):
     """Advantages, credit and the terms of the loss, with the token whose probability moved most."""
     c, rewards = trainer.config, [t.rewards["total"] for t in group]
-    share, total = c.batch // c.updates_per_batch, 0.0
+    share, total = c.batch // c.updates_per_batch, 0.0      # share: problems an update
     normaliser = share * c.group_size * c.max_new_tokens
     print(f"\n6. Advantages, Eq. (1): rewards {', '.join(f'{x:.1f}' for x in rewards)}, "
           f"mean {sum(rewards) / len(rewards):.3f}")
@@ -124,19 +119,20 @@ def tell_loss(group: list, trainer):
         if not grpo.has_gradient(t, beta=0.0):
             continue
         batch, logps = grpo.collate([t], trainer.device), logps_of(t, trainer).requires_grad_()
-        part, _ = grpo.policy_loss(logps, batch["old_logps"], batch["advantages"], batch["weights"], normaliser,
-                                   c.clip_low, c.clip_high, c.dual_clip, rectified=batch["rectified"],
-                                   lambda_r=c.lambda_r, gamma=c.gamma)
+        part, _ = grpo.policy_loss(logps, batch["old_logps"], batch["advantages"], batch["weights"],
+                                   normaliser, c.clip_low, c.clip_high, c.dual_clip, lambda_r=c.lambda_r,
+                                   gamma=c.gamma, rectified=batch["rectified"])
         part.backward()
         total += part.item()
         weighted = batch["weights"][0] > 0
-        print(f"   {t.provenance:10} A {t.advantage:+.3f}  weight on {weighted.sum()} of {len(t.ids)} tokens  "
-              f"part of the loss {part.item():+.6f}")
+        print(f"   {t.provenance:10} A {t.advantage:+.3f}  weight on {weighted.sum()} of {len(t.ids)} tokens"
+              f"  part of the loss {part.item():+.6f}")
         ratio = (logps - batch["old_logps"])[0].exp()
         n = ((ratio - 1).abs() * weighted - (~weighted).float()).argmax().item()
         pull = -logps.grad[0, n].item() * normaliser / t.advantage
-        print(f"   {'':10} token {n} {trainer.codec.tokenizer.decode([t.ids[n]])!r}: mu {math.exp(t.logps[n]):.3f}, "
-              f"now {logps[0, n].exp():.3f}, ratio {ratio[n]:.3f}, gradient weight {pull:.3f}")
+        word = trainer.codec.tokenizer.decode([t.ids[n]])
+        print(f"   {'':10} token {n} {word!r}: mu {math.exp(t.logps[n]):.3f}, now {logps[0, n].exp():.3f}, "
+              f"ratio {ratio[n]:.3f}, gradient weight {pull:.3f}")
     print(f"   the loss of this group is the sum, {total:+.6f}" + ", and the KL of Eq. (5)" * (c.beta > 0))
 
 
@@ -144,7 +140,10 @@ def main(argv=None):
     config = train.parse_flags(train.TrainConfig, argv, {"batch": 16, "eval_problems": 0})
     if config.stage != "rl":
         sys.exit("error: --stage sft: a step of --stage rl is told")
-    Told(config).rl_step()
+    try:
+        Told(config).rl_step()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":
