@@ -108,8 +108,8 @@ def judge(problem, text: str, finished: bool) -> dict:
 # ---- Figures
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """95 % Wilson interval (1927) of a mean of values in [0, 1], one a problem. Where some are between 0 and 1 (of
-    several samples) the number of problems is mean (1 - mean) / variance of the mean: our choice."""
+    """95 % Wilson interval (1927) of a mean of values in [0, 1], one a problem. Where some are between 0 and
+    1 (of several samples) the number of problems is mean (1 - mean) / variance of the mean: our choice."""
     n, mean = len(values), sum(values) / len(values)
     variance = sum((v - mean) ** 2 for v in values) / n ** 2
     if variance > 1e-12:

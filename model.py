@@ -277,8 +277,8 @@ class VisionTower(nn.Module):
         return self.merger["mlp"](self.merger["ln_q"](x).view(-1, self.merged_width))   # a merge block a row
 
 
-# ---- Attention and its caches: context.attend(layer, q, k, v) with q (R, H, T, d), k and v (R, K, T, d) of the
-# new tokens -> (R, H, T, d)
+# ---- Attention and its caches: context.attend(layer, q, k, v) of the new tokens -> (R, H, T, d), with q
+# (R, H, T, d), k and v (R, K, T, d)
 
 def sdpa(q, k, v, mask=None, causal: bool = False):
     """Grouped-query attention: k and v (R, K, S, d); `mask` broadcasts to (R, H, T, S), True = attend."""

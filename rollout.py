@@ -262,7 +262,7 @@ def load_row(where: str, row, folder: Path, instruction: str, check) -> Problem:
 
 
 def load_problems(path, image_dir=None, instruction: str = "", check=None, show=20) -> list[Problem]:
-    """Read and check a whole file, see `load_row`. DataError: a line for each bad row (of the first `show`)."""
+    """Read and check a whole file, see `load_row`. DataError: a line for each bad row of the first `show`."""
     path, problems, errors, work = Path(path), {}, [], []
     if not path.is_file():
         raise DataError(f"--data {path}: no such file")
@@ -381,17 +381,18 @@ def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None,
     where, patches, grids = problem.where or f"problem {problem.id}", [], []
     try:
         for image in problem.images:
-            grids.append(image_grid(image, codec.image_config))
             if pixels:
-                values, _ = preprocess_image(open_image(image), codec.image_config)
+                values, grid = preprocess_image(open_image(image), codec.image_config)
                 patches.append(torch.from_numpy(values))
+            else:
+                grid = image_grid(image, codec.image_config)
+            grids.append(grid)
     except ValueError as e:
         raise DataError(f"{where}: field 'images': {e}") from None
-    prompt = with_images_of(Prompt([], torch.cat(patches) if patches else None, grids), problem, codec)
-    length = len(prompt.ids)
-    if max_tokens and length > max_tokens:
-        raise DataError(f"{where}: field 'problem': {length} tokens, --max_prompt_tokens is {max_tokens}")
-    return prompt
+    p = with_images_of(Prompt([], torch.cat(patches) if patches else None, grids), problem, codec)
+    if max_tokens and len(p.ids) > max_tokens:
+        raise DataError(f"{where}: field 'problem': {len(p.ids)} tokens, --max_prompt_tokens is {max_tokens}")
+    return p
 
 
 def with_images_of(prompt: Prompt, problem: Problem, codec: Codec, text: str | None = None) -> Prompt:
@@ -561,9 +562,8 @@ def prefill(model, prompts: list[Prompt], group_size: int, prefixes: list, max_n
 # ---- The training forward
 
 def completion_hidden(model: Qwen25VL, prompts: list[Prompt], completions: list[list], pad_id: int):
-    """What predicts each completion token, with gradients through prompts and rows. prompts (R): the one each
-    row continues, computed once for rows that share it. completions: R lists of tokens -> hidden (R, T, D),
-    targets (R, T), completion_mask (R, T)."""
+    """R lists of tokens and the prompt each continues, computed once where rows share it -> what predicts
+    them, hidden (R, T, D), targets (R, T), completion_mask (R, T). Gradients flow through both."""
     unique = list(dict.fromkeys(prompts))                       # by identity
     last, prompt_kv, prompt_mask, start = prefill_prompts(model, unique, pad_id)
     prompt_of_row = torch.tensor([unique.index(prompt) for prompt in prompts], device=last.device)

@@ -11,18 +11,20 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
-import string
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -505,15 +505,17 @@ class Trainer:
             if self.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
                 save_model(self.model, part, self.config.model)
-                state = {"step": self.step, "tokens": self.tokens, "bad_steps": self.bad_steps}
-                (part / "trainer.json").write_text(json.dumps(state))
             all_gather([])                                      # the folder is there
             shard = f"optimizer-{self.rank + 1:05d}-of-{self.world:05d}.safetensors"
             save_file(self.optimizer.state(), part / shard)
             all_gather([])                                      # all ranks have written
-            for file in part.iterdir() if self.rank == 0 else ():
-                with open(file, "rb+") as f:
-                    os.fsync(f.fileno())
+            if self.rank == 0:
+                state = {"step": self.step, "tokens": self.tokens, "bad_steps": self.bad_steps,
+                         "files": {file.name: file.stat().st_size for file in part.iterdir()}}
+                (part / "trainer.json").write_text(json.dumps(state))
+                for file in part.iterdir():
+                    with open(file, "rb+") as f:
+                        os.fsync(f.fileno())
         except (OSError, SafetensorError) as e:
             shutil.rmtree(part, ignore_errors=True)
             raise OSError(f"{target}: the checkpoint could not be written: {e}") from None
@@ -529,14 +531,12 @@ def last_intact(folder: Path) -> Path:
     found = [folder] if (folder / "trainer.json").is_file() else sorted(folder.glob("checkpoint-*"))
     for checkpoint in reversed(found):
         try:
-            json.loads((checkpoint / "trainer.json").read_text())
-            shards = sorted(checkpoint.glob("optimizer-*"))
-            if not shards or not shards[-1].stem.endswith(f"-of-{len(shards):05d}"):
-                raise ValueError("the state of a rank is missing")
-            for file in checkpoint.glob("*.safetensors"):
-                safe_open(file, "pt")                           # a file that was cut does not open
+            state = json.loads((checkpoint / "trainer.json").read_text())
+            for name, size in state["files"].items():
+                if (checkpoint / name).stat().st_size != size:
+                    raise ValueError(f"{name} was cut")
             return checkpoint
-        except (OSError, ValueError, SafetensorError) as e:
+        except (OSError, ValueError, KeyError) as e:
             print(f"warning: {checkpoint}: {e}", file=sys.stderr)
     raise ValueError(f"--resume {folder}: no whole checkpoint in there")
 
@@ -725,7 +725,7 @@ def train_steps(t: Trainer, log: Log, asked: list) -> int:
         if c.eval_every and t.step % c.eval_every == 0 and t.held_out:
             found = t.evaluate(short=True)
             log.say(f"held-out at {t.step}: {headline(found)}")
-            metrics["heldout"] = {name: value for name, value in found.items() if isinstance(value, dict)}
+            metrics["heldout"] = {**found, "table": None, "problems": None}
         log.step(c, metrics, groups, repairs)
         if t.bad_steps:
             log.say(f"warning: step {t.step} was skipped, its gradient is not finite")

@@ -62,8 +62,8 @@ def ours(steps: int) -> dict:
     """Steps of train.py, nothing beside them."""
     watch = Watch()
     trainer = train.Trainer(train.TrainConfig(
-        algo="grpo", model=str(ROOT / "tiny"), data=SPEC, batch=PROMPTS, group_size=GROUP, max_new_tokens=LENGTH,
-        eval_problems=0, device="cpu"))
+        algo="grpo", model=str(ROOT / "tiny"), data=SPEC, batch=PROMPTS, group_size=GROUP,
+        max_new_tokens=LENGTH, eval_problems=0, device="cpu"))
     for _ in range(steps):
         watch.mark()
         trainer.rl_step()
@@ -122,8 +122,8 @@ def theirs(steps: int) -> dict:
             loss_type="dr_grpo", scale_rewards="none", use_cpu=True, bf16=False, report_to="none",
             gradient_checkpointing=False, save_strategy="no", logging_strategy="no", disable_tqdm=True)
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(ROOT / "tiny", dtype=torch.float32)
-        trainer = GRPOTrainer(model, reward_funcs=score, args=config, train_dataset=Dataset.from_dict(columns),
-                              processing_class=make_processor(), callbacks=[Marks()])
+        trainer = GRPOTrainer(model, reward_funcs=score, args=config, processing_class=make_processor(),
+                              train_dataset=Dataset.from_dict(columns), callbacks=[Marks()])
         trainer.train()
     watch.mark()
     return watch.found()
@@ -134,7 +134,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", choices=("ours", "trl"), help="one side alone, in this process")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side, by turns")
-    parser.add_argument("--steps", type=int, default=8, help="steps of a process, the two to warm up included")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a process, two to warm up included")
     parser.add_argument("--results", default=RESULTS, type=Path, help="JSON file of the figures")
     args = parser.parse_args()
     if args.side:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rereason  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
-from attribute import SUSPECT_BELOW, Check, Step, answer_margins  # noqa: E402
+from attribute import SUSPECT_BELOW, Check, Step, answer_margins, text_and_offsets  # noqa: E402
 from eval import is_tiny  # noqa: E402
 from experiments.localisers import localise, step_dependence, visual_dependence  # noqa: E402
 from model import load_model  # noqa: E402
@@ -106,7 +106,8 @@ def write_page(run: Path, with_signals: bool = False):
             add_signals(row, problem, model, codec)
         for r in row["rollouts"]:
             r["answer"] = extract_answer(r.pop("text"), problem.choices if problem else None)
-            r["tokens"] = [codec.tokenizer.decode([i]) for i in r.pop("ids")]
+            text, starts = text_and_offsets(r.pop("ids"), codec)
+            r["tokens"] = [text[a:b] for a, b in zip(starts, starts[1:] + [len(text)])]
     data = {"config": config, "suspect_below": SUSPECT_BELOW, "groups": rows,
             "metrics": train.read_jsonl(run / "metrics.jsonl")}
     data = json.dumps(finite(data), allow_nan=False).replace("<", "\\u003c")

@@ -20,6 +20,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from attribute import CHECK  # noqa: E402
@@ -27,10 +29,11 @@ from eval import figure, percent  # noqa: E402
 from experiments.tables import markdown  # noqa: E402
 from train import read_jsonl  # noqa: E402
 
+OUT = ROOT / "runs" / "easy-vqa"
 SHAPES, FACTS = ("circle", "rectangle", "triangle"), ("shape", "color")
-SFT = "--stage sft --batch 64 --lr 1e-3 --lr_end 0.1 --eval_problems 0"
-RL = "--batch 16 --group_size 8 --lr 1e-4 --eval_problems 300 --eval_samples 4"
-BOTH = "--max_new_tokens 48 --save_every 0 --keep 1 --instruction".split() + [""]
+SFT = "--stage sft --batch 64 --max_steps 400 --lr 1e-3 --lr_end 0.1 --eval_problems 0"
+RL = "--batch 16 --group_size 8 --lr 1e-4 --max_tokens 60000 --eval_problems 300 --eval_samples 4"
+BOTH = "--max_new_tokens 48 --save_every 0 --keep 1"
 
 
 def data_folder() -> Path:
@@ -56,7 +59,8 @@ def kind(answer: str) -> str:
 
 def facts(answers: dict) -> dict:
     """{"shape": "circle", "color": "red"} of an image, as far as its questions tell."""
-    return {kind(answer): answer for answer in answers.values() if kind(answer) in FACTS}
+    told = {kind(answer): answer for answer in answers.values()}
+    return {name: told[name] for name in FACTS if name in told}
 
 
 def rows_of(images: dict, rng: random.Random) -> list[dict]:
@@ -91,21 +95,20 @@ def supervised(images: dict, rng: random.Random) -> list[dict]:
     return rows
 
 
-def write(path: Path, rows: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+def write(name: str, rows: list[dict]) -> str:
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(OUT / name)
 
 
-def train(out: Path, *flags) -> Path:
-    """One `train.py` -> its last checkpoint. Nothing where the run is finished, the rest of it where it was
-    stopped."""
-    if not (out / "done").is_file():
-        where = ["--resume" if list(out.glob("checkpoint-*")) else "--out", str(out)]
-        command = [sys.executable, str(ROOT / "train.py"), *where, "--image_dir", str(data_folder())]
-        subprocess.run([*command, *BOTH, *flags], check=True)
-        (out / "done").touch()
-    return sorted(out.glob("checkpoint-*"))[-1]
+def train(out: Path, *flags) -> str:
+    """One `train.py` -> its last checkpoint. Nothing where the run is finished, the rest where it stopped."""
+    if not (out / "finished").is_file():
+        where = "--resume" if list(out.glob("checkpoint-*")) else "--out"
+        subprocess.run([sys.executable, str(ROOT / "train.py"), where, str(out), *BOTH.split(), "--instruction",
+                        "", "--image_dir", str(data_folder()), *flags], check=True)
+        (out / "finished").touch()
+    return str(sorted(out.glob("checkpoint-*"))[-1])
 
 
 def blind(images: dict, test: list[dict]) -> list[float]:
@@ -120,7 +123,7 @@ def blind(images: dict, test: list[dict]) -> list[float]:
     return right
 
 
-def accuracy_cells(right: list[float], test: list[dict]) -> list[str]:
+def cells(right: list[float], test: list[dict]) -> list[str]:
     """Accuracy on all questions and on those of each kind."""
     parts = {"all": [], "shape": [], "color": [], "yes/no": []}
     for value, row in zip(right, test):
@@ -129,46 +132,36 @@ def accuracy_cells(right: list[float], test: list[dict]) -> list[str]:
     return [percent(figure(part)) for part in parts.values()]
 
 
-def average(runs: list[list]) -> list[float]:
-    """The mean over runs, problem by problem."""
-    return [sum(values) / len(values) for values in zip(*runs)]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the reinforced runs")
-    parser.add_argument("--sft_steps", type=int, default=400, help="supervised steps")
-    parser.add_argument("--max_tokens", type=int, default=60_000, help="generated tokens of a reinforced run")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "easy-vqa", help="where all goes")
-    args, rng, rows = parser.parse_args(), random.Random(0), []
-    images, out = load("train"), args.folder
+    seeds, images, rng, rows = parser.parse_args().seeds, load("train"), random.Random(0), []
     told = [image for image, answers in images.items() if len(facts(answers)) == 2]
     taught = {image: images[image] for image in told[:len(told) * 3 // 4]}
-    sft = write(out / "sft.jsonl", supervised(taught, rng))
-    others = {image: answers for image, answers in images.items() if image not in taught}
-    rl = write(out / "train.jsonl", rows_of(others, rng))
-    test = [{"id": f"test-{n:03d}", **row} for n, row in enumerate(rows_of(load("test"), rng)[:300])]
-    held_out = write(out / "test.jsonl", test)
-    warm = train(out / "warm", "--model", str(ROOT / "tiny"), "--data", str(sft), *SFT.split(), "--max_steps",
-                 str(args.sft_steps))
+    sft = write("sft.jsonl", supervised(taught, rng))
+    rl = write("train.jsonl", rows_of({image: images[image] for image in images if image not in taught}, rng))
+    test = rows_of(load("test"), rng)[:300]
+    for n, row in enumerate(test):
+        row["id"] = f"test-{n:03d}"
+    held_out = write("test.jsonl", test)
+    warm = train(OUT / "warm", "--model", str(ROOT / "tiny"), "--data", sft, *SFT.split())
     for algo in ("grpo", "ivr"):
         figures, tokens, repaired, sources = {"before": [], "after": []}, 0, 0, 0
-        for seed in range(args.seeds):
-            run = out / f"{algo}-{seed}"
-            train(run, "--model", str(warm), "--data", str(rl), "--eval_data", str(held_out), "--algo", algo,
-                  "--seed", str(seed), *RL.split(), "--max_tokens", str(args.max_tokens))
-            for when, found in json.loads((run / "heldout.json").read_text()).items():
+        for seed in range(seeds):
+            out = OUT / f"{algo}-{seed}"
+            train(out, "--model", warm, "--data", rl, "--eval_data", held_out, "--algo", algo, "--seed", str(seed),
+                  *RL.split())
+            for when, found in json.loads((out / "heldout.json").read_text()).items():
                 figures[when].append(found["problems"])
-            log = read_jsonl(run / "metrics.jsonl")
-            tokens += log[-1]["generated_tokens"] / args.seeds
-            for row in log:
+            for row in read_jsonl(out / "metrics.jsonl"):
                 repaired, sources = repaired + row.get("repaired", 0), sources + row.get("sources", 0)
-        before, after = average(figures["before"]), average(figures["after"])
-        rows.append([algo, *accuracy_cells(after, test), f"{tokens / 1000:.0f} k", f"{repaired} of {sources}"])
-    rows.insert(0, ["without the image", *accuracy_cells(blind(images, test), test), "", ""])
-    rows.insert(1, ["warm start", *accuracy_cells(before, test), "", ""])
-    print(f"easy-VQA, {len(test)} test questions, avg@4, mean of {args.seeds} seeds\n")
+            tokens += row["generated_tokens"] / seeds
+        before, after = np.mean(figures["before"], axis=0).tolist(), np.mean(figures["after"], axis=0).tolist()
+        rows.append([algo, *cells(after, test), f"{tokens / 1000:.0f} k", f"{repaired} of {sources}"])
+    rows.insert(0, ["without the image", *cells(blind(images, test), test), "", ""])
+    rows.insert(1, ["warm start", *cells(before, test), "", ""])
+    print(f"easy-VQA, {len(test)} test questions, avg@4, mean of {seeds} seeds\n")
     print(markdown(["", "all", *FACTS, "yes/no", "tokens", "repaired"], rows))
 
 

@@ -6,7 +6,7 @@ Takes: flags of train.py (--model runs/x/checkpoint-000080 tells of a later poli
 that holds a repaired rollout if there is one; nothing on disk. `Told` is a Trainer that runs `rl_step` and
 listens in its hooks. The paper has nothing of the kind. Left out: --stage sft, several ranks, a second step.
 
-Worked example: of rewards 0.1 (seven times) and 1.0 it tells the mean 0.212 and advantages -0.112 and +0.788.
+Worked example: of rewards 0.1 (seven times) and 1.0 it tells the mean, 0.212, and advantages -0.112, +0.788.
 """
 import math
 import sys
@@ -83,9 +83,9 @@ def tell_repair(r, trainer):
     """Where a failed rollout lost the image, and how it was repaired."""
     t, model, codec = r.source, trainer.model, trainer.codec
     margins, dependence = answer_margins(model, codec, [t])[0], visual_dependence(model, codec, [t])[0]
-    print("\n4. A wrong rollout in steps. A1: would the policy, shown the image alone, repeat the step (below\n"
-          f"   {SUSPECT_BELOW} it is suspect)? A2: margin of the right answer after it (both attribute.py).\n"
-          "   A3: how much its tokens depend on the image (localisers.py, not used in training)")
+    print("\n4. A wrong rollout in steps. A1: would the policy, shown the image alone, repeat the step\n"
+          f"   (below {SUSPECT_BELOW} it is suspect)? A2: margin of the right answer after it.\n"
+          "   A3: how much its tokens depend on the image (localisers.py; not used in training)")
     for k, (step, check) in enumerate(zip(t.steps, t.checks)):
         note = ""
         if t.problem.oracle:
