@@ -1078,6 +1078,7 @@ def test_reward_parts_and_hacks():
 
 # ---- attribute.py
 
+
 def chain(problem, steps, answer="none", text=None):
     """A finished, wrong rollout of the given steps (or of a whole text)."""
     codec = tiny_codec()
@@ -1093,8 +1094,8 @@ STEPS = [               # a completion, its steps
     ("<think>\n1. First:\n- AB is 3\n  - by the figure\n \t\n* BC\n</think>\n\n<answer>5</answer>",
      ["1. First:", "- AB is 3", "- by the figure", "* BC"]),
     ("<think>Step 1: red\nis 4\nStep 2: blue\n</think>", ["Step 1: red\nis 4", "Step 2: blue"]),
-    ("<think>\nSee.\n**Step 1:** look\nAB is 3.\n\nStepping on.\n  STEP 2 -\n$$\n3 + 4\n$$\n## step 10.\n</think>",
-     ["**Step 1:** look\nAB is 3.\n\nStepping on.", "STEP 2 -\n$$\n3 + 4\n$$", "## step 10."]),
+    ("<think>\nSee.\n**Step 1:** look\n3.\n\nStepping on.\n  STEP 2 -\n$$\n3 + 4\n$$\n## step 10.\n</think>",
+     ["**Step 1:** look\n3.\n\nStepping on.", "STEP 2 -\n$$\n3 + 4\n$$", "## step 10."]),
     ("### Image:\na cat\n### Step 1: look\n3\n### Step 2: add\n7\n### The final answer is: 7",
      ["### Step 1: look\n3", "### Step 2: add\n7"]),
     (f"<think>See:\n{TABLE}\n\\[\n3\n\\]\nSo\n\\[ x \\]\nand \\[ y\n= 2 \\].\nEnd.</think>",
@@ -1164,7 +1165,8 @@ def test_split_steps_token_belongs_to_its_first_character():
 
 def test_screening_leaves_out_what_cannot_be_located():
     p = mixed_problems()[0]
-    good, choice = chain(p, ["red 4", "blue 5"], "red 4"), replace(p, choices=["cat", "dog", "cow"], answer="A")
+    good = chain(p, ["red 4", "blue 5"], "red 4")
+    choice = replace(p, choices=["cat", "dog", "cow"], answer="A")
     kept = replace(good, problem=choice, text="<think>red 4\nblue 5</think><answer>B</answer>")
     for t in (replace(good, rewards={"accuracy": 1.0}), replace(good, finished=False), chain(p, ["red 4"]),
               chain(p, []), replace(good, text="<think>red 4\nblue 5</think><answer></answer>"),
@@ -1267,8 +1269,9 @@ def test_attribute_checks_what_is_rectified_or_pays():
     every = [chain(p, ["red 4", f"blue {k}"], "red 4") for k in range(5)]
     every[3].rewards = every[4].rewards = {"accuracy": 1.0}
     groups = [every[:2], every[2:4], every[4:]]                     # all wrong, mixed, all right
-    for hard, credit, want in (([0], "token", every[:3]), ([], "step", every[2:3]), ([0], "rollout", every[:2]),
-                               ([0, 1], "rollout", every[:3]), ([], "rollout", [])):
+    for hard, credit, want in (
+            ([0], "token", every[:3]), ([], "step", every[2:3]), ([0], "rollout", every[:2]),
+            ([0, 1], "rollout", every[:3]), ([], "rollout", [])):
         for t in every:
             t.steps = None
         attribute.attribute(groups, hard, asked.append, tiny_codec(), credit)
@@ -1279,10 +1282,11 @@ def test_answer_margins_are_the_uncached_forward():
     net, codec, (a, b, c, _) = random_model(), tiny_codec(), mixed_problems()
     tag, plain, chains, want = "</think><answer>", "\nThe answer is ", [], []
     for p, text, own, cue, pieces in (                              # pieces: what each margin has read more
-            (a, "<think>red 4 6\nblue 5</think><answer>9</answer>", "9", tag, ("<think>", "red 4 6\n", "blue 5")),
+            (a, "<think>red 4\nblue</think><answer>9</answer>", "9", tag, ("<think>", "red 4\n", "blue")),
             (b, "<think>red 4</think><answer></answer>", "", tag, ("<think>", "red 4")),
             (c, "red 4\nblue 5\n<answer>9 9</answer>", "9 9", plain, ("", "red 4\n", "blue 5\n")),
-            (replace(a, answer="<|im_end|>"), "<think>x</think><answer>4</answer>", "4", tag, ("<think>", "x"))):
+            (replace(a, answer="<|im_end|>"), "<think>x</think><answer>4</answer>", "4", tag,
+             ("<think>", "x"))):
         chains.append(chain(p, None, text=text))
         margins, read = [], []
         for piece in pieces:
@@ -1319,8 +1323,8 @@ def planted(kind="tiles", steps=6, wrong=(1, 4), index=0):
 def four_steps(**changes):
     """A trajectory with a step at 1-4, 4-7, 7-10 and 10-13, and an answer."""
     steps = [attribute.Step(n, n + 3, f"red {n}") for n in (1, 4, 7, 10)]
-    t = rollout.Trajectory(rollout.Problem("p", "q", "99", []), None, list(range(17)), [1] * 17, [0.0] * 17, True,
-                           "<think>red 1\n...</think><answer>77</answer>", steps=steps, checks=[GOOD] * 4)
+    t = rollout.Trajectory(rollout.Problem("p", "q", "99", []), None, list(range(17)), [1] * 17, [0.0] * 17,
+                           True, "<think>red</think><answer>77</answer>", steps=steps, checks=[GOOD] * 4)
     return replace(t, **changes)
 
 
@@ -1396,8 +1400,9 @@ def test_no_prompt_holds_an_answer():
         rectified(sources)
     assert len(seen) > 4
     for text in seen:
-        for answer in (sources[0].problem.answer, *[reward.extract_answer(t.text) for t in sources]):
-            assert answer not in " ".join(text.split())
+        for t in sources:
+            for answer in (t.problem.answer, reward.extract_answer(t.text)):
+                assert answer not in " ".join(text.split())
 
 
 def test_when_a_second_look_is_fair():
@@ -1411,12 +1416,11 @@ def test_when_a_second_look_is_fair():
         assert rereason.contains_phrase(text[1:-1], f" {phrase}") == want, (text, phrase)
     for own, answer, options, shown, want in (
             ("47", "48", "", "a\nthe sum is 46 or 480", True), ("47", "48", "", "a\nso 48", False),
-            ("47", "48", "", "it is (47).", False), ("47", "No", "", "a", False), ("47", "true", "", "a", False),
-            ("A", "B", "xy", "c", False), ("A", "B", "xyz", "c", True)):
+            ("47", "48", "", "it is (47).", False), ("47", "No", "", "a", False),
+            ("47", "true", "", "a", False), ("A", "B", "xy", "c", False), ("A", "B", "xyz", "c", True)):
         problem = rollout.Problem("p", "q", answer, [], list(options))
-        t, steps = four_steps(problem=problem, text=f"<answer>{own}</answer>"), []
-        for line in shown.split("\n"):
-            steps.append(attribute.Step(0, 1, line))
+        t = four_steps(problem=problem, text=f"<answer>{own}</answer>")
+        steps = [attribute.Step(0, 1, "red"), attribute.Step(1, 2, shown)]
         assert rereason.can_revise(t, steps) == want, (own, answer, shown)
 
 
@@ -1435,10 +1439,9 @@ def test_relook_problem_is_two_turns_with_two_images():
 def test_parse_step():
     """A reply cut into tokens; "$" stands for the end token."""
     for reply, several_lines, want in (
-            ("a| b|.\n", False, ("a b.", 3)), ("a|\n|b", False, ("a", 1)), ("a| b|</|think>", False, ("a b", 2)),
-            ("a|.</|think>", False, ("", 0)), ("a|b", False, ("", 0)), ("a|b|$", False, ("ab", 2)),
-            ("a|\n|b|$", False, ("a", 1)), ("a|\n|b|$", True, ("a\nb", 3)), ("\n|a|\n", False, ("a", 2)),
-            (" a|\n\n|b", False, ("a", 1)), ("$", False, ("", 0))):
+            ("a| b|.\n", False, ("a b.", 3)), ("a|\n|b|$", False, ("a", 1)), ("a|\n|b|$", True, ("a\nb", 3)),
+            ("a| b|</|think>", False, ("a b", 2)), ("a|.</|think>", False, ("", 0)), ("a|b", False, ("", 0)),
+            ("a|b|$", False, ("ab", 2)), ("\n| a|\n\n|b", False, ("a", 2)), ("$", False, ("", 0))):
         pieces = reply.split("|")
         tokenizer = SimpleNamespace(decode=lambda ids: "".join(pieces[i] for i in ids))
         codec = SimpleNamespace(tokenizer=tokenizer, eos_ids=[pieces.index("$")] if "$" in pieces else [])
@@ -1458,8 +1461,8 @@ def test_hostile_chains_do_not_stop_the_loop():
 
 
 SOME, ONLY, NONE = {"finished": False}, {"relook": "only"}, {"relook": "none"}
-DROP, LINES = {"margins": [2.0, 1.5, -4.0, -5.0]}, {"line": "b\n2"}         # the margin drops in the second step
-ACTIONS = [     # the second check, edited steps, failures, what else; then action, where, failures, edited steps
+DROP, LINES = {"margins": [2.0, 1.5, -4.0, -5.0]}, {"line": "b\n2"}         # it drops in the second step
+ACTIONS = [     # second check, edited steps, failures, what else; then action, where, failures, edited steps
     (BAD, [], 0, {}, "revise", 1, 0, [1]), (BAD, [0], 0, {}, "revise", 1, 0, [0, 1]),
     (BAD, [1], 0, SOME, "revise", 1, 1, [1, 1]), (BAD, [2], 0, {}, "revise", 1, 1, [2, 1]),
     (GOOD, [2], 0, SOME, "continue", 17, 0, [2]), (GOOD, [], 0, ONLY | SOME, "continue", 17, 0, []),
@@ -1476,9 +1479,9 @@ ACTIONS = [     # the second check, edited steps, failures, what else; then acti
 
 def test_next_action_table():
     for check, edited, failures, options, *want in ACTIONS:
-        t, margins = four_steps(), options.get("margins", [0.5])
+        margins, t = options.get("margins", [0.5]), four_steps(checks=[GOOD, check, GOOD, GOOD])
         t.steps[1].text, t.finished = options.get("line", "red"), options.get("finished", True)
-        t.steps, t.checks = options.get("steps", t.steps), [GOOD, check, GOOD, GOOD]
+        t.steps = options.get("steps", t.steps)
         r = repair(t, failures=failures, tokens=options.get("tokens", 0), edited_steps=list(edited),
                    regenerated=-1 in edited)
 
@@ -1508,7 +1511,7 @@ def test_rewrite_steps_table():
     codec, t = tiny_codec(), planted(steps=5)
     gold, lines = t.problem.answer, [step.text for step in t.steps]
     for action, k, text, relook, want in (
-            ("revise", 3, "red 1 2", "image", 3), ("resample", 3, "red 1 2", "image", 3),
+            ("revise", 3, "red 1\nred 2", "image", 3), ("resample", 3, "red 1 2", "image", 3),
             ("revise", 3, lines[3], "image", 2), ("resample", 0, lines[0], "image", 0),
             ("revise", 3, lines[3], "only", 2), ("revise", 3, "look again", "image", 2),
             ("revise", 3, "so " + gold, "image", 2), ("revise", 4, "so " + gold, "image", 4)):
@@ -1523,9 +1526,9 @@ def test_rewrite_steps_table():
         assert asked == [(key, prefix, len(prefix) + 16 + 2 * (old.stop - old.start), stops)]
         assert (r.tokens, r.edited_steps, r.failures) == (len(ids), [want], not taken)
         assert r.num_revisions == (taken and action == "revise")
-        assert r.trajectory.steps[k].text == (text if taken else lines[k])
-        back = [] if relook == "only" else [(r, t.steps[want].start)]
-        assert points == ([(r, k)] if taken else back), (action, k, text)
+        assert r.trajectory.steps[k].text == (text.partition("\n")[0] if taken else lines[k])
+        point = (r, k) if taken else (r, t.steps[want].start)
+        assert points == ([] if relook == "only" else [point]), (action, k, text)
 
 
 def test_how_far_continue_sampling_samples():
@@ -1549,7 +1552,7 @@ def test_how_far_continue_sampling_samples():
 
 def test_replace_step_moves_what_follows():
     codec, t = tiny_codec(), planted(steps=5)
-    for k, text in ((2, "red 4 6 8"), (4, "blue 1"), (0, "a"), (1, "red 1\n")):     # longer, shorter, the last
+    for k, text in ((2, "red 4 6 8"), (4, "blue 1"), (0, "a"), (1, "red 1\n")):     # longer, last, shorter
         ids, r, texts = rollout.token_ids(text, codec), repair(t), [step.text for step in t.steps]
         rereason.replace_step(r, k, ids, [-0.1] * len(ids), text.strip(), codec)
         new, texts[k] = r.trajectory, text.strip()
@@ -1557,6 +1560,15 @@ def test_replace_step_moves_what_follows():
         assert len(new.ids) == len(new.logps) == sum(new.sampled) and new.logps.count(-0.1) == len(ids)
         assert new.checks == [GOOD] * k + [None] + [GOOD] * (4 - k) and len(t.steps) == 5
         assert r.first_edit == t.steps[k].start and not r.answer_is_current
+    pieces = ["<think>", "a", "1.\n", "b", "2", "x"]        # a line break in a word's token: one is forced
+    codec = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: "".join(pieces[i] for i in ids)))
+    t = four_steps(steps=[attribute.Step(1, 3, "a1."), attribute.Step(3, 5, "b2")], checks=[GOOD] * 2)
+    r = repair(replace(t, ids=[0, 1, 2, 3, 4], logps=[-1] * 5, sampled=[1] * 5))
+    with swapped(rollout, "token_ids", lambda text, codec: [99]):
+        rereason.replace_step(r, 0, [5, 4, 4], [-2] * 3, "x22", codec)
+    new = r.trajectory
+    assert new.ids == [0, 5, 4, 4, 99, 3, 4] and new.sampled == [1, 1, 1, 1, 0, 1, 1]
+    assert new.logps == [-1, -2, -2, -2, 0, -1, -1] and [s.stop for s in new.steps] == [5, 7]
 
 
 def test_resume_points_table():
@@ -1577,8 +1589,8 @@ def test_resume_points_table():
 
 def test_rejection_reason_table():
     """Of a trajectory whose first new token is 4."""
-    hint, forced = {"text": "<think>Looking again, 7</think><answer>7</answer>"}, {"sampled": [1] * 5 + [0] * 12}
-    bad = {"text": "no"}
+    hint, bad = {"text": "<think>Looking again, 7</think><answer>7</answer>"}, {"text": "no"}
+    forced = {"sampled": [1] * 5 + [0] * 12}
     for changes, source, median, log_w, want in (
             ({}, {}, 12, {}, ""), ({}, {}, 11, {}, "too long"), (bad, {}, 12, {}, "not well-formed"),
             (bad, bad, 12, {}, ""), (hint, {}, 12, {}, "talks of the hint"), (hint, hint, 12, {}, ""),
@@ -1632,32 +1644,31 @@ def test_turns_and_company_of_a_repair():
     for turns, some in ((0, (0, 1)), (3, range(6, 12)), (32, (11, 4, 7, 0))):
         repairs = rectified([sources[n] for n in some], max_turns=turns)
         for r, n in zip(repairs, some):
-            same = (r.outcome, r.trajectory.ids, r.tokens) == (
-                usual[n].outcome, usual[n].trajectory.ids, usual[n].tokens)
-            assert same or (r.outcome == "too many turns" and turns < 32)
+            if r.outcome != "too many turns" or turns == 32:
+                assert r.outcome == usual[n].outcome and r.trajectory.ids == usual[n].trajectory.ids
+                assert r.tokens == usual[n].tokens
         done.append(sum(r.outcome == "repaired" for r in repairs))
     assert 0 == done[0] < done[1] < 6
 
 
 def test_restarts_follow_the_gradient_of_log_value():
-    """Verified restarts in a policy of three binary tokens: over the right y the sum of pi(y | s, right) times
-    the gradient of policy_loss is -A grad log V(s)."""
-    table = torch.randn(7, 2, dtype=torch.double, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    value, every, total = 0.0, [], torch.zeros_like(table)  # table: a row for each prefix
-    for a, b, c in ((0, 1, 1), (1, 0, 1), (1, 1, 1)):
-        logps = table[[0, 1 + a, 3 + 2 * a + b]].log_softmax(-1)[[0, 1, 2], [a, b, c]][None]
-        value = value + logps.sum().exp()
-        every.append(logps)
+    """Verified restarts in a policy of three binary tokens: over the right y the mean of policy_loss has the
+    gradient -A grad log V."""
+    table = torch.randn(3, 2, dtype=torch.double, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    value = mean_loss = 0.0
+    for y in ((0, 1, 1), (1, 0, 1), (1, 1, 1)):
+        logps = table.log_softmax(-1)[[0, 1, 2], y][None]                       # (1, 3)
+        advantage, chance = torch.full_like(logps, 0.875), logps.sum().exp()
+        loss, _ = grpo.policy_loss(logps, logps.detach(), advantage, torch.ones_like(logps), 1.0,
+                                   rectified=torch.tensor([[True]]))
+        value, mean_loss = value + chance, mean_loss + chance.detach() * loss
     want, = torch.autograd.grad(value.log(), table, retain_graph=True)
-    for logps in every:
-        loss, _ = grpo.policy_loss(logps, logps.detach(), torch.full_like(logps, 0.875), torch.ones_like(logps),
-                                   1.0, rectified=torch.tensor([[True]]))
-        grad, = torch.autograd.grad(loss, table, retain_graph=True)
-        total += (logps.sum().exp() / value).item() * grad
-    close(total, -0.875 * want, 1e-9)
+    found, = torch.autograd.grad(mean_loss / value.detach(), table)
+    close(found, -0.875 * want, 1e-9)
 
 
 # ---- grpo.py, and which groups are rectified
+
 
 def test_eq1_group_advantages():
     close(grpo.group_advantages(torch.tensor([[1.0, 0, 0, 0]])), [[0.75, -0.25, -0.25, -0.25]], 1e-6)
@@ -1672,8 +1683,8 @@ def test_eq1_group_advantages():
         assert torch.equal(grpo.group_advantages(torch.ones(shape), True), torch.zeros(shape))
 
 
-def loss_by_loops(logps, old, advantages, weights, normaliser, low=0.2, high=0.28, dual=3.0, beta=0.0, ref=None,
-                  rectified=None, lambda_r=1.0, gamma=0.1):
+def loss_by_loops(logps, old, advantages, weights, normaliser, low, high, dual, beta, ref, rectified,
+                  lambda_r, gamma):
     """Eq. (2) to (8), a token at a time."""
     total = 0.0
     for i, j in itertools.product(range(len(logps)), range(len(logps[0]))):
@@ -1681,7 +1692,7 @@ def loss_by_loops(logps, old, advantages, weights, normaliser, low=0.2, high=0.2
         if omega == 0:
             continue
         ratio = (logps[i, j] - old[i, j]).exp()                                         # Eq. (2)
-        if rectified is not None and rectified[i, 0]:
+        if rectified[i, 0]:
             w = ratio if ratio < 10 else 10.0
             scale = (1 + gamma) ** 2 / gamma if gamma else 0
             f = scale * w / (w + gamma) - scale / (1 + gamma) + 1 if gamma else w       # Eq. (7)
@@ -1699,8 +1710,8 @@ def loss_by_loops(logps, old, advantages, weights, normaliser, low=0.2, high=0.2
 
 
 def loss_inputs(seed=0):
-    """logps, old, advantages, weights, ref (6, 9), rectified (6, 1). Some w of rectified rows are near the bound
-    of 10 or above it; tokens without weight may have log-probs that are not finite."""
+    """logps, old, advantages, weights, ref (6, 9), rectified (6, 1). Some w of rectified rows are near the
+    bound of 10 or above it; tokens without weight may have log-probs that are not finite."""
     g = torch.Generator().manual_seed(seed)
     logps = -torch.rand(6, 9, generator=g) * 3
     old = logps + torch.randn(6, 9, generator=g) * 0.7
@@ -1713,18 +1724,18 @@ def loss_inputs(seed=0):
     return logps, old, advantages, weights, logps + torch.randn(6, 9, generator=g) * 0.5, rectified
 
 
-def same_as_loops(low=0.2, high=0.28, dual=3.0, beta=0.0, rectified=None, lambda_r=1.0, gamma=0.1):
-    """Compare loss and gradient with the loops."""
-    logps, old, advantages, weights, ref, _ = loss_inputs()
-    x, y = logps.clone().requires_grad_(), logps.clone().requires_grad_()
-    loss, stats = grpo.policy_loss(x, old, advantages, weights, 54, low, high, dual, beta, ref, rectified, lambda_r,
-                                   gamma)
-    want = loss_by_loops(y, old, advantages, weights, 54, low, high, dual, beta, ref, rectified, lambda_r, gamma)
-    loss.backward()
-    want.backward()
-    close(loss.detach(), want.detach(), 1e-5)
-    close(x.grad, y.grad, 1e-5)
-    assert all(value.isfinite() for value in stats.values()) and (x.grad != 0).sum() > 10
+def same_as_loops(low=0.2, high=0.28, dual=3.0, beta=0.0, rectified=False, lambda_r=1.0, gamma=0.1):
+    """Compare loss and gradient with the loops; returns the gradient."""
+    logps, old, advantages, weights, ref, rows = loss_inputs()
+    gradients = []
+    for function in (grpo.policy_loss, loss_by_loops):
+        x = logps.clone().requires_grad_()
+        found = function(x, old, advantages, weights, 54, low, high, dual, beta, ref, rows & rectified,
+                         lambda_r, gamma)
+        loss = found[0] if isinstance(found, tuple) else found
+        loss.backward()
+        gradients.append(torch.cat([loss.detach().view(1), x.grad.flatten()]))
+    close(*gradients, 1e-5)
     return x.grad
 
 
@@ -1739,11 +1750,6 @@ def loss_of_one(ratio, advantage, **kwargs):
 def test_eq2_to_eq4_policy_loss():
     for low, high, dual in ((0.2, 0.28, 3.0), (0.1, 0.5, 1.5), (0.2, 0.2, 100.0)):
         same_as_loops(low, high, dual)
-    logps, _, advantages, weights, _, rectified = loss_inputs()
-    for kwargs in ({}, {"rectified": rectified, "gamma": 0.3}):         # on policy: the plain policy gradient
-        x = logps.clone().requires_grad_()
-        grpo.policy_loss(x, logps, advantages, weights, 10.0, **kwargs)[0].backward()
-        close(x.grad, -advantages * weights / 10.0, 1e-6)
 
 
 def test_eq3_clip_higher():
@@ -1793,23 +1799,22 @@ def test_eq7_shaped_ratio():
 
 
 def test_eq8_rectified_rows():
-    rectified = loss_inputs()[-1]
     for lambda_r, gamma, beta in ((1.0, 0.1, 0.0), (0.3, 0.5, 0.04), (2.0, 0.0, 0.0)):
-        grad = same_as_loops(beta=beta, rectified=rectified, lambda_r=lambda_r, gamma=gamma)
+        grad = same_as_loops(beta=beta, rectified=True, lambda_r=lambda_r, gamma=gamma)
     assert (grad[1, [0, 2]] == 0).all() and (grad[1, [1, 3]] != 0).all()        # zero above w = 10
 
 
 def test_eq8_no_rectified_rows_is_grpo_and_diagnostics_are_of_the_others():
-    *inputs, ref, rectified = loss_inputs(1)
-    kwargs, own = {"beta": 0.1, "lambda_r": 5.0}, ~rectified[:, 0]
-    loss, stats = grpo.policy_loss(*inputs, 9.0, ref_logps=ref, rectified=rectified & False, **kwargs)
-    assert (loss, stats) == grpo.policy_loss(*inputs, 9.0, ref_logps=ref, **kwargs)
-    _, stats = grpo.policy_loss(*inputs, 9.0, ref_logps=ref, rectified=rectified, **kwargs)
-    logps, old, _, weights = inputs = [values[own] for values in inputs]
-    _, want = grpo.policy_loss(*inputs, 9.0, ref_logps=ref[own], **kwargs)
-    log_ratio = (logps - old)[weights > 0]
-    want |= {"tokens": len(log_ratio), "ratio": log_ratio.exp().sum(),
-             "kl_old": (log_ratio.exp() - 1 - log_ratio).sum()}
+    logps, old, advantages, weights, ref, rectified = loss_inputs(1)
+    inputs = logps, old, advantages, weights, 9.0, 0.2, 0.28, 3.0, 0.1, ref
+    assert grpo.policy_loss(*inputs, rectified & False, 5.0) == grpo.policy_loss(*inputs)
+    on = (weights > 0) & ~rectified
+    log_ratio, delta, advantage = (logps - old)[on], (ref - logps)[on], advantages.expand(6, 9)[on]
+    ratio = log_ratio.exp()
+    outside = (ratio < 0.8) & (advantage < 0) | (ratio > 1.28) & (advantage > 0)
+    want = {"tokens": on.sum(), "clip_fraction": outside.sum(), "kl_ref": (delta.exp() - delta - 1).sum(),
+            "kl_old": (ratio - 1 - log_ratio).sum(), "ratio": ratio.sum()}
+    stats = grpo.policy_loss(*inputs, rectified, 5.0)[1]
     for name, value in want.items():
         close(stats[name], value)
         assert value > 0
@@ -1818,33 +1823,36 @@ def test_eq8_no_rectified_rows_is_grpo_and_diagnostics_are_of_the_others():
 def test_group_shares_and_advantages():
     shares = grpo.group_shares(torch.tensor([[1, 1], [0, 0], [1, 0], [0, 1]]))
     assert shares == {"all_right": 0.25, "all_wrong": 0.25, "mixed": 0.5}
-    groups = [[four_steps(rewards={"total": float(n == 0)}) for n in range(4)], [four_steps(rewards={"total": 0.5})] * 2]
+    mixed, same = [four_steps(rewards={"total": total}) for total in (1.0, 0.0, 0.0, 0.0)], four_steps()
+    same.rewards = {"total": 0.5}
     for use_std, one, rest in ((False, 0.75, -0.25), (True, 1.4997, -0.4999)):
-        grpo.assign_advantages(groups, use_std)
-        close([t.advantage for t in groups[0] + groups[1]], [one, rest, rest, rest, 0, 0])
+        grpo.assign_advantages([mixed, [same, same]], use_std)
+        close([t.advantage for t in [*mixed, same]], [one, rest, rest, rest, 0])
 
 
 def test_assign_credit_table():
     """Which of the 17 tokens pay; None: all."""
-    wrong = {"checks": [GOOD, attribute.Check(0.1, 1), None, attribute.Check(0.2)], "advantage": -0.2, "weights": [9],
-             "rewards": {"accuracy": 0.0, "format": 1.0}}
+    checks = [GOOD, attribute.Check(0.1, 1), None, attribute.Check(0.2)]
+    wrong = four_steps(checks=checks, advantage=-0.2, weights=[9], rewards={"accuracy": 0.0, "format": 1.0})
     for changes, credit, want in (
             ({}, "token", [5, *range(7, 13)]), ({}, "step", range(4, 13)), ({}, "rollout", None),
             ({"finished": False}, "token", []), ({"finished": False, "advantage": 0.0}, "step", []),
             ({"finished": False}, "rollout", None), ({"advantage": 0.0}, "token", None),
             ({"rewards": {"accuracy": 0.0, "format": 0.0}}, "token", None), ({"checks": None}, "token", None),
-            ({"rewards": {"accuracy": 1.0, "format": 1.0}}, "token", None), ({"checks": [GOOD] * 4}, "token", None),
-            ({"provenance": "relook 1"}, "token", None)):
-        t = four_steps(**{**wrong, **changes})
+            ({"rewards": {"accuracy": 1.0, "format": 1.0}}, "token", None),
+            ({"checks": [GOOD] * 4}, "token", None), ({"provenance": "relook 1"}, "token", None)):
+        t = replace(wrong, **changes)
         grpo.assign_credit([[t]], credit)
-        assert t.weights == (None if want is None else [float(n in want) for n in range(17)]), (changes, credit)
+        weights = None if want is None else [float(n in want) for n in range(17)]
+        assert t.weights == weights, (changes, credit)
 
 
 def test_has_gradient_and_collate():
     a = four_steps(advantage=0.5, sampled=[0] * 3 + [1] * 14, logps=[-0.5] * 17)
     b = four_steps(ids=[1, 2], sampled=[1, 0], logps=[-1.0, 0.0], weights=[0.5, 1.0], provenance="restart")
-    for t, beta, want in ((a, 0.0, True), (b, 0.0, False), (b, 0.1, True), (replace(a, weights=[0.0] * 17), 0.1, False),
-                          (replace(a, advantage=-0.5), 0.0, True), (replace(a, sampled=[0] * 17), 0.0, False)):
+    for t, beta, want in (
+            (a, 0.0, True), (replace(a, advantage=-0.5), 0.0, True), (replace(a, weights=[0.0]), 0.1, False),
+            (replace(a, sampled=[0]), 0.0, False), (b, 0.0, False), (b, 0.1, True)):
         assert grpo.has_gradient(t, beta) == want
     batch = grpo.collate([a, b], "cpu")
     assert batch["weights"].tolist() == [[0.0] * 3 + [1.0] * 14, [0.5] + [0.0] * 16]        # forced: weight 0
@@ -1886,17 +1894,16 @@ def test_choose_source_and_where_the_rectified_one_goes():
         assert rereason.choose_source(group) is source and rereason.choose_source(cut_off) is None
         before = [group, cut_off, group, [first, source, right], group]
         with swapped(rereason, "rectify", rectify):
-            after, repairs = rereason.rectify_groups(None, None, before, [0, 1, 2, 3], list("axbbb"), None, config,
-                                                     lambda t: {"accuracy": 1.0})
-        assert [r.source for r in repairs] == [source] * 3 and before[2] == [first, right, source, other]
-        assert after == [group, cut_off, [first, right, source, repairs[1].trajectory],
-                         [repairs[2].trajectory, source, right], group]
-        assert repairs[1].trajectory.rewards == {"accuracy": 1.0}
+            after, (_, one, two) = rereason.rectify_groups(None, None, before, [0, 1, 2, 3], list("axbbb"),
+                                                           None, config, lambda t: {"accuracy": 1.0})
+        assert one.source is two.source is source and one.trajectory.rewards == {"accuracy": 1.0}
+        assert group == [first, right, source, other] and after == [
+            group, cut_off, [first, right, source, one.trajectory], [two.trajectory, source, right], group]
 
 
 @functools.lru_cache
 def step_with_repairs():
-    """A whole training step (at rate 0): the trainer, its metrics, the problems encoded, the images opened."""
+    """A whole training step at rate 0: the trainer, its metrics, the problems encoded, the images opened."""
     calls = {"encode_prompt": [], "open_image": []}
 
     def counting(name, function):
@@ -1907,8 +1914,8 @@ def step_with_repairs():
 
     with scratch() as folder, contextlib.ExitStack() as stack:
         trainer = train.Trainer(train.TrainConfig(
-            model=TINY, data="tiny:steps=9,kinds=tiles+bars", batch=6, group_size=4, lr=0.0, max_new_tokens=110,
-            device="cpu", eval_problems=0, out=str(folder)))
+            model=TINY, data="tiny:steps=9,kinds=tiles+bars", batch=6, group_size=4, max_new_tokens=110,
+            lr=0.0, eval_problems=0, device="cpu", out=str(folder)))
         for name in calls:
             stack.enter_context(swapped(rollout, name, counting(name, getattr(rollout, name))))
         return trainer, trainer.rl_step(), calls["encode_prompt"], calls["open_image"]
@@ -1924,25 +1931,23 @@ def test_each_problem_is_encoded_once_a_step():
 
 
 def test_rectified_groups_and_their_credit():
-    """The group keeps its size and the source; the rectified one is credited whole, of the source the tokens at
-    fault; the entropy is that of the policy's own tokens."""
+    """The group keeps its size and the source; the rectified one is credited whole, of the source the tokens
+    at fault; the entropy is that of the policy's own tokens."""
     trainer, metrics, _, _ = step_with_repairs()
     own, used = 0.0, 0
-    for group in metrics["groups"]:
-        mean = sum(t.rewards["total"] for t in group) / 4
-        for t in group:
-            close(t.advantage, t.rewards["total"] - mean, 1e-6)
-            if t.provenance == "policy" and t.advantage:
-                _, entropy, _ = rollout.completion_logps(trainer.model, trainer.codec, [t.prompt], [t.ids], True)
-                on = torch.tensor(t.weights or t.sampled) > 0
-                own, used = own + entropy[0][on].sum().item(), used + on.sum().item()
+    for t in sum(metrics["groups"], []):
+        if t.provenance == "policy" and t.advantage:
+            _, entropy, _ = rollout.completion_logps(trainer.model, trainer.codec, [t.prompt], [t.ids], True)
+            on = torch.tensor(t.weights or t.sampled) > 0
+            own, used = own + entropy[0][on].sum().item(), used + on.sum().item()
     close(metrics["entropy"], own / used)
     for r in metrics["repairs"]:
-        t, (group,) = r.trajectory, [group for group in metrics["groups"] if r.source in group]
+        t, source, (group,) = r.trajectory, r.source, [g for g in metrics["groups"] if r.source in g]
         assert len(group) == 4 and (t in group) == (r.outcome == "repaired")
-        if r.outcome == "repaired":
-            assert t.rewards["accuracy"] == 1 and t.weights is None and t.advantage > 0 > r.source.advantage
-            assert 0 < sum(r.source.weights) < len(r.source.steps)
+        if t in group:
+            close(t.advantage, t.rewards["total"] - sum(other.rewards["total"] for other in group) / 4, 1e-6)
+            assert t.rewards["accuracy"] == 1 and t.weights is None and t.advantage > 0 > source.advantage
+            assert 0 < sum(source.weights) < len(source.steps)
 
 
 def test_degenerate_groups():
@@ -1950,9 +1955,10 @@ def test_degenerate_groups():
     trainer, metrics, _, _ = step_with_repairs()
     keys, verifier = list("abcdef"), attribute.Verifier(trainer.model, trainer.codec)
     for right, finished in ((1.0, True), (0.0, True), (0.0, False)):
-        groups, rewards = [], {"accuracy": right, "format": right, "total": right}
+        rewards, groups = {"accuracy": right, "format": right, "total": right}, []
+        same = {"rewards": rewards, "finished": finished, "provenance": "policy"}
         for group in metrics["groups"]:
-            groups.append([replace(t, rewards=rewards, finished=finished, provenance="policy") for t in group])
+            groups.append([replace(t, **same) for t in group])
         hard = rereason.select_groups(groups, keys, trainer.config, 0.0)
         assert len(hard) == (0 if right else 6)
         if not finished:
@@ -1963,7 +1969,8 @@ def test_degenerate_groups():
         grpo.assign_advantages(groups)
         grpo.assign_credit(groups, "token")
         figures = trainer.update(groups, 0.0) | trainer.rollout_metrics(groups)
-        assert figures["grad_norm"] == figures["loss"] == 0 and figures["all_right"] == right == 1 - figures["all_wrong"]
+        assert figures["grad_norm"] == figures["loss"] == 0
+        assert figures["all_right"] == right == 1 - figures["all_wrong"]
         assert all(value is None or math.isfinite(value) for value in figures.values())
 
 
@@ -2074,6 +2081,7 @@ def test_stream_spec():
 
 # ---- eval.py
 
+
 def test_pass_at_k_by_counting():
     for n, right in ((4, 0), (4, 1), (6, 3), (5, 5)):
         for k in range(1, n + 1):
@@ -2086,8 +2094,6 @@ def test_interval_is_wilsons():
     close(evaluation.interval([1.0] * 8 + [0.0] * 2), (0.4902, 0.9433), 2e-4)       # a textbook's 8 of 10
     assert evaluation.interval([0.0] * 10)[0] == 0 and evaluation.interval([1.0] * 10)[1] == 1
     close(evaluation.interval([0.0] * 10)[1], 0.2775, 1e-3)
-    narrow, wide = evaluation.interval([0.5] * 9 + [0.25]), evaluation.interval([1.0] * 5 + [0.0] * 5)
-    assert narrow[1] - narrow[0] < wide[1] - wide[0]
     rng, hits = np.random.default_rng(0), 0                 # coverage, with 4 dependent samples a problem
     for _ in range(400):
         low, high = evaluation.interval((rng.binomial(4, rng.beta(1, 2, size=60)) / 4).tolist())
@@ -2115,7 +2121,6 @@ def test_summary_figures():
         table[name.strip()] = count, greedy.partition(" [")[0]
     assert table == {"all": ("3", "33.3 %"), "task a": ("1", "100.0 %"), "task b": ("2", "0.0 %"),
                      "skill x": ("3", "33.3 %"), "skill y": ("1", "0.0 %")}
-    assert evaluation.headline(evaluation.summarise(rows)).startswith("greedy 33.3 % [")
     worked = evaluation.summarise(rows[:4] + rows[10:14])           # the example of eval.py's header
     for name in ("avg@4", "pass@2", "pass@4"):
         low, high = evaluation.interval([1.0, 0.0])
@@ -2138,8 +2143,7 @@ def eval_flags(data, out) -> list[str]:
 
 
 def test_eval_command_resumes():
-    """A row a completion; a problem's samples do not depend on its company; a killed run continues with the
-    rows there are; rows of other settings are refused."""
+    """With the rows of a killed run, not with those of other settings; samples depend on no other problem."""
     with scratch() as folder:
         data, out = data_file(folder), folder / "new" / "rows.jsonl"
 
@@ -2163,10 +2167,8 @@ def test_eval_command_resumes():
             raises(SystemExit, ["other settings", flag[2:], str(out)], run, out, flag, value)
         data_file(folder, 5)
         raises(SystemExit, "other settings", run, out)
-        data_file(folder)
         (folder / "notes.txt").write_text("mine")
         raises(SystemExit, ["notes.txt", "not written by an evaluation"], run, folder / "notes.txt")
-        assert (folder / "notes.txt").read_text() == "mine"
 
 
 # ---- train.py
@@ -2175,12 +2177,12 @@ SMALL = {"model": TINY, "data": "tiny:steps=3,kinds=tiles+bars", "max_steps": 2,
          "max_new_tokens": 40, "eval_problems": 0, "lr": 1e-4, "warmup_steps": 1, "save_every": 100,
          "show_every": 0, "device": "cpu"}
 KINDS = {"sft": {"stage": "sft"}, "ivr": {"rectify_below": 1.0},
-         "grpo": {"algo": "grpo", "beta": 0.1, "updates_per_batch": 2, "micro_rows": 5}}
+         "grpo": {"algo": "grpo", "beta": 0.1, "updates_per_batch": 2, "micro_rows": 5, "max_steps": 1}}
 FORK = multiprocessing.get_context("fork")
 
 
 def small_trainer(out="", **changes):
-    """Of few, short problems."""
+    """Few steps on few, short problems."""
     return train.Trainer(train.TrainConfig(**{**SMALL, "out": str(out), **changes}))
 
 
@@ -2205,9 +2207,8 @@ def metrics(out):
 
 
 def same_runs(one, two, tolerance=0.0):
-    """Two finished runs are the same to the last bit; or, with a tolerance, the losses are. (Adam may make
-    whole steps of rounding errors, so the mean counts of weights and moments.) A figure that only one has is
-    left out."""
+    """Two finished runs are the same to the last bit; or nearly, in the figures that both have. (Adam may
+    make whole steps of rounding errors: of weights the mean counts.)"""
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert tolerance or a == b, (a, b)
         for name in a.keys() & b.keys():
@@ -2220,9 +2221,6 @@ def same_runs(one, two, tolerance=0.0):
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
         close((value - states[1][name]).abs().mean(), 0, 3 * tolerance)
-
-
-# ---- Runs in processes of their own
 
 
 def fresh(call, *launcher):
@@ -2261,8 +2259,8 @@ def test_two_ranks_equal_one():
     killed comes back; one that raises ends the job, and says why."""
     with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
         data = data_file(folder)
-        done = fresh(f"two_ranks({str(folder)!r})", sys.executable, "-m", "torch.distributed.run", "--standalone",
-                     "--nproc_per_node", "2", "--max-restarts", "1", "--no-python")
+        launcher = "-m torch.distributed.run --standalone --nproc_per_node 2 --max-restarts 1 --no-python"
+        done = fresh(f"two_ranks({str(folder)!r})", sys.executable, *launcher.split())
         assert done.returncode and "RuntimeError: a fault on rank one" in done.stderr, done.stderr[-3000:]
         for kind, changes in KINDS.items():
             small_run(folder / kind, **changes)
@@ -2277,8 +2275,8 @@ def start_ranks(out, kind, ranks) -> list:
     """The processes of a run's ranks; one with a checkpoint is resumed."""
     flags, processes = ["--resume", str(out)], []
     if not list(out.glob("checkpoint-*")):
-        flags = small_flags(out, max_steps=3, eval_problems=1, eval_samples=1, save_every=1,
-                            **{**KINDS[kind], "batch": 2})
+        flags = small_flags(out, eval_problems=1, eval_samples=1, save_every=1,
+                            **{**KINDS[kind], "batch": 2, "max_steps": 3})
     with socket.create_server(("127.0.0.1", 0)) as server:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.getsockname()[1]))
     for rank in range(ranks):
@@ -2351,9 +2349,6 @@ def test_examples_of_the_readme_run():
         for job, block in zip(jobs, blocks):
             said = job.communicate(timeout=300)[0]
             assert job.returncode == 0, block + said[-2000:]
-
-
-# ---- Runs in this process
 
 
 def test_a_run_resumed_from_an_earlier_checkpoint_equals_the_first():
@@ -2440,8 +2435,8 @@ def test_first_update_is_the_plain_policy_gradient():
     assert abs(stats["ratio"] - 1) < 1e-4 and stats["clip_fraction"] == 0 and abs(stats["kl_old"]) < 1e-6
     for t in rows:
         p, size = t.prompt, len(t.ids)
-        logits = net(torch.tensor([p.ids + t.ids]), None, p.pixel_values, torch.tensor(p.grids))[0, -size - 1:-1]
-        logps = (logits + codec.logit_mask).log_softmax(-1)                     # (T, V)
+        logits = net(torch.tensor([p.ids + t.ids]), None, p.pixel_values, torch.tensor(p.grids))
+        logps = (logits[0, -size - 1:-1] + codec.logit_mask).log_softmax(-1)    # (T, V)
         entropy -= (logps.exp() * logps.clamp(min=-99)).sum().item()
         (-t.advantage * logps[range(size), t.ids].sum() / (3 * 3 * 24)).backward()
     close(stats["entropy"], entropy / sum(len(t.ids) for t in rows), 1e-4)
@@ -2456,30 +2451,22 @@ def test_first_update_is_the_plain_policy_gradient():
 
 
 def test_tokens_of_every_kind_are_counted():
-    """What the sampler really sampled and the checks really asked, counted beside the trainer."""
-    counted, asked, sample, check = [], [], rollout.sample, attribute.check_steps
-
-    def counting_sample(*given, **more):
-        groups = sample(*given, **more)
-        counted.append(sum(sum(t.sampled) for t in sum(groups, [])))
-        return groups
-
-    def counting_check(model, codec, claims):
-        asked.extend((problem.id, text) for problem, _, text in claims)
-        return check(model, codec, claims)
-
-    trainer = small_trainer(**KINDS["ivr"], seed=1, max_tokens=10 ** 4)
-    with swapped(rollout, "sample", counting_sample), swapped(attribute, "check_steps", counting_check):
+    """What was really sampled and really asked, counted beside the trainer."""
+    trainer, sizes, asked = small_trainer(**KINDS["ivr"], seed=1, max_tokens=10 ** 4), [], []
+    make, check = rollout.make_trajectory, attribute.check_steps
+    with (swapped(rollout, "make_trajectory", lambda *given: sizes.append(len(given[3])) or make(*given)),
+          swapped(attribute, "check_steps", lambda *given: asked.extend(given[2]) or check(*given))):
         found = trainer.rl_step()
-    assert found["rollout_tokens"] == counted[0] and len(counted) > 2 and len(asked) == len(set(asked)) > 9
-    assert found["check_tokens"] == len(asked) and 0 < found["repaired"] <= found["sources"]
-    assert found["repair_tokens"] == len(asked) + sum(counted[1:])
-    assert found["generated_tokens"] == trainer.tokens == len(asked) + sum(counted)
+    distinct = {(problem.id, text) for problem, _, text in asked}
+    assert found["check_tokens"] == len(asked) == len(distinct) > 9
+    assert found["rollout_tokens"] == sum(sizes[:4 * 4]) and 0 < found["repaired"] <= found["sources"]
+    assert found["repair_tokens"] == len(asked) + sum(sizes[4 * 4:])
+    assert found["generated_tokens"] == trainer.tokens == len(asked) + sum(sizes)
     assert trainer.progress() == trainer.tokens / 10 ** 4
 
 
 def test_the_two_hooks():
-    """A reward and an attribution signal of one's own; and a run that ends by tokens."""
+    """A reward and an attribution signal of one's own, with defaults; and a run that ends by tokens."""
     class Doubts(attribute.Verifier):
         def check(self, claims):
             return [attribute.Check(0.25)] * len(claims)
@@ -2496,18 +2483,15 @@ def test_the_two_hooks():
         close(row["reward"], 0.01 * row["length"], 1e-6)
         checks = sum([t["checks"] for t in train.read_jsonl(folder / "groups.jsonl")[0]["rollouts"]], [])
         assert row["sources"] and not row["check_tokens"] and set(checks) == {0.25}
-        config = m.read_json(folder / "config.json")
-        assert config["rectify_below"] == 1.0 and config["batch"] == 4          # what is given wins
-
-
-# ---- The optimiser
+        c = train.parse_flags(train.TrainConfig, ["--no-freeze_vision"], m.read_json(folder / "config.json"))
+        assert (c.rectify_below, c.batch, c.max_tokens, c.freeze_vision) == (1.0, 4, 1, False)  # flags win
 
 
 def test_bf16_master_weights():
     """In bfloat16 a small update would be lost in rounding; the fp32 masters keep it."""
     net = random_model().to(torch.bfloat16)
     optimizer = train.Optimizer(net, train.TrainConfig(max_grad_norm=1e9), 0, 1)
-    before = {name: master.detach().clone() for name, master in optimizer.masters.items()}
+    before = {name: p.detach().float() for name, p in net.named_parameters()}
     for _ in range(3):
         for part in (1.0, 2 ** -9):                         # two micro-batches; the sum is no bfloat16 number
             for p in net.parameters():
@@ -2527,9 +2511,10 @@ def test_optimizer_state_is_sharded():
     net.visual.requires_grad_(False)
     one, two, three = (train.Optimizer(net, c, *place) for place in ((0, 1), (0, 2), (1, 2)))
     assert sorted([*two.masters, *three.masters]) == sorted(one.masters)
-    sizes = [sum(master.numel() for master in o.masters.values()) for o in (one, two, three)]
-    assert abs(sizes[1] - sizes[2]) <= max(p.numel() for p in one.params.values())
-    before, norm = {name: p.detach().clone() for name, p in one.params.items()}, math.sqrt(sizes[0])
+    sizes = {name: p.numel() for name, p in one.params.items()}
+    norm, half = math.sqrt(sum(sizes.values())), sum(sizes.values()) / 2
+    assert abs(sum(sizes[name] for name in two.masters) - half) <= max(sizes.values()) / 2
+    before = {name: p.detach().clone() for name, p in one.params.items()}
     for p in one.params.values():
         p.grad = torch.ones_like(p)
     one.accumulate()
@@ -2584,18 +2569,13 @@ def test_learning_rate_and_data_order():
     assert sorted(seen[:6]) == sorted(seen[6:]) == list("abcdef") and seen[:6] != seen[6:]
 
 
-# ---- What users meet
-
-
 def test_collapse_is_warned_of():
     first = {"finished": 1.0, "format": 0.9, "entropy": 0.3, "accuracy": 0.2, "all_wrong": 0.4}
     stuck = {**first, "all_wrong": 1.0, "entropy": None}    # no token was trained on
-    for row, before, kinds in ((first, first, []), ({**first, "finished": 0.4}, first, ["cut off"]),
-                               ({**first, "format": 0.3}, first, ["format"]),
-                               ({**first, "entropy": 0.001}, first, ["entropy"]),
-                               ({**first, "entropy": 0.001, "accuracy": 0.95}, first, []),
-                               (stuck, stuck, ["all wrong"]), (stuck, first, [])):
-        assert list(train.warnings_of(row, before)) == kinds
+    for changes, kinds in (({}, []), ({"finished": 0.4}, ["cut off"]), ({"format": 0.3}, ["format"]),
+                           ({"entropy": 0.001}, ["entropy"]), ({"entropy": 0.001, "accuracy": 0.95}, [])):
+        assert list(train.warnings_of({**first, **changes}, first)) == kinds
+    assert list(train.warnings_of(stuck, stuck)) == ["all wrong"] and not train.warnings_of(stuck, first)
 
 
 def test_supervised_stage_learns_from_a_file():
@@ -2613,14 +2593,6 @@ def test_supervised_stage_learns_from_a_file():
         raises(SystemExit, ["data.jsonl:1", "demonstration", "missing"], train.start, flags)
 
 
-def test_flags_of_a_dataclass():
-    c = train.parse_flags(evaluation.EvalConfig, ["--samples", "3", "--greedy"], {"samples": 2, "seed": 5})
-    assert (c.samples, c.greedy, c.seed, c.data) == (3, True, 5, "tiny")
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        raises(SystemExit, "0", train.parse_flags, train.TrainConfig, ["--help"])
-    assert "AdamW's learning rate after warm-up [3e-05]" in said.getvalue()
-
-
 def test_bad_input_ends_with_one_line():
     """As a user would meet it: an exit code, a line that names the flag or the row, nothing written."""
     with scratch() as folder:
@@ -2629,26 +2601,27 @@ def test_bad_input_ends_with_one_line():
                                  ("used", "metrics.jsonl", "{}\n")):
             (folder / name).mkdir()
             (folder / name / file).write_text(text)
-        cases = ((f"--data {data}", "data.jsonl:1 images none.png"), (f"--eval_data {data} --eval_problems 1",
-                                                                     "data.jsonl:1"),
-                 ("--check --data nowhere.jsonl", "nowhere.jsonl"), (f"--model {folder}/llama", "llama model_type"),
-                 ("--model ./nowhere", "./nowhere"), (f"--resume {folder}", "--resume no whole checkpoint"),
-                 (f"--out {folder}/used", "--out holds a run"), ("--data tiny:steps=99", "steps"),
+        cases = ((f"--data {data}", "data.jsonl:1 images none.png"), ("--check --data no.jsonl", "no.jsonl"),
+                 (f"--eval_data {data}", "data.jsonl:1 images"), ("--data tiny:steps=99", "steps"),
+                 (f"--model {folder}/llama", "llama model_type"), ("--model ./nowhere", "./nowhere"),
+                 (f"--resume {folder}", "--resume no whole checkpoint"), ("--batches 3", "--batches"),
+                 (f"--out {folder}/used", "--out holds a run"), ("--lr much", "--lr"),
                  ("--stage ppo", "--stage rl sft"), ("--algo ppo", "--algo"), ("--credit all", "--credit"),
                  ("--relook twice", "--relook"), ("--anneal -1", "--anneal"), ("--dtype int4", "--dtype"),
                  ("--device gpu", "--device"), ("--batch 0", "--batch"), ("--group_size 1", "--group_size"),
                  ("--batch 4 --updates_per_batch 3", "--batch 4"), ("--save_every -1", "--save_every"),
-                 ("--max_prompt_tokens 4", "--max_prompt_tokens"), ("--batches 3", "--batches"),
-                 ("--lr much", "--lr"))
-        evaluated = ((f"--data {data}", "data.jsonl:1"), ("--batch 0", "--batch"), ("--samples -1", "--samples"),
-                     ("--data tiny:kinds=maze", "maze"), ("--max_prompt_tokens 4", "--max_prompt_tokens"))
+                 ("--max_prompt_tokens 4", "--max_prompt_tokens"))
+        evaluated = ((f"--data {data}", "data.jsonl:1"), ("--batch 0", "--batch"), ("--sample 3", "--sample"),
+                     ("--samples -1", "--samples"), ("--data tiny:kinds=maze", "maze"),
+                     ("--max_prompt_tokens 4", "--max_prompt_tokens"))
         for main, table in ((train.start, cases), (evaluation.main, evaluated)):
             for flags, words in table:
                 given = ["--model", TINY, "--device", "cpu", "--out", f"{folder}/new", *flags.split()]
                 with contextlib.redirect_stderr(io.StringIO()) as said:
                     message = raises(SystemExit, "", main, given)
-                message = said.getvalue().splitlines()[-1] if message == "2" else message       # argparse's
-                assert "\n" not in message and all(word in message for word in words.split()), (flags, message)
+                if message == "2":                          # argparse's, after the usage
+                    message = said.getvalue().splitlines()[-1]
+                assert "\n" not in message and all(word in message for word in words.split()), message
                 assert not (folder / "new").exists(), flags
 
 
@@ -2657,9 +2630,9 @@ def test_folders_like_the_hubs_train_and_open_again():
     answer is ours."""
     for tied in (True, False):
         with scratch() as folder:
-            hub, data, saved = folder / "Qwen2.5-VL-xB", data_file(folder), folder / "run" / "checkpoint-000001"
-            small_run(folder / "run", model=str(hub_folder(hub, tied)), data=str(data), max_steps=1,
-                      max_new_tokens=8)
+            hub, data = hub_folder(folder / "Qwen2.5-VL-xB", tied), data_file(folder)
+            small_run(folder / "run", model=str(hub), data=str(data), max_steps=1, max_new_tokens=8)
+            saved = folder / "run" / "checkpoint-000001"
             for file in hub.iterdir():
                 if not file.name.startswith(("model", "config")):
                     assert (saved / file.name).read_bytes() == file.read_bytes(), file.name
@@ -2688,9 +2661,17 @@ def test_the_main_job_improves():
         assert after["avg@4"]["mean"] > before["avg@4"]["mean"] + 0.05, (before, after)
 
 
+# ---- experiments/
+
+def test_experiments():
+    """The tests of that folder; nothing here imports from it."""
+    done = subprocess.run([sys.executable, ROOT / "experiments" / "tests.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
 # ---- Running them
 
-def main():
+def main(tests: dict):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-k", default="", help="run only tests whose name contains this")
@@ -2699,7 +2680,7 @@ def main():
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.chdir(ROOT)                                      # `--model tiny`, the default, is the folder here
     passed = failed = 0
-    for name, test in list(globals().items()):
+    for name, test in list(tests.items()):
         if not name.startswith("test_") or word not in name:
             continue
         started = time.time()
@@ -2717,4 +2698,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())

@@ -39,8 +39,7 @@ MAX_GROUPS = 50                     # on a page, evenly over the run
 def find_problems(config: dict, ids: list[str]) -> dict:
     """The problems of a run by id, as far as they can be found: the embedded ones are drawn again."""
     if not is_tiny(config["data"]):
-        problems, _ = rollout.read_problems(config["data"], config["image_dir"], config["instruction"],
-                                            config["outside_images"])
+        problems = rollout.load_problems(config["data"], config["image_dir"], config["instruction"])
         return {problem.id: problem for problem in problems}
     found = {}
     for name in ids:

@@ -30,7 +30,8 @@ from experiments.tables import markdown  # noqa: E402
 from train import read_jsonl  # noqa: E402
 
 OUT = ROOT / "runs" / "easy-vqa"
-SHAPES, FACTS = ("circle", "rectangle", "triangle"), ("shape", "color")
+FACTS = ("shape", "color")
+KINDS = {"circle": "shape", "rectangle": "shape", "triangle": "shape", "yes": "yes/no", "no": "yes/no"}
 SFT = "--stage sft --batch 64 --max_steps 400 --lr 1e-3 --lr_end 0.1 --eval_problems 0"
 RL = "--batch 16 --group_size 8 --lr 1e-4 --max_tokens 60000 --eval_problems 300 --eval_samples 4"
 BOTH = "--max_new_tokens 48 --save_every 0 --keep 1"
@@ -51,16 +52,11 @@ def load(split: str) -> dict:
     return found
 
 
-def kind(answer: str) -> str:
-    if answer in ("yes", "no"):
-        return "yes/no"
-    return "shape" if answer in SHAPES else "color"
-
-
 def facts(answers: dict) -> dict:
     """{"shape": "circle", "color": "red"} of an image, as far as its questions tell."""
-    told = {kind(answer): answer for answer in answers.values()}
-    return {name: told[name] for name in FACTS if name in told}
+    told = {KINDS.get(answer, "color"): answer for answer in answers.values()}
+    told.pop("yes/no", None)
+    return told
 
 
 def rows_of(images: dict, rng: random.Random) -> list[dict]:
@@ -68,7 +64,7 @@ def rows_of(images: dict, rng: random.Random) -> list[dict]:
     rows = []
     for image, answers in images.items():
         for name in (*FACTS, "yes/no"):
-            of_kind = sorted(question for question, answer in answers.items() if kind(answer) == name)
+            of_kind = [q for q, answer in sorted(answers.items()) if KINDS.get(answer, "color") == name]
             if of_kind:
                 question = rng.choice(of_kind)
                 rows.append({"image": image, "problem": question, "answer": answers[question], "task": name})
@@ -105,8 +101,8 @@ def train(out: Path, *flags) -> str:
     """One `train.py` -> its last checkpoint. Nothing where the run is finished, the rest where it stopped."""
     if not (out / "finished").is_file():
         where = "--resume" if list(out.glob("checkpoint-*")) else "--out"
-        subprocess.run([sys.executable, str(ROOT / "train.py"), where, str(out), *BOTH.split(), "--instruction",
-                        "", "--image_dir", str(data_folder()), *flags], check=True)
+        command = [sys.executable, str(ROOT / "train.py"), where, str(out), "--image_dir", str(data_folder())]
+        subprocess.run([*command, "--instruction", "", *BOTH.split(), *flags], check=True)
         (out / "finished").touch()
     return str(sorted(out.glob("checkpoint-*"))[-1])
 
@@ -137,27 +133,24 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the reinforced runs")
     seeds, images, rng, rows = parser.parse_args().seeds, load("train"), random.Random(0), []
-    told = [image for image, answers in images.items() if len(facts(answers)) == 2]
-    taught = {image: images[image] for image in told[:len(told) * 3 // 4]}
-    sft = write("sft.jsonl", supervised(taught, rng))
-    rl = write("train.jsonl", rows_of({image: images[image] for image in images if image not in taught}, rng))
-    test = rows_of(load("test"), rng)[:300]
-    for n, row in enumerate(test):
-        row["id"] = f"test-{n:03d}"
+    told, others = [image for image in images if len(facts(images[image])) == 2], dict(images)
+    taught = {image: others.pop(image) for image in told[:len(told) * 3 // 4]}
+    sft, rl = write("sft.jsonl", supervised(taught, rng)), write("train.jsonl", rows_of(others, rng))
+    test = [{"id": f"test-{n:03d}", **row} for n, row in enumerate(rows_of(load("test"), rng)[:300])]
     held_out = write("test.jsonl", test)
     warm = train(OUT / "warm", "--model", str(ROOT / "tiny"), "--data", sft, *SFT.split())
     for algo in ("grpo", "ivr"):
         figures, tokens, repaired, sources = {"before": [], "after": []}, 0, 0, 0
         for seed in range(seeds):
             out = OUT / f"{algo}-{seed}"
-            train(out, "--model", warm, "--data", rl, "--eval_data", held_out, "--algo", algo, "--seed", str(seed),
-                  *RL.split())
+            train(out, "--model", warm, "--data", rl, "--eval_data", held_out, "--algo", algo, "--seed",
+                  str(seed), *RL.split())
             for when, found in json.loads((out / "heldout.json").read_text()).items():
                 figures[when].append(found["problems"])
             for row in read_jsonl(out / "metrics.jsonl"):
                 repaired, sources = repaired + row.get("repaired", 0), sources + row.get("sources", 0)
             tokens += row["generated_tokens"] / seeds
-        before, after = np.mean(figures["before"], axis=0).tolist(), np.mean(figures["after"], axis=0).tolist()
+        before, after = np.mean(figures["before"], axis=0), np.mean(figures["after"], axis=0)
         rows.append([algo, *cells(after, test), f"{tokens / 1000:.0f} k", f"{repaired} of {sources}"])
     rows.insert(0, ["without the image", *cells(blind(images, test), test), "", ""])
     rows.insert(1, ["warm start", *cells(before, test), "", ""])
