@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from attribute import CHECK  # noqa: E402
 from eval import figure, percent  # noqa: E402
 from experiments.tables import markdown  # noqa: E402
-from train import read_jsonl  # noqa: E402
+from train import append_jsonl, read_jsonl  # noqa: E402
 
 OUT = ROOT / "runs" / "easy-vqa"
 FACTS = ("shape", "color")
@@ -93,7 +93,8 @@ def supervised(images: dict, rng: random.Random) -> list[dict]:
 
 def write(name: str, rows: list[dict]) -> str:
     OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (OUT / name).unlink(missing_ok=True)
+    append_jsonl(OUT / name, rows)
     return str(OUT / name)
 
 
