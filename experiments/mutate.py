@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLER = ("sample prefill prefill_prompts make_trajectory until_end next_token uniforms completion_hidden "
+SAMPLER = ("sample prefill prefill_prompts make_trajectory next_token uniforms completion_hidden "
            "token_logps completion_logps pad token_batches").split()
 FILES = {"grpo.py": (), "attribute.py": (), "rereason.py": (), "reward.py": (), "rollout.py": SAMPLER}
 SWAPS = {"+": "-", "*": "/", "<": "<=", ">": ">=", "==": "!=", "and": "or", "min": "max", "any": "all"}

@@ -97,11 +97,12 @@ def theirs(hub, codec, problems, group: int, tokens: int):
     """The same of transformers' `generate`: prompts of one batch, `group` returned sequences each, its own
     cache, scaled_dot_product_attention."""
     prompts = [rollout.encode_prompt(problem, codec) for problem in problems]
-    batch = rollout.collate_prompts(prompts, codec.pad_id, hub.device)
     ids, mask = rollout.pad([prompt.ids for prompt in prompts], codec.pad_id, left=True)
-    batch["input_ids"], batch["attention_mask"] = ids.to(hub.device), mask.long().to(hub.device)
-    batch["pixel_values"] = batch["pixel_values"].to(hub.dtype)
-    batch["mm_token_type_ids"] = (batch["input_ids"] == codec.image_token_id).long()
+    pixels = torch.cat([prompt.pixel_values for prompt in prompts])
+    grids = torch.tensor(sum([prompt.grids for prompt in prompts], []))
+    batch = {"input_ids": ids, "attention_mask": mask.long(), "pixel_values": pixels.to(hub.dtype),
+             "image_grid_thw": grids, "mm_token_type_ids": (ids == codec.image_token_id).long()}
+    batch = {name: value.to(hub.device) for name, value in batch.items()}
     ends = list(codec.eos_ids)
     shortest = tokens if codec.logit_mask[ends].isinf().all() else 1
 

@@ -78,11 +78,11 @@ def ablations() -> str:
 
 
 def localisers() -> str:
-    columns = ("localiser", "exact", "within 1", "tokens", "steps 3", "steps 6", "steps 9", "steps 12")
-    rows = []
+    columns, rows = ["localiser", "exact", "within 1", "tokens"], []
+    kinds = ["tiles", "bars", "path", "count"]
     for r in load("localisers.json")["summary"]:
-        rows.append([r[column] for column in columns])
-    return markdown(list(columns), rows)
+        rows.append([r[column] for column in columns] + [r[f"task {kind}/free"] for kind in kinds])
+    return markdown(columns + kinds, rows)
 
 
 def repairs() -> str:
