@@ -161,7 +161,7 @@ def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Pro
             question += "\n" + instruction
         gold = read_gold(first_field(row, "answer"))
         if not reward.answers_match(gold, gold, choices):
-            raise DataError(f"field 'answer': {gold[:40]!r} can never be right: too long, or no option")
+            raise DataError(f"field 'answer': {gold[:40]!r} can never be right: no option, or not readable")
         key_steps = row.get("key_steps")
         key_steps = key_steps.get("Steps") if isinstance(key_steps, dict) else key_steps
         if key_steps is not None and not isinstance(key_steps, list):
@@ -307,8 +307,8 @@ def load_codec(path_or_id: str, max_pixels: int = 0) -> Codec:
     image_config = replace(image_config, max_pixels=max_pixels or image_config.max_pixels)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{folder}: no readable tokenizer: {str(e).splitlines()[0]}") from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{folder}: no readable tokenizer: {str(e).splitlines()[:1]}") from None
     if (folder / "chat_template.json").is_file():           # where Qwen2.5-VL keeps the one that knows images
         tokenizer.chat_template = read_json(folder / "chat_template.json")["chat_template"]
     if not tokenizer.chat_template:

@@ -102,8 +102,16 @@ def speed() -> str:
     return markdown(["model", "longest prompt, tokens", "ours, tokens/s", "`generate`", "ratio"], rows)
 
 
+def mutants() -> str:
+    by_file = {}
+    for name, by in load("mutants.json").items():
+        by_file.setdefault(name.partition(":")[0], []).append(bool(by))
+    rows = [[file, len(noticed), sum(noticed)] for file, noticed in by_file.items()]
+    return markdown(["file", "faults", "noticed"], [*rows, ["all", *map(sum, zip(*(row[1:] for row in rows)))]])
+
+
 TABLES = {"main": main_job, "study": study, "ablations": ablations, "localisers": localisers, "repairs": repairs,
-          "speed": speed}
+          "speed": speed, "mutants": mutants}
 
 
 def filled(text: str) -> str:
