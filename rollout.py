@@ -308,7 +308,7 @@ def load_codec(path_or_id: str, max_pixels: int = 0) -> Codec:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{folder}: no readable tokenizer: {str(e).splitlines()[:1]}") from None
+        raise ValueError(f"{folder}: no readable tokenizer: {str(e).partition(chr(10))[0]}") from None
     if (folder / "chat_template.json").is_file():           # where Qwen2.5-VL keeps the one that knows images
         tokenizer.chat_template = read_json(folder / "chat_template.json")["chat_template"]
     if not tokenizer.chat_template:
@@ -591,7 +591,10 @@ def token_logps(hidden, head_weight, targets, logit_mask, temperature=1.0, chunk
 
     parts = []
     for inputs in zip(hidden.split(chunk), targets.split(chunk)):
-        parts.append(checkpoint(logps_of_chunk, *inputs, use_reentrant=False))
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(logps_of_chunk, *inputs, use_reentrant=False))
+        else:                                                   # nothing to compute again
+            parts.append(logps_of_chunk(*inputs))
     logps, entropies = zip(*parts)
     return torch.cat(logps), torch.cat(entropies)
 
