@@ -1,23 +1,30 @@
 """Where a failed rollout lost the image: screening, steps, two signals, and the verifier that applies them.
 
-Takes: rollouts with their rewards, and the policy. Gives: `steps` and `checks` on each trajectory; the first
-suspect step is where rereason.py looks at the image again.
+Takes: rollouts with their rewards, the policy, and the reader: a frozen model, the pristine visual prior.
+Gives: `steps` and `checks` on each trajectory; the first suspect step is where rereason.py looks at the image
+again.
 
 The paper says: a reward-driven screening finds flawed rollouts, and a step-level attribution inside the
-multimodal context finds where the reasoning lost the image. How is our choice:
+multimodal context finds where the reasoning lost the image, since a long chain of text erodes it. How is our
+choice:
 
-    A1 pristine check   P(the policy, shown the image and this step alone, repeats it): its least likely token
+    A1 re-reading       the reader scores a step's own tokens without the chain that led there: after image
+    and
+                        question alone (and the last `window` steps). A token is suspect where the image has a
+                        say, and what the chain or language made easy is not what the reader sees
     A2 answer margin    log p(gold) - log p(own answer) after each step: where the chain turns wrong
 
-Both are forward passes only; A1 counts as one generated token a check all the same. The gold answer only
-scores (A2); it never enters a prompt that is generated from. Left out: visual dependence (A3), Monte-Carlo
-restarts (A4), random and oracle localisers, all in experiments/localisers.py.
+Both are forward passes only; A1 counts as one generated token a step all the same. Nothing is asked, so no
+instruction has to be followed and no reply to be parsed. The gold answer only scores (A2); it never enters a
+prompt that is generated from. Left out: visual dependence (A3), Monte-Carlo restarts (A4), random and oracle
+localisers, all in experiments/localisers.py.
 
-Worked example: a chain of four steps whose checks are 0.98, 0.95, 0.02, 0.90. The first below 0.5 is the
-third.
-"""
+Worked example: "blue 7 9" stands ninth in a chain. The policy wrote the 7 with probability 0.9. The reader,
+with image and question alone, gives it 0.05 after "blue", and 0.3 where the image is masked; by this its
+prediction moves by KL = 2 nats. Its gap is log 0.9 - log 0.05 = 2.9 > 0.5: suspect. The reader would have
+begun with "red", not "blue", but so it would without the image (KL = 0): which thing is read next is not the
+image's to say. """
 import bisect
-import math
 import re
 from dataclasses import dataclass, replace
 
@@ -26,9 +33,8 @@ import torch
 import reward
 import rollout
 
-CHECK = "\nCheck this step against the image: repeat it if it is right, correct it if not.\n"
-SUSPECT_BELOW = 0.5                     # a step repeated with less than this probability is suspect
-PLACEHOLDER = "\u241e"                  # stands for the step while the chat template is rendered
+DOUBT = 0.5                             # nats; a token with a larger gap is suspect ...
+SAY = 0.5                               # ... if KL(with the image || without) there is larger than this
 
 
 # ---- Screening and steps
@@ -41,8 +47,18 @@ class Step:
     text: str
 
 
-HEADER = re.compile(r"^[ \t]*(?:#{1,4} |\*\*)?Step \d{1,3}\b", re.M | re.I)
+HEADER = re.compile(r"^[ \t]*(?:#{1,4} +\S|(?:\*\*)?Step \d{1,3}\b|\*\*[^*\n]+\*\*:?[ \t]*$)", re.M | re.I)
+ITEM = re.compile(r"^\d{1,3}[.)] +\S", re.M)
 DISPLAY = re.compile(r"\$\$|(?<!\\)\\[\[\]]")       # $$, \[ and \], but not the \\[4pt] of a table
+FORMULA = re.compile(r"\$[^$\n]+\$|\\\([^\n]*?\\\)|\$\$[^$]*\$\$|\\\[.*?\\\]", re.S)
+SENTENCE_END = re.compile(r"(?<!\b[Ff]ig)(?<!\b[Ee]q)(?<!\bDr)(?<!\bvs)(?<!e\.g)(?<!i\.e)(?<!\bcf)"
+                          r"[.!?][\"')*]*(?=\s+[^\sa-z])|[。！？]")
+ANSWER = re.compile(r"\W*(?:(?:so|thus|therefore|hence)\b\W*)?(?:the |my )?(?:final |correct )?answer\b"
+                    r"|[^\n]{,100}\\boxed\{", re.I)
+FILLER = re.compile(r"\W*(?:(?:so|now|first|next|then|okay|ok|well|alright|hmm+|wait|yes)\b\W*)*"
+                    r"(?:(?:let me|let'?s|let us|i(?:'ll| will| need to| should| have to)|we (?:need|have) to"
+                    r"|to (?:solve|find|answer))\b|$)", re.I)
+CLAIM = re.compile(r"\d|[=<>$\\]|\b(?:is|are|was|shows?|has|have|says?|reads?|there|must)\b", re.I)
 
 
 def text_and_offsets(ids: list, codec) -> tuple[str, list[int]]:
@@ -57,41 +73,160 @@ def text_and_offsets(ids: list, codec) -> tuple[str, list[int]]:
     return text + codec.tokenizer.decode(run), offsets
 
 
-def step_starts(thoughts: str) -> list[int]:
-    """Where steps begin: at "Step 1" headers if there are any, else at each line with text (a display
-    formula is one line)."""
-    starts = [m.start() for m in HEADER.finditer(thoughts)]
-    if starts:
-        return starts
-    in_formula = False
-    for line in re.finditer(r"[^\n]*\n?", thoughts):
-        if not in_formula and line[0].strip():
-            starts.append(line.start())
-        if len(DISPLAY.findall(line[0])) % 2 == 1:
-            in_formula = not in_formula
+def step_style(thoughts: str) -> str:
+    """How a chain is written: in "headers", a numbered "list", "lines", or else "sentences"."""
+    for style in ("headers", "list", "lines"):
+        if len(step_starts(thoughts, style)) > 1:
+            return style
+    return "sentences"
+
+
+def style_of(text: str) -> str:
+    """The style of a completion's thoughts."""
+    begin, end = thoughts_of(text)
+    return step_style(text[begin:end])
+
+
+def step_starts(thoughts: str, style: str) -> list[int]:
+    """Where steps begin in a style; what stands before the first header or item is a step as well."""
+    starts = [0] if thoughts.strip() else []
+    if style == "sentences":
+        formulas = FORMULA.sub(lambda m: "x" * len(m[0]), thoughts)     # a formula is never split
+        for m in SENTENCE_END.finditer(formulas):
+            number = re.fullmatch(r"\s*\d+\.", thoughts[starts[-1]:m.end()])     # "2." begins an item
+            if not number and thoughts[m.end():].strip():
+                starts.append(m.end())
+    elif style == "lines":
+        starts, in_formula = [], False
+        for line in re.finditer(r"[^\n]*\n?", thoughts):
+            if not in_formula and line[0].strip():
+                starts.append(line.start())
+            if len(DISPLAY.findall(line[0])) % 2 == 1:      # a display formula is one line
+                in_formula = not in_formula
+    else:
+        found = [m.start() for m in (HEADER if style == "headers" else ITEM).finditer(thoughts)]
+        if len(found) < 2:
+            return []
+        preamble = bool(thoughts[:found[0]].strip())
+        starts = [0] * preamble + found
+        if style == "list":                                 # paragraphs after the list are no part of it
+            after = re.finditer(r"\n\s*\n(?!\s|[*-] )", thoughts)
+            starts += [m.end() for m in after if m.end() > found[-1]]
     return starts
 
 
-def split_steps(ids: list, codec) -> list[Step]:
-    """Steps of a completion at token boundaries, between <think> and </think> (or from the start to the
-    answer). A token belongs to the step of its first character. Our choice: R1-VL's headers and
-    one-step-a-line chains."""
-    if ids and ids[-1] in codec.eos_ids:
-        ids = ids[:-1]
-    text, offsets = text_and_offsets(ids, codec)
+def thoughts_of(text: str) -> tuple[int, int]:
+    """Where the thoughts begin and end: from <think> (or the start) to </think> (or the answer), without
+    lines that announce the answer."""
     begin = text.find("<think>") + len("<think>") if "<think>" in text else 0
     end = len(text)
     for tag in ("</think>", "<answer>", "### The final answer"):
         if begin <= text.find(tag, begin) < end:
             end = text.find(tag, begin)
-    starts = step_starts(text[begin:end])
+    while True:
+        last_line = text.rfind("\n", begin, begin + len(text[begin:end].rstrip())) + 1
+        if last_line <= begin or not ANSWER.match(text, last_line, end):
+            return begin, end
+        end = last_line
+
+
+def split_steps(ids: list, codec, style: str = "") -> list[Step]:
+    """Steps of a completion at token boundaries, without a last one that announces the answer. A token
+    belongs to the step of its first character. Our choice: R1-VL's headers, numbered lists, a step a line,
+    sentences; style: which of these ("" = as the text is written)."""
+    if ids and ids[-1] in codec.eos_ids:
+        ids = ids[:-1]
+    text, offsets = text_and_offsets(ids, codec)
+    begin, end = thoughts_of(text)
+    starts = step_starts(text[begin:end], style or step_style(text[begin:end]))
     steps, token = [], 0
     for a, b in zip(starts, starts[1:] + [end - begin]):
         start = token = bisect.bisect_left(offsets, begin + a, token, len(ids))
         token = bisect.bisect_left(offsets, begin + b, token, len(ids))
         if token > start:
             steps.append(Step(start, token, text[begin + a:begin + b].strip()))
+    while steps and ANSWER.match(steps[-1].text):
+        steps.pop()
     return steps
+
+
+def parts_of(step: Step, ids: list, codec) -> tuple[int, str, str]:
+    """How many tokens of a step lie within its text; the end of the text that these leave to another token;
+    what follows the text in the step's tokens: white space, or the beginning of a tag."""
+    whole, offsets = text_and_offsets(ids[step.start:step.stop], codec)
+    end = len(whole.rstrip())
+    while end and not (whole[:end].endswith(step.text) or step.text.endswith(whole[:end].lstrip())):
+        end -= 1                                            # (the token before may hold its first characters)
+    stops = [offset for offset in [*offsets[1:], len(whole)] if offset <= end]
+    while stops and stops[-1] == offsets[len(stops) - 1]:
+        stops.pop()                                         # a character that is not complete yet
+    covered = stops[-1] if stops else 0
+    return len(stops), whole[covered:end], whole[end:]
+
+
+def replace_end(t, k: int, stem: int, new_ids: list, new_logps: list, codec):
+    """The trajectory whose step k is, from token `stem` on, the one that the new tokens begin with; None
+    where these do not end a step. What follows the step's text is the new tokens' own line break, or else
+    what stood there; where that was part of another token, it is forced."""
+    old, style, chain = t.steps[k], style_of(t.text), t.ids[:stem] + new_ids
+    step = next((s for s in split_steps(chain, codec, style) if s.start == old.start), None)
+    if not step or (step.stop == len(chain) and chain[-1] not in codec.newline_ids):
+        return None
+    inner, rest, after = parts_of(step, chain, codec)
+    old_inner, old_rest, old_after = parts_of(old, t.ids, codec)
+    if not after.strip() and ("\n" in after) == ("\n" in old_after):
+        inner, rest, tail = step.stop - step.start, "", old.stop
+    elif rest or old_rest:
+        rest, tail = rest + old_after, old.stop
+    else:
+        tail = old.start + old_inner
+    count, seam = max(0, old.start + inner - stem), rollout.token_ids(rest, codec)
+    ids = t.ids[:stem] + new_ids[:count] + seam + t.ids[tail:]
+    logps = t.logps[:stem] + new_logps[:count] + [0.0] * len(seam) + t.logps[tail:]
+    sampled = t.sampled[:stem] + [1] * count + [0] * len(seam) + t.sampled[tail:]
+    for place in sorted({stem + count, stem + count + len(seam)}, reverse=True):
+        mend_seam(ids, logps, sampled, place, codec)
+    text = codec.tokenizer.decode(ids[:-1] if t.finished else ids, skip_special_tokens=False)
+    steps, want = split_steps(ids, codec, style), [s.text for s in t.steps]
+    want[k] = step.text
+    if [s.text for s in steps] != want:
+        return None
+    return replace(t, ids=ids, logps=logps, sampled=sampled, text=text, steps=steps, checks=None)
+
+
+def mend_seam(ids: list, logps: list, sampled: list, place: int, codec):
+    """Make the tokens around a seam, in place, those that the tokenizer gives their text; new ones are
+    forced."""
+    for n in range(1, 5):
+        start, stop = max(0, place - n), min(len(ids), place + n)
+        old = ids[start:stop]
+        own = rollout.token_ids(codec.tokenizer.decode(old, skip_special_tokens=False), codec)
+        if own == old:
+            return
+        if n > 1 and own[0] == old[0] and own[-1] == old[-1]:
+            ids[start + 1:stop - 1] = own[1:-1]
+            logps[start + 1:stop - 1] = [0.0] * (len(own) - 2)
+            sampled[start + 1:stop - 1] = [0] * (len(own) - 2)
+            return
+
+
+def claims_nothing(text: str) -> bool:
+    """Whether a step says nothing that an image could contradict: "Let me check." """
+    opening = FILLER.match(text)
+    return bool(opening) and not CLAIM.search(text, opening.end())
+
+
+def select_groups(groups, keys: list[str], config, progress: float) -> list[int]:
+    """Indices of the groups worth rectifying: accuracy up to `rectify_below`, at least two wrong. Of these a
+    share that falls to 0 over the last `anneal` of the training (progress: the share that is done)."""
+    share = min(1.0, (1 - progress) / config.anneal) if config.anneal else 1.0
+    chosen = []
+    for n, group in enumerate(groups):
+        right = sum(t.rewards["accuracy"] for t in group)
+        is_hard = right <= config.rectify_below * len(group) and len(group) - right >= 2
+        if is_hard and rollout.uniforms(f"anneal/{keys[n]}", 1, 1).item() < share:
+            chosen.append(n)
+    return chosen
 
 
 def locatable_failures(group: list) -> list:
@@ -115,115 +250,121 @@ def is_right(t) -> bool:
 
 @dataclass
 class Check:
-    """What A1 says of a step: the probability of its least likely token (of one token, so a long step is no
-    more suspect than a short one), and which token of the step that is (None: unknown)."""
-    prob: float
+    """What A1 says of a step: its largest gap, in nats, and which token of the step is the first suspect one
+    (None: none is)."""
+    gap: float
     token: int | None = None
 
     @property
     def is_suspect(self) -> bool:
-        return self.prob < SUSPECT_BELOW
+        return self.gap > DOUBT
 
 
 def first_suspect(checks: list) -> int | None:
-    """The first suspect step (0-based); None without one. A check may be None: unknown."""
+    """The first suspect step (0-based); None without one."""
     for k, check in enumerate(checks):
-        if check is not None and check.is_suspect:
+        if check.is_suspect:
             return k
     return None
 
 
-def fault_is_known(checks: list) -> bool:
-    """Whether no unknown check stands before the first suspect step."""
-    return None not in checks[:first_suspect(checks)]
-
-
-def faulty_tokens(step: Step, check: Check | None) -> tuple[int, int]:
-    """The tokens (start, stop) to blame for a step that is suspect or unknown: the one the policy would have
-    written otherwise (the rest of the step follows from it), or all where none is known."""
-    if check is None or check.token is None:
+def faulty_tokens(step: Step, check: Check) -> tuple[int, int]:
+    """The tokens (start, stop) to blame for a suspect step: the first suspect one (the rest of the step
+    follows from it), or all where none is known."""
+    if check.token is None:
         return step.start, step.stop
-    token = min(step.start + check.token, step.stop - 1)
-    return token, token + 1
+    return step.start + check.token, step.start + check.token + 1
 
 
-def align_check(check: Check, step: Step, ids: list, codec) -> Check:
-    """A check counts its token in the step tokenised alone; find the token of the same character in `ids`,
-    where white space may stand before it and the text may fall into other tokens."""
-    if check.token is None or not check.is_suspect:
-        return check
-    alone = rollout.token_ids(rollout.escape_special(step.text, codec), codec)
-    in_place = ids[step.start:step.stop]
-    if in_place[:len(alone)] == alone:                      # tokenised alike
-        return check
-    _, offsets_alone = text_and_offsets(alone, codec)
-    text, offsets = text_and_offsets(in_place, codec)
-    leading_space = len(text) - len(text.lstrip())
-    character = leading_space + offsets_alone[check.token]
-    return Check(check.prob, bisect.bisect_right(offsets, character) - 1)
+def check_of(step: Step, t, readings: list[tuple]) -> Check:
+    """The check of a step from its tokens' readings (log p with the image, log p without, the image's say).
+    The gap of a token is max(log mu, log p without) - log p with, where the image has a say, else 0."""
+    largest, first = 0.0, None
+    for n, (seen, masked, say) in enumerate(readings, start=step.start):
+        gap = max(t.logps[n], masked) - seen
+        if t.sampled[n] and say > SAY and gap > largest:
+            largest = gap
+            if first is None and gap > DOUBT:
+                first = n - step.start
+    return Check(largest, first)
 
 
 @torch.no_grad()
-def check_steps(model, codec, claims: list[tuple], budget: int = 16384) -> list[Check]:
-    """A1. claims: (problem, its prompt, step text). How likely the policy, shown only the image, the
-    question and this step, repeats it. The steps of a problem share one computed prompt; at most `budget`
-    tokens of steps go through the model together."""
-    steps = [rollout.token_ids(rollout.escape_special(text, codec), codec) for _, _, text in claims]
-    order = sorted(range(len(claims)), key=lambda i: (claims[i][0].id, len(steps[i])))
-    checks, contexts = [None] * len(claims), {}
-    for batch in rollout.token_batches([2 * len(steps[i]) for i in order], budget):
-        prompts, rows, starts = [], [], []                  # a row: step, end of the turn, the step repeated
-        for n in batch:
-            problem, prompt, text = claims[order[n]]
-            if problem.id not in contexts:
-                contexts[problem.id] = check_context(problem, prompt, codec)
-            head, end_of_turn = contexts[problem.id]
-            shown = rollout.token_ids(rollout.escape_special(text, codec) + end_of_turn, codec)
-            prompts.append(head)
-            rows.append(shown + steps[order[n]])
-            starts.append(len(shown))
-        logps, _, _ = rollout.completion_logps(model, codec, prompts, rows)
-        for n, start, row in zip(batch, starts, logps.tolist()):
-            step_logps = row[start:start + len(steps[order[n]])]
-            lowest = min(step_logps)
-            checks[order[n]] = Check(math.exp(max(-50.0, lowest)), step_logps.index(lowest))
-    return checks
-
-
-def check_context(problem, prompt, codec) -> tuple:
-    """The chat that asks for a check, split where the step goes: its first half as a prompt, its second as
-    text."""
-    question = replace(problem, question=problem.question + CHECK + PLACEHOLDER)
-    head, _, end_of_turn = rollout.render_chat(question, codec).rpartition(PLACEHOLDER)
-    return rollout.with_images_of(prompt, problem, codec, head), end_of_turn
+def read_steps(reader, codec, claims: list[tuple], budget: int = 16384) -> list[list[tuple]]:
+    """A1's reading. claims: (prompt, tokens before the step, tokens of the step) -> for each token of each
+    step its log-prob under the reader with the image and with it masked, and KL(with || without) of the
+    predictions there. Claims of a prompt share it, computed once; at most `budget` tokens go through the
+    model together."""
+    found, masked = [None] * len(claims), {}
+    for prompt in dict.fromkeys(prompt for prompt, _, _ in claims):
+        masked[prompt] = rollout.mask_image(prompt)
+    place = {prompt: n for n, prompt in enumerate(masked)}              # neighbours share their prompt
+    order = sorted(range(len(claims)), key=lambda i: (place[claims[i][0]], len(claims[i][2])))
+    lengths = [len(claims[i][1]) + len(claims[i][2]) for i in order]
+    for batch in rollout.token_batches(lengths, budget):
+        part = [claims[order[n]] for n in batch]
+        prompts, rows = [prompt for prompt, _, _ in part], [before + step for _, before, step in part]
+        seen, targets, mask = rollout.completion_hidden(reader, prompts, rows, codec.pad_id)     # (R, T, D)
+        blind, _, _ = rollout.completion_hidden(reader, [masked[p] for p in prompts], rows, codec.pad_id)
+        readings = []
+        for hidden, other, target in zip(seen[mask].split(1024), blind[mask].split(1024),
+                                         targets[mask].split(1024)):
+            both = [rollout.next_logps(reader, codec, h) for h in (hidden, other)]               # (N, V) each
+            say = (both[0].exp() * (both[0] - both[1])).sum(-1)
+            own = [logps.gather(1, target[:, None])[:, 0].tolist() for logps in both]
+            readings += zip(*own, say.tolist())
+        end = 0
+        for n, (_, before, step) in zip(batch, part):
+            end += len(before) + len(step)
+            found[order[n]] = readings[end - len(step):end]
+    return found
 
 
 class Verifier:
-    """Fills in the `checks` of trajectories that have steps: A1, each distinct step of a problem asked once
-    in this object's life. For a signal of your own override `check` or `__call__`. tokens: generated so
-    far."""
+    """Fills in the `checks` of trajectories that have steps, by A1; nothing is read twice in this object's
+    life. For a signal of your own override `__call__`. window: how many steps before a step are read with it.
+    tokens: what reading cost so far, one a step."""
 
-    def __init__(self, model, codec):
-        self.model, self.codec, self.known, self.tokens = model, codec, {}, 0
+    def __init__(self, reader, codec, window: int = 0):
+        self.reader, self.codec, self.window = reader, codec, window
+        self.known, self.tokens = {}, 0
 
-    def check(self, claims: list[tuple]) -> list[Check]:
-        """claims: (problem, its prompt, step text) -> one Check each."""
-        self.tokens += len(claims)
-        return check_steps(self.model, self.codec, claims)
+    def context(self, t, k: int) -> list:
+        """What the reader has before it reads step k: the chain's opening and the last `window` steps."""
+        opening, first = t.ids[:t.steps[0].start], max(0, k - self.window)
+        return opening + t.ids[t.steps[first].start:t.steps[k].start]
 
     def __call__(self, trajectories: list):
-        claims, undecided = {}, []
+        work, unknown = [], {}
         for t in trajectories:
-            if t.steps and not (t.checks and fault_is_known(t.checks)):
-                undecided.append(t)
-        for t in undecided:
-            for step in t.steps:
-                if (t.problem.id, step.text) not in self.known:
-                    claims[t.problem.id, step.text] = (t.problem, t.prompt, step.text)
-        self.known.update(zip(claims, self.check(list(claims.values()))))
-        for t in undecided:
-            found = [self.known[t.problem.id, step.text] for step in t.steps]
-            t.checks = [align_check(c, step, t.ids, self.codec) for c, step in zip(found, t.steps)]
+            t.checks = [Check(0.0)] * len(t.steps)
+            work += [(t, k, claim) for k, claim in self.claims(t)]
+        for _, _, (prompt, before, tokens) in work:
+            if (prompt, before, tokens) not in self.known:
+                unknown[prompt, before, tokens] = (prompt, list(before), list(tokens))
+        self.tokens += len(unknown)
+        self.known.update(zip(unknown, read_steps(self.reader, self.codec, list(unknown.values()))))
+        for t, k, claim in work:
+            t.checks[k] = check_of(t.steps[k], t, self.known[claim])
+
+    def claims(self, t) -> list[tuple]:
+        """(k, (prompt, tokens before, tokens)) of each step that claims something."""
+        found = []
+        for k, step in enumerate(t.steps):
+            stop = step.start + parts_of(step, t.ids, self.codec)[0]
+            if stop > step.start and not claims_nothing(step.text):
+                found.append((k, (t.prompt, tuple(self.context(t, k)), tuple(t.ids[step.start:stop]))))
+        return found
+
+
+def choose_source(group: list):
+    """The failed rollout that is easiest to repair: one that A1 has located, with few suspect steps, the
+    first of them late; None where no failure can be located."""
+    def difficulty(t):
+        suspects = sum(check.is_suspect for check in t.checks)
+        return suspects == 0, suspects, -(first_suspect(t.checks) or 0)
+
+    return min(locatable_failures(group), key=difficulty, default=None)
 
 
 def attribute(groups, hard: list[int], verifier: Verifier, codec, credit: str):

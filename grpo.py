@@ -8,7 +8,7 @@ normaliser - Dr. GRPO (2503.20783); clip-higher - DAPO (2503.14476); dual clip -
 The paper says that it optimises with GRPO and takes rectified trajectories as templates. We chose: no std,
 constant normaliser, clip 0.2 / 0.28, dual clip 3, no KL; rectified trajectories weighted by the probability
 mu they were really sampled with, shaped as in LUFFY (2504.14945) but of slope 1 where policy and mu agree;
-in wrong rollouts only the tokens at fault pay. Left out: a critic, entropy bonuses, length penalties.
+in wrong rollouts the tokens at fault pay more. Left out: a critic, entropy bonuses, length penalties.
 
 Worked example: rewards (1, 0, 0, 0) give advantages (0.75, -0.25, -0.25, -0.25) without std. A token with
 advantage 0.75 whose probability rose from 0.20 to 0.30 has ratio 1.5, clipped at 1.28: its term is 0.96 and
@@ -21,6 +21,8 @@ import torch
 
 import attribute
 import rollout
+
+BLAME = 8.0                             # what a wrong rollout pays beyond its length, in tokens
 
 
 # ---- Advantages and credit
@@ -35,13 +37,14 @@ def group_advantages(rewards, use_std: bool = False, eps: float = 1e-4):
 
 
 def step_credit(length: int, faulty: list) -> list[float]:
-    """Eq. (6): omega of a wrong rollout's tokens: 1 where they are at fault, 0 elsewhere. faulty: ranges
-    (start, stop) of tokens. What agrees with the image is not to blame for a wrong answer, and neither is
-    what follows from a wrong reading, be it the rest of the step or the answer."""
-    weights = [0.0] * length
+    """Eq. (6): omega of a wrong rollout's tokens: 1, and in equal parts BLAME more where they are at fault,
+    so that all wrong rollouts pay the same. faulty: ranges (start, stop) of tokens. What follows from a wrong
+    reading, be it the rest of the step or the answer, is not to blame for it."""
+    at_fault = [0.0] * length
     for start, stop in faulty:
-        weights[start:stop] = [1.0] * (stop - start)                                    # Eq. (6)
-    return weights
+        at_fault[start:stop] = [1.0] * (stop - start)
+    share = BLAME / sum(at_fault)
+    return [1.0 + share * fault for fault in at_fault]                                  # Eq. (6)
 
 
 def shaped_ratio(w, gamma: float = 0.1):
@@ -60,33 +63,32 @@ def assign_advantages(groups, use_std: bool = False):
             t.advantage = advantage
 
 
-def has_suspect(t) -> bool:
-    return bool(t.checks) and attribute.first_suspect(t.checks) is not None
-
-
 def assign_credit(groups, credit: str):
-    """Eq. (6) for each failed rollout of the policy; all other trajectories keep weight 1. credit: what pays
-    in a failed rollout, "token" (each faulty one), "step" (each suspect step) or "rollout" (all of it)."""
+    """Eq. (6). credit: what is at fault in a failed rollout of the policy, "token" (each suspect one), "step"
+    (each suspect step) or "rollout" (no more than GRPO: weight 1). Where nothing is suspect all tokens share
+    the blame; a rollout that was cut off is neither right nor wrong and has no weight. All others keep weight
+    1."""
     for group in groups:
         for t in group:
             t.weights = None
-            if t.provenance != "policy" or t.rewards["accuracy"] or credit == "rollout":
+            if t.provenance != "policy" or t.rewards["accuracy"]:
                 continue
-            if not t.finished:                              # cut off: neither right nor wrong
+            if not t.finished:
                 t.weights = [0.0] * len(t.ids)
-            elif t.advantage < 0 and t.rewards["format"] and has_suspect(t):
+            elif credit != "rollout" and t.advantage < 0:
                 faulty = []
-                for step, check in zip(t.steps, t.checks):
-                    if check is None or check.is_suspect:
-                        faulty.append(attribute.faulty_tokens(step, check if credit == "token" else None))
-                t.weights = step_credit(len(t.ids), faulty)
+                for step, check in zip(t.steps or (), t.checks or ()):
+                    if check.is_suspect:
+                        whole = (step.start, step.stop)
+                        faulty.append(whole if credit == "step" else attribute.faulty_tokens(step, check))
+                t.weights = step_credit(len(t.ids), faulty or [(0, len(t.ids))])
 
 
 # ---- The loss
 
 def has_gradient(t, beta: float) -> bool:
-    """Whether a trajectory moves the policy at all."""
-    return any(t.weights or t.sampled) and (t.advantage != 0 or beta > 0)
+    """Whether a trajectory moves the policy at all (a mean of equal rewards may be off by rounding)."""
+    return any(t.weights or t.sampled) and (abs(t.advantage) > 1e-6 or beta > 0)
 
 
 def collate(trajectories: list, device) -> dict:

@@ -376,12 +376,12 @@ class KVCache(SharedPrompt):
         prompt_k, prompt_v = self.prompt_kv[layer]                                      # (B, K, P, d)
         (B, K, P, d), G, S = prompt_k.shape, self.G, self.len
         rep = q.shape[1] // K
-        q = q.view(B, G, K, rep, d).transpose(1, 2) * d ** -0.5                         # (B, K, G, rep, d)
-        on_prompt = q.reshape(B, K, G * rep, d) @ prompt_k.transpose(2, 3)              # (B, K, G * rep, P)
-        on_own = q @ k.transpose(3, 4)                                                  # (B, K, G, rep, S)
+        q = q.view(B, G, K, rep, d).transpose(1, 2).float() * d ** -0.5                 # (B, K, G, rep, d)
+        on_prompt = q.reshape(B, K, G * rep, d) @ prompt_k.float().transpose(2, 3)      # (B, K, G * rep, P)
+        on_own = q @ k.float().transpose(3, 4)                                          # (B, K, G, rep, S)
         scores = torch.cat((on_prompt.view(B, K, G, rep, P), on_own), dim=-1)
         scores = scores.masked_fill_(~self.mask.view(B, 1, G, 1, P + S), -torch.inf)
-        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+        weights = scores.softmax(-1).to(v.dtype)
         out = weights[..., :P].reshape(B, K, G * rep, P) @ prompt_v                     # (B, K, G * rep, d)
         out = out.view(B, K, G, rep, d) + weights[..., P:] @ v
         return out.transpose(1, 2).reshape(B * G, K * rep, 1, d)

@@ -71,6 +71,12 @@ def extract_answer(text: str, choices: list | None = None) -> str | None:
     return line if 0 < len(line) <= 100 else None
 
 
+def is_guessable(gold: str, choices: list | None = None) -> bool:
+    """Whether a lucky answer is likely: options, yes or no, a number up to 20, one word."""
+    small_number = gold.isdecimal() and len(gold) < 3 and int(gold) <= 20
+    return bool(choices) or small_number or re.fullmatch("[A-Za-z]+", gold) is not None
+
+
 # ---- Multiple choice ---------------------------------------------------------------------------------------
 LABELLED = r"(?s)(?:[Oo]ption|[Cc]hoice)? ?(?:\((?=.\)))?([A-Z])[).:] ?(.+)"                   # "B) 12"
 MENTION = (r"(?:\b(?:[Oo]ption|[Cc]hoice) ?\(?|(?<![\w'-])(?<!\d )\(?)([A-Z])(?![\w'-])"

@@ -408,6 +408,13 @@ def with_images_of(prompt: Prompt, problem: Problem, codec: Codec, text: str | N
     return Prompt(token_ids(text, codec), pixels, grids)
 
 
+def mask_image(prompt: Prompt) -> Prompt:
+    """The same prompt, its images all of the mean colour: what language alone says."""
+    if prompt.pixel_values is None:
+        return prompt
+    return Prompt(prompt.ids, torch.zeros_like(prompt.pixel_values), prompt.grids)
+
+
 def pad(rows: list[list], value, left: bool = False, device="cpu"):
     """Ragged lists -> (tensor (R, T), bool mask (R, T)), padded on the right (or left)."""
     width = max(map(len, rows), default=0)
@@ -451,7 +458,6 @@ class Trajectory:
     source: object = None               # rectified: the failed Trajectory it was made of
     steps: list | None = None           # attribute.Step: its steps as token ranges
     checks: list | None = None          # attribute.Check of each step, where it was asked
-    shared_prefix_len: int = 0          # rectified: its first so many tokens are its source's
 
 
 def uniforms(key: str, rows: int, columns: int) -> torch.Tensor:
@@ -597,6 +603,12 @@ def token_logps(hidden, head_weight, targets, logit_mask, temperature=1.0, chunk
             parts.append(logps_of_chunk(*inputs))
     logps, entropies = zip(*parts)
     return torch.cat(logps), torch.cat(entropies)
+
+
+def next_logps(model, codec: Codec, hidden):
+    """Log-probs (N, V) of all next tokens after hidden (N, D); those that are never sampled have -10^4."""
+    logits = F.linear(hidden, model.head_weight).float() + codec.logit_mask.to(hidden.device)
+    return logits.log_softmax(-1).clamp(min=-1e4)
 
 
 def completion_logps(model: Qwen25VL, codec: Codec, prompts: list, completions: list, entropy: bool = False):

@@ -30,8 +30,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import attribute
 import eval as evaluation
@@ -1090,17 +1092,84 @@ def chain(problem, steps, answer="none", text=None):
 
 
 TABLE = "$$\n\\begin{aligned} a &= b \\\\[4pt]\n\nc &= d \\end{aligned}\n$$"
-STEPS = [               # a completion, its steps
-    ("<think>\n1. First:\n- AB is 3\n  - by the figure\n \t\n* BC\n</think>\n\n<answer>5</answer>",
-     ["1. First:", "- AB is 3", "- by the figure", "* BC"]),
-    ("<think>Step 1: red\nis 4\nStep 2: blue\n</think>", ["Step 1: red\nis 4", "Step 2: blue"]),
+ANGLE = "1. The angle at A is 40°:\n   - it is marked in the figure\n   - its arc is red"
+STEPS = [               # a completion, its steps; first in the ways of Qwen2.5-VL: lists, headers, formulas
+    ("To find the total, look at each shelf.\n\n1. **Top shelf**: There are 3 books.\n2. **Middle shelf**: "
+     "There are 5 books.\n3. **Bottom shelf**: 4 books.\n\nAdding them gives 3 + 5 + 4 = 12.\n\n"
+     "The answer is 12.",
+     ["To find the total, look at each shelf.", "1. **Top shelf**: There are 3 books.",
+      "2. **Middle shelf**: There are 5 books.", "3. **Bottom shelf**: 4 books.",
+      "Adding them gives 3 + 5 + 4 = 12."]),
+    (ANGLE + "\n\n2. The angle at B is 60°.\n3. So the angle at C is 80°.\n\n**Answer:** 80°",
+     [ANGLE, "2. The angle at B is 60°.", "3. So the angle at C is 80°."]),
+    ("1) The bar for May reaches 7.\n2) The bar for June reaches 9.\n3) The difference is 2.\n\nTherefore, "
+     "the answer is \\boxed{2}.",
+     ["1) The bar for May reaches 7.", "2) The bar for June reaches 9.", "3) The difference is 2."]),
+    ("### Step 1: Read the legend\nBlue stands for rain.\n\n### Step 2: Read the bar\nIt is 12 mm high.\n\n"
+     "### Final Answer\n\\boxed{12}",
+     ["### Step 1: Read the legend\nBlue stands for rain.", "### Step 2: Read the bar\nIt is 12 mm high."]),
+    ("## The picture\nThree cats sit on a wall.\n## The question\nOne of them is black.\n",
+     ["## The picture\nThree cats sit on a wall.", "## The question\nOne of them is black."]),
+    ("**Triangle ABC**\nAB = 5 and BC = 12.\n\n**Pythagoras**\n\\[\nAC = \\sqrt{5^2 + 12^2}\n= 13\n\\]\n",
+     ["**Triangle ABC**\nAB = 5 and BC = 12.", "**Pythagoras**\n\\[\nAC = \\sqrt{5^2 + 12^2}\n= 13\n\\]"]),
+    ("The slope is\n\\[\nm = \\frac{6 - 2}{3 - 1}\n= 2\n\\]\nand it crosses the axis at 0.",
+     ["The slope is", "\\[\nm = \\frac{6 - 2}{3 - 1}\n= 2\n\\]", "and it crosses the axis at 0."]),
+    ("- The red car is on the left.\n- The bus is behind it.\n- No bicycle is there.\n\nThe answer is a bus.",
+     ["- The red car is on the left.", "- The bus is behind it.", "- No bicycle is there."]),
+    ("The clock shows 3:45. The hand is near 4.", ["The clock shows 3:45.", "The hand is near 4."]),
+    ("The image shows a dog.", ["The image shows a dog."]),
+    # R1-VL: a description, then headers
+    ("### Image Description:\nA pie chart with 4 parts.\n### Rationales:\nThe parts add up to 100 %.\n"
+     "### Let's think step by step.\n\n### Step 1:\nRed is 40 %.\n\n### Step 2:\nBlue is 25 %.\n\n"
+     "### The final answer is: 35 %",
+     ["### Image Description:\nA pie chart with 4 parts.", "### Rationales:\nThe parts add up to 100 %.",
+      "### Let's think step by step.", "### Step 1:\nRed is 40 %.", "### Step 2:\nBlue is 25 %."]),
+    ("Step 1: The left pan holds 3 balls.\nStep 2: The right pan holds 5.\nStep 3: 5 - 3 = 2.\n",
+     ["Step 1: The left pan holds 3 balls.", "Step 2: The right pan holds 5.", "Step 3: 5 - 3 = 2."]),
+    ("First look.\n\n**Step 1: Count**\nThere are 6 chairs.\n\n**Step 2: Subtract**\n6 - 4 = 2\n\nAnswer: 2",
+     ["First look.", "**Step 1: Count**\nThere are 6 chairs.", "**Step 2: Subtract**\n6 - 4 = 2"]),
     ("<think>\nSee.\n**Step 1:** look\n3.\n\nStepping on.\n  STEP 2 -\n$$\n3 + 4\n$$\n## step 10.\n</think>",
-     ["**Step 1:** look\n3.\n\nStepping on.", "STEP 2 -\n$$\n3 + 4\n$$", "## step 10."]),
-    ("### Image:\na cat\n### Step 1: look\n3\n### Step 2: add\n7\n### The final answer is: 7",
-     ["### Step 1: look\n3", "### Step 2: add\n7"]),
+     ["See.", "**Step 1:** look\n3.\n\nStepping on.", "STEP 2 -\n$$\n3 + 4\n$$", "## step 10."]),
+    # Vision-R1: one long paragraph that talks to itself
+    ("<think>Okay, let's see. The triangle has a right angle at B. Wait, is it B? Yes, the little square is "
+     "at B. So AC is the hypotenuse. Hmm, AB is 6 and BC is 8. Then AC = 10.</think>\n<answer>10</answer>",
+     ["Okay, let's see.", "The triangle has a right angle at B.", "Wait, is it B?",
+      "Yes, the little square is at B.", "So AC is the hypotenuse.", "Hmm, AB is 6 and BC is 8.",
+      "Then AC = 10."]),
+    ("<think>\nOkay, so I need to find x. The side is 3.5 cm, as Fig. 2 shows, i.e. 35 mm. Then $x = 1. 5$ "
+     "holds.\n</think>\n\n**Final Answer**\n\\boxed{5}",
+     ["Okay, so I need to find x.", "The side is 3.5 cm, as Fig. 2 shows, i.e. 35 mm.",
+      "Then $x = 1. 5$ holds."]),
+    ("<think>Let me check! \"It is red.\" That is what the sign says. But (by the key) red means hot. "
+     "Right?</think>",
+     ["Let me check!", "\"It is red.\"", "That is what the sign says.", "But (by the key) red means hot.",
+      "Right?"]),
+    ("<think>The radius is \\(r = 2. 0\\). So the area is \\(4\\pi\\). The answer is 4π.</think>",
+     ["The radius is \\(r = 2. 0\\).", "So the area is \\(4\\pi\\)."]),
+    ("<think>1. Count the red ones. 2. Count the blue ones. There are 7.</think>",
+     ["1. Count the red ones.", "2. Count the blue ones.", "There are 7."]),
+    ("<think>图中有三只猫。左边的是黑色的！所以答案是三。</think>", ["图中有三只猫。", "左边的是黑色的！", "所以答案是三。"]),
+    ("<think>Dr. Lee stands left of Eq. 3 vs. The others sit... So two stand.</think>",
+     ["Dr. Lee stands left of Eq. 3 vs. The others sit...", "So two stand."]),
+    # OpenVLThinker: paragraphs
+    ("<think>\nThe graph rises until 2014. It then falls.\n\nThe peak is 80.\n\nThe lowest point is 2018. It "
+     "has 30 units.\n\nSo the difference is 50.\n\nThe final answer is 50.\n</think>\n<answer>50</answer>",
+     ["The graph rises until 2014. It then falls.", "The peak is 80.",
+      "The lowest point is 2018. It has 30 units.", "So the difference is 50."]),
+    ("<think>\n  The door is open.\n\n\n  Two people stand in it.\n</think>",
+     ["The door is open.", "Two people stand in it."]),
+    ("<think>$$\na + b = 7\n$$\n\n$$\nb = 3\n$$\n\nHence $a = 4$.</think>",
+     ["$$\na + b = 7\n$$", "$$\nb = 3\n$$", "Hence $a = 4$."]),
+    ("<think>The table has 3 rows:\n\n| red | 4 |\n| blue | 5 |\n\nThe sum is 9.</think>",
+     ["The table has 3 rows:", "| red | 4 |", "| blue | 5 |", "The sum is 9."]),
     (f"<think>See:\n{TABLE}\n\\[\n3\n\\]\nSo\n\\[ x \\]\nand \\[ y\n= 2 \\].\nEnd.</think>",
      ["See:", TABLE, "\\[\n3\n\\]", "So", "\\[ x \\]", "and \\[ y\n= 2 \\].", "End."]),
-    ("AB is 3.\nSo 7.", ["AB is 3.", "So 7."]),                 # no tags; an open one; a closing one alone
+    # the tiny model, open and closing tags alone, and what is hardly a chain
+    ("<think>red 4 6\nblue 3 5</think><answer>red 6 blue 5</answer>", ["red 4 6", "blue 3 5"]),
+    ("<think>So the answer is 7.</think><answer>7</answer>", []),
+    ("<think>The correct answer: 7\n</think>", []), ("Answer: B", []),
+    ("<think>The answer depends on the height.\nIt is 5.</think>",
+     ["The answer depends on the height.", "It is 5."]),
     ("well\n<think>red 4\nblue", ["red 4", "blue"]),
     ("red 4\nblue 5\n</think><answer>7</answer>", ["red 4", "blue 5"]),
     ("<think>red 4\nblue 5<answer>7</answer></think>", ["red 4", "blue 5"]),
@@ -1111,26 +1180,69 @@ STEPS = [               # a completion, its steps
     ("<think>", []), ("<answer>7</answer>", [])]
 
 
-def test_split_steps_table():
+@functools.lru_cache
+def qwen_like_codec():
+    """A small vocabulary behind Qwen's own pre-tokenizer: ".\\n\\n", ".</" and "><" become single tokens,
+    tags
+    fall into several."""
+    from transformers import PreTrainedTokenizerFast        # takes seconds
+    tok = Tokenizer(models.BPE())
+    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.decoder = decoders.ByteLevel()
+    texts = [text for text, _ in STEPS] + [f"The red tile shows 4{end}The" for end in SEAM_ENDS] * 3
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tok.train_from_iterator(texts, trainers.BpeTrainer(show_progress=False, initial_alphabet=alphabet,
+                                                       vocab_size=900))
+    tok.add_special_tokens([AddedToken("<|im_end|>", special=True)])
+    return codec_of(PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>"))
+
+
+def codec_of(tokenizer):
+    """What segmentation and seams need of a codec."""
+    newlines = tuple(i for text, i in tokenizer.get_vocab().items() if "\n" in text or "\u010a" in text)
+    return SimpleNamespace(tokenizer=tokenizer, eos_ids=(tokenizer.convert_tokens_to_ids("<|im_end|>"),),
+                           newline_ids=newlines)
+
+
+def segmentation(codec):
     """Texts and their steps, of whose tokens each has its own; an end token is no part of the last one."""
-    codec = tiny_codec()
     for text, want in STEPS:
         ids = rollout.token_ids(text, codec)
         steps = attribute.split_steps(ids, codec)
         assert [step.text for step in steps] == want, (text, steps)
         assert attribute.split_steps(ids + [codec.eos_ids[0]], codec) == steps
         for step, following in zip(steps, steps[1:] + steps[-1:]):
-            assert codec.tokenizer.decode(ids[step.start:step.stop]).strip() == step.text
             assert step.stop == following.start or step is following        # nothing between them is lost
 
 
-def test_split_steps_of_hostile_texts():
+def test_segmentation_table():
+    segmentation(tiny_codec())
+    segmentation(qwen_like_codec())
+
+
+def test_segmentation_knows_what_claims_nothing():
+    for text in ("Let me check.", "Okay, let's see.", "Hmm.", "So, let's look at the figure again.", "Wait,",
+                 "### Let's think step by step.", "I need to look at the image.", "Well, let me think"):
+        assert attribute.claims_nothing(text), text
+    for text in ("Let me see: it is red.", "So the cat sleeps.", "Wait, is it B?", "First look.", "Now 4 + 3",
+                 "Let me count: 4", "red 4", "The cat", "To find x, use $y$", "So AC is long."):
+        assert not attribute.claims_nothing(text), text
+
+
+def test_segmentation_of_hostile_texts():
     """In time whatever a policy may sample, control tokens and broken characters among it."""
     codec, rng, cases = tiny_codec(), random.Random(0), []
     for text, count in (("x" * 9000, 1), ("\n" * 3000, 0), ("a\n" * 3000, 3000), ("\t\n " * 5000, 0),
                         ("é中\u202e\U0001f642\x00\r\u2028\ud7ff" * 1500, 1), ("<think>" * 3000, 1),
                         ("$$\n" * 3000, 1500), ("\\[" * 5000, 1), ("Step 1\n" * 3000, 3000),
-                        ("### Step " * 2000, 1), ("</think>" * 3000, 0)):
+                        ("### Step " * 2000, 1), ("</think>" * 3000, 0), ("A. " * 3000, 3000),
+                        ("1. a\n" * 2000, 2000),
+                        ("answer\n" * 2000, 0), ("\\(" * 4000, 1), ("\\boxed{ " * 3000, 0),
+                        ("$a. " * 3000, 1)):
         cases.append((rollout.token_ids(text, codec), count))
     for _ in range(50):
         some = rng.choices(range(len(codec.tokenizer)), k=150) + rollout.token_ids("\n" * 50, codec)
@@ -1138,14 +1250,14 @@ def test_split_steps_of_hostile_texts():
     for ids, count in cases:
         started, end = time.process_time(), 0
         steps = attribute.split_steps(ids, codec)
-        assert len(steps) == count or count is None, ids[:10]
-        assert time.process_time() - started < 2, ids[:10]
+        assert len(steps) == count or count is None, (codec.tokenizer.decode(ids[:10]), len(steps))
+        assert time.process_time() - started < 3, codec.tokenizer.decode(ids[:10])
         for step in steps:
             assert end <= step.start < step.stop <= len(ids) and step.text
             end = step.stop
 
 
-def test_split_steps_token_belongs_to_its_first_character():
+def test_segmentation_gives_a_token_to_the_step_of_its_first_character():
     """Tokens that reach over a line break or a tag, and characters of several tokens."""
     for tokens, want in (
             (b"<think|>\n|a| b.\n|c d|.\n\n|e|.</|think>|f", [(2, 4, "a b."), (4, 6, "c d."), (6, 8, "e.")]),
@@ -1161,6 +1273,11 @@ def test_split_steps_token_belongs_to_its_first_character():
         codec = SimpleNamespace(tokenizer=SimpleNamespace(decode=decode), eos_ids=(-1,))
         steps = attribute.split_steps(list(range(len(pieces))), codec)
         assert [(step.start, step.stop, step.text) for step in steps] == want, steps
+        for step in steps:                                  # the tokens that lie in the text as a whole
+            inner, rest, after = attribute.parts_of(step, list(range(len(pieces))), codec)
+            assert step.text.endswith((decode(range(step.start, step.start + inner)) + rest).lstrip())
+            last = decode(range(step.start + inner, step.stop))
+            assert last == rest + after
 
 
 def test_screening_leaves_out_what_cannot_be_located():
@@ -1183,99 +1300,111 @@ def test_is_right_is_the_training_reward():
 
 
 def test_truth_tables_of_checks():
-    """first_suspect, fault_is_known (somebody asked every step before the fault), faulty_tokens."""
-    for probs in itertools.product((None, 1.0, 0.5, 0.49, 0.0), repeat=3):
-        checks, first, known = [], None, True
-        for k, prob in enumerate(probs):
-            checks.append(None if prob is None else attribute.Check(prob, 0))
-            if first is None and prob is not None and prob < 0.5:
-                first = k
-            known = known and (prob is not None or first is not None)
-        assert (attribute.first_suspect(checks), attribute.fault_is_known(checks)) == (first, known), probs
+    for gaps in itertools.product((0.0, 0.5, 0.51, 9.0), repeat=3):
+        first = next((k for k, gap in enumerate(gaps) if gap > 0.5), None)
+        assert attribute.first_suspect([attribute.Check(gap) for gap in gaps]) == first
     step = attribute.Step(4, 8, "red 7 9")
-    assert attribute.faulty_tokens(step, None) == (4, 8)
-    for token, want in ((None, (4, 8)), (0, (4, 5)), (1, (5, 6)), (9, (7, 8))):     # past it: its last
-        assert attribute.faulty_tokens(step, attribute.Check(0.1, token)) == want
+    for token, want in ((None, (4, 8)), (0, (4, 5)), (1, (5, 6)), (3, (7, 8))):
+        assert attribute.faulty_tokens(step, attribute.Check(1.0, token)) == want
 
 
-def test_align_check_finds_the_token_in_the_chain():
-    """Whatever stands before the step and however its text falls into tokens there."""
-    codec = tiny_codec()
-    for lead in ("", "  ", "\t", " "):
-        ids = rollout.token_ids(f"<think>{lead}blue 3 5\nred 1 2</think><answer>9</answer>", codec)
-        step = attribute.split_steps(ids, codec)[0]
-        for n, word in enumerate(("blue", "3", "5")):
-            found = attribute.align_check(attribute.Check(0.1, n), step, ids, codec)
-            start, stop = attribute.faulty_tokens(step, found)
-            assert stop == start + 1 and found.prob == 0.1
-            assert codec.tokenizer.decode([ids[start]]).strip() == word, lead
-        for check in (attribute.Check(0.1), attribute.Check(0.9, 1)):
-            assert attribute.align_check(check, step, ids, codec) is check
+def test_reader_check_is_a_difference():
+    """Suspect is what the policy (first case) or language (second) found easy and the reader, with the image,
+    does not, at a place where the image has a say; never a forced token. Numbers by hand."""
+    easy, hard, rare = -0.1, -3.1, -4.0
+    for mu, seen, masked, say, sampled, gap, token in (
+            ([easy] * 3, [-0.2, hard, -2.1], [easy, hard, -5.0], [9, 9, 9], [1, 1, 1], 3.0, 1),
+            ([rare] * 3, [rare, -4.2, rare], [rare, -9.0, -0.5], [9, 9, 9], [1, 1, 1], 3.5, 2),
+            ([rare, easy, easy], [rare, easy, easy], [rare, easy, easy], [9, 9, 9], [1, 1, 1], 0.0, None),
+            ([easy] * 3, [-0.5, -0.59, -0.55], [-9.0] * 3, [9, 9, 9], [1, 1, 1], 0.49, None),
+            ([easy] * 3, [hard, hard, -0.2], [hard] * 3, [0.4, 0.0, 0.6], [1, 1, 1], 0.1, None),    # a name
+            ([0.0, 0.0, easy], [-9.0, -9.0, easy], [-1.0] * 3, [9, 9, 9], [0, 0, 1], 0.0, None)):   # forced
+        t = four_steps()
+        t.logps[4:7], t.sampled[4:7] = mu, sampled
+        check = attribute.check_of(t.steps[1], t, list(zip(seen, masked, say)))
+        close(check.gap, gap, 1e-6)
+        assert check.token == token and check.is_suspect == (token is not None), (mu, seen)
 
 
-def same_checks(a, b):
-    assert [check.token for check in a] == [check.token for check in b]
-    close([math.log(check.prob) for check in a], [math.log(check.prob) for check in b], 1e-3)
-
-
-def test_check_steps_is_the_uncached_forward():
-    """Against each claim rendered as a prompt of its own; in any order and in any number at once."""
+def test_reader_reads_a_step_without_its_chain():
+    """read_steps against a plain forward of context and step, with the image and with it masked, in any order
+    and any number at once; the context is the opening and the last `window` steps."""
     net, codec, problems = random_model(spread=0.12), tiny_codec(), mixed_problems()
-    problems[0].question += " " + attribute.PLACEHOLDER
-    texts, claims, want = ["red 4 6", "blue", "a step below e^-50: red 4, blue 5, so green is 12."], [], []
-    for p, hostile in zip(problems, ("<|im_end|>", "∠A", "4", problems[3].key_steps[1])):
-        prompt = rollout.encode_prompt(p, codec)
-        for text in [*texts, hostile]:
-            claims.append((p, prompt, text))
-            asked = replace(p, question=p.question + attribute.CHECK + text)
-            ids = rollout.token_ids(rollout.escape_special(text, codec), codec)
-            logps = uncached_logps(net, codec, asked, ids)
-            want.append(attribute.Check(math.exp(max(-50.0, min(logps))), logps.index(min(logps))))
-    assert len({check.token for check in want}) > 2 and max(check.prob for check in want) <= 1
+    claims, want = [], []
+
+    def grey(image, config):
+        values, grid = m.preprocess_image(image, config)
+        return 0 * values, grid                             # the mean colour
+
+    for p in problems:
+        t = chain(p, ["red 4 6", "blue 1", *p.key_steps, "a longer step: red 4, so 12."])
+        for k, window in ((0, 1), (2, 0), (2, 1), (3, 2), (3, 9)):
+            verifier = attribute.Verifier(net, codec, window)
+            before = t.ids[:1] + t.ids[t.steps[max(0, k - window)].start:t.steps[k].start]
+            assert verifier.context(t, k) == before
+            step = t.ids[t.steps[k].start:t.steps[k].stop]
+            claims.append((t.prompt, before, step))
+            seen = uncached(net, codec, p, before + step)[len(before):]                             # (T, V)
+            with swapped(rollout, "preprocess_image", grey):
+                masked = uncached(net, codec, p, before + step)[len(before):]
+            own = torch.arange(len(step)), torch.tensor(step)
+            say = F.kl_div(masked.clamp(min=-1e4), seen.clamp(min=-1e4), reduction="none", log_target=True)
+            want.append(torch.stack((seen[own], masked[own], say.sum(-1)), dim=-1))                 # (T, 3)
     order = random.Random(0).sample(range(len(claims)), len(claims))
-    for budget, part in ((16384, order), (512, order), (30, order), (1, order[:5])):
-        found = attribute.check_steps(net, codec, [claims[i] for i in part], budget=budget)
-        same_checks(found, [want[i] for i in part])
-    (check,) = attribute.check_steps(net, codec, [(p, prompt, "<image> red")])          # just text
-    assert 0 < check.prob < 1 and attribute.check_steps(net, codec, []) == []
+    for budget, part in ((16384, order), (60, order), (1, order[:5])):
+        found = attribute.read_steps(net, codec, [claims[i] for i in part], budget=budget)
+        for readings, i in zip(found, part, strict=True):
+            close(readings, want[i], 1e-3)
+    assert attribute.read_steps(net, codec, []) == []
 
 
-def test_verifier_asks_each_claim_once():
+def test_reader_reads_each_claim_once():
     net, codec, (a, _, _, b) = random_model(), tiny_codec(), mixed_problems()
-    chains = [chain(a, ["red 4", "blue 5"]), chain(a, ["red 4", "red 4", "lime 1"]),
-              chain(b, ["red 4", "blue 6"]), chain(b, [])]
-    verifier = attribute.Verifier(net, codec)
-    verifier(chains)
-    assert verifier.tokens == 5 and chains[3].checks is None        # a: red, blue, lime; b: red, blue
-    for t in chains[:3]:
-        claims = [(t.problem, t.prompt, step.text) for step in t.steps]
-        same_checks(t.checks, attribute.check_steps(net, codec, claims))
-    verifier.model = None                                           # from here on nothing can be asked
-    again = [replace(t, checks=None) for t in reversed(chains)]
-    verifier(again)
+    first = chain(a, ["red 4", "blue 5", "Let me check."])
+    second = replace(chain(a, ["red 4", "lime 1"]), prompt=first.prompt)
+    verifier, texts = attribute.Verifier(net, codec), [first, second, chain(b, []), chain(b, ["red 4"])]
+    verifier(texts)
+    assert verifier.tokens == 4 and texts[2].checks == []   # a: red, blue, lime; b: red; nothing is claimed
+    assert first.checks[2] == attribute.Check(0.0)
+    for t in texts:
+        for k, step in enumerate(t.steps[:2]):
+            stop = step.start + attribute.parts_of(step, t.ids, codec)[0]
+            claim = t.prompt, verifier.context(t, k), t.ids[step.start:stop]
+            assert codec.tokenizer.decode(claim[2]) == step.text
+            (readings,) = attribute.read_steps(net, codec, [claim])
+            close(t.checks[k].gap, attribute.check_of(step, t, readings).gap, 1e-4)
+    verifier.reader = None                                  # from here on nothing can be read
+    known = [list(t.checks) for t in texts]
+    verifier(texts[::-1])
     verifier([])
-    assert [t.checks for t in reversed(again)] == [t.checks for t in chains]
-    known = [attribute.Check(1.0, 0), attribute.Check(0.0, 0), None]
-    done = replace(chain(a, ["navy 1", "navy 2", "navy 3"]), checks=known)
-    verifier([done])
-    assert done.checks is known and verifier.tokens == 5            # the first fault is known
-    verifier.model, done.checks = net, [known[0], None, known[1]]   # unknown before the first suspect one
-    verifier([done])
-    assert None not in done.checks and verifier.tokens == 8
+    assert [t.checks for t in texts] == known and verifier.tokens == 4
 
 
-def test_attribute_checks_what_is_rectified_or_pays():
-    p, asked = mixed_problems()[0], []
-    every = [chain(p, ["red 4", f"blue {k}"], "red 4") for k in range(5)]
-    every[3].rewards = every[4].rewards = {"accuracy": 1.0}
-    groups = [every[:2], every[2:4], every[4:]]                     # all wrong, mixed, all right
-    for hard, credit, want in (
-            ([0], "token", every[:3]), ([], "step", every[2:3]), ([0], "rollout", every[:2]),
-            ([0, 1], "rollout", every[:3]), ([], "rollout", [])):
-        for t in every:
-            t.steps = None
-        attribute.attribute(groups, hard, asked.append, tiny_codec(), credit)
-        assert asked[-1] == want and [len(t.steps) for t in every] == [2] * 5
+def test_reader_is_the_frozen_start():
+    """start: the weights the run began with, whatever the policy learns, shared with the KL's reference;
+    policy: the policy itself; a folder: that checkpoint, if its tokenizer is the same."""
+    with scratch() as folder:
+        flags = {"rectify_below": 1.0, "lr": 1e-3}
+        for beta in (0.0, 0.1):
+            trainer = small_trainer(folder / "a", beta=beta, **flags)
+            before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+            for _ in range(2):
+                trainer.rl_step()
+            changed = 0
+            for name, p in trainer.reader.named_parameters():
+                assert torch.equal(p, before[name]) and not p.requires_grad
+                changed += not torch.equal(p, dict(trainer.model.named_parameters())[name])
+            assert changed and (trainer.reader is trainer.reference) == (beta > 0)
+        trainer = small_trainer(folder / "b", reader="policy")
+        assert trainer.reader is trainer.model
+        assert small_trainer(folder / "c", algo="grpo").reader is None
+        other = folder / "other"
+        shutil.copytree(TINY, other)
+        assert small_trainer(folder / "d", reader=str(other)).reader is not None
+        words = json.loads((other / "tokenizer.json").read_text())
+        words["added_tokens"][-1]["content"] = "<other>"
+        (other / "tokenizer.json").write_text(json.dumps(words))
+        raises(ValueError, ["--reader", "tokenizer"], small_trainer, folder / "e", reader=str(other))
 
 
 def test_answer_margins_are_the_uncached_forward():
@@ -1310,20 +1439,23 @@ def test_answer_margins_are_the_uncached_forward():
 
 # ---- rereason.py
 
-GOOD, BAD = attribute.Check(0.9, 0), attribute.Check(0.1, 0)
+GOOD, BAD = attribute.Check(0.0), attribute.Check(2.0, 1)
 
 
 def planted(kind="tiles", steps=6, wrong=(1, 4), index=0):
-    """A failed rollout with wrong readings at the given steps, as the sampler would have left it."""
-    p = shapes.make_problem(kind, steps, "free", "heldout", 11, index)
-    lines = shapes.corrupt(p.oracle, set(wrong), random.Random(0))
+    """A failed rollout with wrong readings at the given steps, written with ease."""
+    p, readings = shapes.make_problem(kind, steps, "free", "heldout", 11, index), {}
+    for k in wrong:
+        others = [value for value in shapes.wrong_values(p.oracle, p.oracle["ask"][k]) if value]
+        readings[k] = others[k % len(others)]
+    lines = shapes.corrupt(p.oracle, readings)
     return replace(chain(p, lines, shapes.answer_from_steps(p.oracle, lines)), checks=[GOOD] * steps)
 
 
 def four_steps(**changes):
     """A trajectory with a step at 1-4, 4-7, 7-10 and 10-13, and an answer."""
     steps = [attribute.Step(n, n + 3, f"red {n}") for n in (1, 4, 7, 10)]
-    t = rollout.Trajectory(rollout.Problem("p", "q", "99", []), None, list(range(17)), [1] * 17, [0.0] * 17,
+    t = rollout.Trajectory(rollout.Problem("p", "q", "99 9", []), None, list(range(17)), [1] * 17, [0.0] * 17,
                            True, "<think>red</think><answer>77</answer>", steps=steps, checks=[GOOD] * 4)
     return replace(t, **changes)
 
@@ -1332,252 +1464,250 @@ def repair(t, **changes):
     return rereason.Repair(**{"source": t, "trajectory": t, "key": "key", "median_length": 50.0, **changes})
 
 
-def rectified(sources, **rules):
-    verifier, repairs = attribute.Verifier(tiny_model(), tiny_codec()), []
+def shared_prefix(r):
+    """How many first tokens a rectified trajectory has of its source."""
+    pairs = zip(r.trajectory.ids, r.source.ids)
+    return next(n for n, (a, b) in enumerate(pairs) if a != b)
+
+
+def rectified(sources, policy=None, window=0, **rules):
+    verifier, repairs = attribute.Verifier(tiny_model(), tiny_codec(), window), []
     for t in sources:
         repairs.append(repair(replace(t, checks=None), key=str(t.ids), median_length=len(t.ids)))
     verifier([r.trajectory for r in repairs])
-    rereason.rectify(tiny_model(), tiny_codec(), repairs, verifier, 120, rereason.Rules(**rules))
+    rereason.rectify(policy or tiny_model(), tiny_codec(), repairs, verifier, 120, rereason.Rules(**rules))
     return repairs
 
 
 @functools.lru_cache
 def loop_results():
-    """A dozen planted failures and what the loop made of them."""
-    sources = []
-    for kind, index, wrong in itertools.product(("tiles", "bars"), range(2), ((1,), (0, 3), (2, 5))):
-        t = planted(kind, 6, wrong, index)
-        t.logps = uncached_logps(tiny_model(), tiny_codec(), t.problem, t.ids)      # as if sampled
+    """A dozen planted failures, another policy than the reader, and what the loop made of them."""
+    policy, sources = m.load_model(TINY).eval(), []
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in policy.model.layers[-1].parameters():
+            p.add_(0.2 * p.abs().mean() * torch.randn(p.shape, generator=noise))
+    for kind, index, wrong in itertools.product(("tiles", "bars"), range(2), ((1,), (0, 3), (2, 4))):
+        t = planted(kind, 5, wrong, index)
+        t.logps = uncached_logps(policy, tiny_codec(), t.problem, t.ids)        # as if sampled ...
+        for k in wrong:                                                         # ... and the errors with ease
+            for n in range(t.steps[k].start + 1, t.steps[k].stop):
+                t.logps[n] = -0.1
         sources.append(t)
-    return sources, rectified(sources)
+    return sources, rectified(sources, policy), policy
 
 
-def test_planted_errors_are_repaired_one_by_one():
-    codec, two, done = tiny_codec(), [], [r for r in loop_results()[1] if r.outcome == "repaired"]
-    assert len(done) >= 9
+def test_revision_repairs_planted_errors_one_by_one():
+    sources, repairs, _ = loop_results()
+    codec, two, done = tiny_codec(), [], [r for r in repairs if r.outcome == "repaired"]
+    assert len(done) >= 8, [r.outcome for r in repairs]
     for r in done:
-        t, source, first = r.trajectory, r.source, r.first_edit
+        t, source, first = r.trajectory, r.source, shared_prefix(r)
         assert attribute.is_right(t) and t.finished and codec.tokenizer.decode(t.ids[:-1]) == t.text
-        assert t.ids[:first] == source.ids[:first] and t.ids[first:first + 3] != source.ids[first:first + 3]
+        assert t.ids[:first] == source.ids[:first] and t.ids[first] != source.ids[first]
         assert len(t.ids) == len(t.logps) == len(t.sampled) and t.steps == attribute.split_steps(t.ids, codec)
         assert [step.text for step in t.steps] == shapes.true_steps(t.problem.oracle)
-        assert r.failures or r.edited_steps == sorted(set(r.edited_steps)), "from left to right"
         assert len(source.logps) == len(source.ids) and not attribute.is_right(source), "it stays what it was"
-        if len(r.edited_steps) == 2:
+        if len(r.edited_steps) == 2 == r.num_revisions and r.failures == 0:
             two.append(r.tokens)
-            assert r.num_revisions == 2, "two errors take two revisions"
     assert min(two) < 0.9 * len(done[0].source.ids), "later steps are kept"
 
 
-def test_behaviour_logps_are_those_of_the_context_a_token_was_sampled_in():
-    net, codec, revised = tiny_model(), tiny_codec(), 0
-    for r in loop_results()[1]:
+def test_revision_logps_are_those_of_the_model_and_context_a_token_came_from():
+    """The stem's mu stays the policy's, the new tokens' is the reader's without the chain, what the policy
+    continued is the policy's own."""
+    (_, repairs, policy), codec, revised, differ = loop_results(), tiny_codec(), 0, 0.0
+    for r in repairs:
         if r.outcome == "repaired" and len(r.edited_steps) == r.num_revisions == 1:
             t, source, k = r.trajectory, r.source, r.edited_steps[0]
-            start, tail, revised = t.steps[k].start, t.steps[-1].stop, revised + 1
-            assert t.logps[:start] == source.logps[:start], "the trusted prefix keeps its mu"
-            trusted = codec.tokenizer.decode(t.ids[:start])
-            look = rereason.relook_problem(t.problem, trusted, source.steps[k].text)
-            words = rollout.token_ids(t.steps[k].text, codec)
-            close(t.logps[start:start + len(words)], uncached_logps(net, codec, look, words))
-            clean = uncached_logps(net, codec, t.problem, t.ids)
+            first, revised = shared_prefix(r), revised + 1
+            assert t.steps[k].start < first < t.steps[k].stop and t.logps[:first] == source.logps[:first]
+            before = attribute.Verifier(tiny_model(), codec).context(t, k)
+            stop = t.steps[k].stop - 1                      # the line break may be the old one
+            words = before + t.ids[t.steps[k].start:stop]
+            want = uncached_logps(tiny_model(), codec, t.problem, words)[first - stop:]
+            close(t.logps[first:stop], want)
+            clean, tail = uncached_logps(policy, codec, t.problem, t.ids), t.steps[-1].stop
+            differ += sum(abs(a - b) for a, b in zip(want, clean[first:stop]))
             while t.ids[tail] == source.ids[tail]:
                 tail += 1
             close(t.logps[tail:], clean[tail:])             # continued in the clean context
-            close(rereason.log_weights(net, codec, [t])[0], torch.tensor(clean) - torch.tensor(t.logps))
-    assert revised
+            close(rereason.log_weights(policy, codec, [t])[0], torch.tensor(clean) - torch.tensor(t.logps))
+    assert revised and differ > 0.01, "policy and reader would not be told apart"
 
 
-def test_no_prompt_holds_an_answer():
-    """Every chat of the loop and of its checks, searched for the right and the wrong answers."""
-    seen, render, sources = [], rollout.render_chat, loop_results()[0][:3]          # of one problem
+def test_revision_prompts_are_the_questions():
+    """No prompt of the loop holds anything but the problem's own chat, and no forced prefix but a piece of
+    the chain: nothing is asked, no answer can leak."""
+    seen, sample, sources = [], rollout.sample, loop_results()[0][:3]
 
-    def recording(problem, codec):
-        seen.append(render(problem, codec))
-        return seen[-1]
+    def recording(model, problems, codec, *rest):
+        seen.extend(zip(problems, rest[4], rest[5]))
+        return sample(model, problems, codec, *rest)
 
-    with swapped(rollout, "render_chat", recording):
+    with swapped(rollout, "sample", recording):
         rectified(sources)
     assert len(seen) > 4
-    for text in seen:
-        for t in sources:
-            for answer in (t.problem.answer, reward.extract_answer(t.text)):
-                assert answer not in " ".join(text.split())
+    for p, prefix, prompt in seen:
+        text = tiny_codec().tokenizer.decode(prefix)
+        assert prompt.ids == rollout.encode_prompt(p, tiny_codec()).ids
+        assert text.startswith("<think>") or not text
+        if "</think>" not in text:
+            assert p.answer not in " ".join(text.split())
 
 
-def test_when_a_second_look_is_fair():
-    rng = random.Random(0)
-    for _ in range(3000):                                   # contains_phrase by its definition: whole words
-        text = " " + "".join(rng.choices("ab1.(\n ", k=rng.randrange(12))) + " "
-        phrase, want = "".join(rng.choices("ab1.( ", k=rng.randrange(4))).strip(), False
-        for n in range(1, len(text) - len(phrase)):
-            around = text[n - 1] + text[n + len(phrase)]
-            want |= bool(phrase) and text.startswith(phrase, n) and not around.strip(".(\n ")
-        assert rereason.contains_phrase(text[1:-1], f" {phrase}") == want, (text, phrase)
-    for own, answer, options, shown, want in (
-            ("47", "48", "", "a\nthe sum is 46 or 480", True), ("47", "48", "", "a\nso 48", False),
-            ("47", "48", "", "it is (47).", False), ("47", "No", "", "a", False),
-            ("47", "true", "", "a", False), ("A", "B", "xy", "c", False), ("A", "B", "xyz", "c", True)):
-        problem = rollout.Problem("p", "q", answer, [], list(options))
-        t = four_steps(problem=problem, text=f"<answer>{own}</answer>")
-        steps = [attribute.Step(0, 1, "red"), attribute.Step(1, 2, shown)]
-        assert rereason.can_revise(t, steps) == want, (own, answer, shown)
-
-
-def test_relook_problem_is_two_turns_with_two_images():
-    p, codec = shapes.make_problem("tiles", 3), tiny_codec()
-    look = rereason.relook_problem(p, "<think>red 1 <image>\n", "blue 3 <image>")
-    text, prompt = rollout.render_chat(look, codec), rollout.encode_prompt(look, codec)
-    assert text.count("<|im_start|>user") == 2 == text.count("<|im_start|>assistant") == len(prompt.grids)
-    assert text.index("red 1 < image>") < text.rindex("<|image_pad|>") < text.index("blue 3 < image>")
-    shared = rollout.with_images_of(rollout.encode_prompt(p, codec), look, codec)
-    assert shared.ids == prompt.ids and torch.equal(shared.pixel_values, prompt.pixel_values)
-    blind = rereason.relook_problem(p, "<think>", "blue 3 4", image=False)
-    assert rollout.encode_prompt(blind, codec).pixel_values is None and "blue 3" in blind.question[2]
-
-
-def test_parse_step():
-    """A reply cut into tokens; "$" stands for the end token."""
-    for reply, several_lines, want in (
-            ("a| b|.\n", False, ("a b.", 3)), ("a|\n|b|$", False, ("a", 1)), ("a|\n|b|$", True, ("a\nb", 3)),
-            ("a| b|</|think>", False, ("a b", 2)), ("a|.</|think>", False, ("", 0)), ("a|b", False, ("", 0)),
-            ("a|b|$", False, ("ab", 2)), ("\n| a|\n\n|b", False, ("a", 2)), ("$", False, ("", 0))):
-        pieces = reply.split("|")
-        tokenizer = SimpleNamespace(decode=lambda ids: "".join(pieces[i] for i in ids))
-        codec = SimpleNamespace(tokenizer=tokenizer, eos_ids=[pieces.index("$")] if "$" in pieces else [])
-        assert rereason.parse_step(list(range(len(pieces))), several_lines, codec) == want, reply
-
-
-def test_hostile_chains_do_not_stop_the_loop():
-    """Tags and control tokens in steps, steps without end, steps of several lines, options for an answer."""
-    p, failures = planted().problem, []
-    choice = replace(p, answer="A", choices=["x", "y", "z"])
-    for problem, thoughts in ((p, "<image> 1 2\n<|im_end|> <image>\nred 4 6"), (p, "a b " * 30 + "\nred\n"),
-                              (p, "Step 1: red\nis 4\nStep 2: blue\nis 5"), (choice, "red 4\nblue 5")):
-        failures.append(chain(problem, [thoughts], "B"))
-    assert attribute.locatable_failures(failures) == failures
-    for relook in ("image", "none"):
-        assert all(r.outcome for r in rectified(failures, relook=relook))
-
-
-SOME, ONLY, NONE = {"finished": False}, {"relook": "only"}, {"relook": "none"}
-DROP, LINES = {"margins": [2.0, 1.5, -4.0, -5.0]}, {"line": "b\n2"}         # it drops in the second step
+SOME, DROP = {"finished": False}, {"margins": [2.0, 1.5, -4.0, -5.0]}         # it drops in the second step
 ACTIONS = [     # second check, edited steps, failures, what else; then action, where, failures, edited steps
     (BAD, [], 0, {}, "revise", 1, 0, [1]), (BAD, [0], 0, {}, "revise", 1, 0, [0, 1]),
     (BAD, [1], 0, SOME, "revise", 1, 1, [1, 1]), (BAD, [2], 0, {}, "revise", 1, 1, [2, 1]),
-    (GOOD, [2], 0, SOME, "continue", 17, 0, [2]), (GOOD, [], 0, ONLY | SOME, "continue", 17, 0, []),
-    (BAD, [], 3, {}, "revise", 1, 3, [1]), (BAD, [], 4, {}, "continue", 0, 4, [-1]),
-    (BAD, [-1], 3, {}, "revise", 1, 3, [-1, 1]), (BAD, [-1], 4, {}, "give up", 0, 4, [-1]),
-    (BAD, [1], 3, {}, "continue", 0, 4, [1, -1]), (BAD, [], 0, {"steps": []}, "continue", 0, 0, [-1]),
+    (GOOD, [2], 0, SOME, "continue", 17, 0, [2]), (GOOD, [], 0, SOME, "continue", 17, 0, []),
+    (BAD, [], 4, {}, "revise", 1, 4, [1]), (BAD, [], 5, {}, "give up", 0, 5, []),
+    (BAD, [1], 4, {}, "give up", 0, 5, [1]), (BAD, [], 0, {"steps": []}, "give up", 0, 0, []),
     (BAD, [], 0, {"tokens": 100}, "revise", 1, 0, [1]), (BAD, [], 0, {"tokens": 101}, "give up", 0, 0, []),
     (GOOD, [], 0, {}, "continue", 13, 0, [4]), (GOOD, [1], 0, {}, "continue", 13, 1, [1, 4]),
-    (GOOD, [], 0, DROP, "resample", 1, 0, [1]), (GOOD, [], 0, DROP | LINES, "continue", 4, 0, [1]),
-    (BAD, [], 0, LINES, "revise", 1, 0, [1]), (BAD, [], 0, {"line": "so 99"}, "resample", 1, 0, [1]),
-    (BAD, [], 0, NONE, "resample", 1, 0, [1]), (BAD, [], 0, ONLY, "revise", 1, 0, [1]),
-    (BAD, [1], 0, ONLY, "give up", 0, 1, [1]), (GOOD, [], 0, ONLY, "give up", 0, 0, [])]
+    (GOOD, [], 0, DROP, "revise", 1, 0, [1]), (GOOD, [1], 0, DROP, "continue", 4, 1, [1, 1]),
+    (BAD, [], 0, {"revise": False}, "continue", 4, 0, [1]),
+    (BAD, [], 0, {"confirmed": {(4, 5, 6)}}, "continue", 13, 0, [4])]
 
 
 def test_next_action_table():
     for check, edited, failures, options, *want in ACTIONS:
         margins, t = options.get("margins", [0.5]), four_steps(checks=[GOOD, check, GOOD, GOOD])
-        t.steps[1].text, t.finished = options.get("line", "red"), options.get("finished", True)
+        t.finished = options.get("finished", True)
         t.steps = options.get("steps", t.steps)
         r = repair(t, failures=failures, tokens=options.get("tokens", 0), edited_steps=list(edited),
-                   regenerated=-1 in edited)
+                   confirmed=options.get("confirmed", set()))
 
         def answer_margins(model, codec, trajectories, last=False):
             return [margins[-1:] if last else margins]
 
         with swapped(attribute, "answer_margins", answer_margins):
-            found = rereason.next_action(r, None, None, rereason.Rules(relook=options.get("relook", "image")))
+            found = rereason.next_action(r, None, None, rereason.Rules(revise=options.get("revise", True)))
         assert [*found, r.failures, r.edited_steps] == want, (check, edited, failures, options, found)
-        assert r.regenerated == (-1 in r.edited_steps)
 
 
 def replies(ids, asked):
     """Stands for rereason.sample_one_each: each request is continued by `ids`, up to its limit."""
-    def sample_one_each(model, codec, requests, stop_ids=()):
+    def sample_one_each(model, codec, requests, temperature=1.0, stop_ids=()):
         found = []
         for problem, prompt, key, prefix, limit in requests:
-            asked.append((key, prefix, limit, stop_ids))
+            asked.append((key, prefix, limit, temperature, stop_ids))
             new = ids[:limit - len(prefix)]
-            found.append(rollout.make_trajectory(problem, prompt, prefix, new, [-0.1] * len(new), codec))
+            found.append(rollout.make_trajectory(problem, prompt, prefix, new, [-0.2] * len(new), codec))
         return found
     return sample_one_each
 
 
-def test_rewrite_steps_table():
-    """What is asked; a reply that says nothing new, or too much, goes back one step."""
+def test_revision_table():
+    """What the reader is asked; a first choice that is what stands there confirms it; a reply that holds no
+    whole step, or again the same, goes back one step."""
     codec, t = tiny_codec(), planted(steps=5)
-    gold, lines = t.problem.answer, [step.text for step in t.steps]
-    for action, k, text, relook, want in (
-            ("revise", 3, "red 1\nred 2", "image", 3), ("resample", 3, "red 1 2", "image", 3),
-            ("revise", 3, lines[3], "image", 2), ("resample", 0, lines[0], "image", 0),
-            ("revise", 3, lines[3], "only", 2), ("revise", 3, "look again", "image", 2),
-            ("revise", 3, "so " + gold, "image", 2), ("revise", 4, "so " + gold, "image", 4)):
-        r, asked, old, taken = repair(t, edited_steps=[k]), [], t.steps[k], want == k and text not in lines
-        ids = rollout.token_ids(text, codec) + [codec.eos_ids[0]]
-        with (swapped(rereason, "sample_one_each", replies(ids, asked)),
+    lines = [step.text for step in t.steps]
+    for k, token, edited, text, want in (
+            (3, 1, [3], " 1 2\n", "changed"), (3, None, [3], "red 1 2\n", "changed"),
+            (3, 2, [1], " 1\n", "changed"), (4, 1, [4], " 1 2</think>", "changed"),
+            (3, 1, [3, 3], " 1 2\n", "changed"),
+            (3, 1, [3], "same\n", "confirmed"), (3, 1, [3, 3], "same\n", "nothing new"),
+            (3, None, [3], "same\n", "nothing new"), (3, 1, [3], " 1 2", "nothing new"),
+            (0, 1, [0], " 1 2 3", "nothing new")):
+        check, step = attribute.Check(2.0 if token else 0.0, token), t.steps[k]
+        if text == "same\n":
+            text = codec.tokenizer.decode(t.ids[step.start + (token or 0):step.stop])
+        r, asked, verified = repair(replace(t, checks=[GOOD] * k + [check] + [GOOD] * (4 - k))), [], []
+        r.edited_steps, verifier = list(edited), attribute.Verifier(None, codec)
+        with (swapped(rereason, "sample_one_each", replies(rollout.token_ids(text, codec), asked)),
+              swapped(attribute.Verifier, "__call__", lambda self, ts: verified.extend(ts)),
               swapped(rereason, "resume_points", lambda *args: args[2])):
-            points = rereason.rewrite_steps(None, codec, [(r, action, k)], 7, rereason.Rules(relook=relook))
-        key, prefix, stops = "key/look/7", [], ()
-        if action == "resample":
-            key, prefix, stops = "key/redo/7", t.ids[:old.start], codec.newline_ids
-        assert asked == [(key, prefix, len(prefix) + 16 + 2 * (old.stop - old.start), stops)]
-        assert (r.tokens, r.edited_steps, r.failures) == (len(ids), [want], not taken)
-        assert r.num_revisions == (taken and action == "revise")
-        assert r.trajectory.steps[k].text == (text.partition("\n")[0] if taken else lines[k])
-        point = (r, k) if taken else (r, t.steps[want].start)
-        assert points == ([] if relook == "only" else [point]), (action, k, text)
+            points = rereason.revise_steps(None, codec, [(r, k)], verifier, 7, rereason.Rules())
+        prefix = t.ids[:1] + t.ids[step.start:step.start + (token or 0)]
+        temperature = 0.0 if token and edited == [k] else 1.0
+        limit = len(prefix) + 16 + 2 * (step.stop - step.start)
+        assert asked == [("key/revise/7", prefix, limit, temperature, codec.newline_ids)]
+        new = r.trajectory
+        if want == "changed":
+            assert verified == [new] and points == [(r, k)]
+            assert r.num_revisions == 1 and r.edited_steps == edited
+            stem = codec.tokenizer.decode(t.ids[step.start:step.start + (token or 0)])
+            lines_now = lines[:k] + [(stem + text).partition("\n")[0].partition("</")[0]] + lines[k + 1:]
+            assert [s.text for s in new.steps] == lines_now and not r.answer_is_current
+            assert len(new.ids) == len(new.logps) == len(new.sampled)
+        else:
+            assert new.ids == t.ids and not verified and r.num_revisions == 0
+            back = max(0, k - 1)
+            assert points == ([(r, t.steps[back].start)] if want == "nothing new" else [])
+            assert r.edited_steps == (edited[:-1] if want == "confirmed" else edited[:-1] + [back])
+            assert r.failures == (want == "nothing new") and len(r.confirmed) == (want == "confirmed")
 
 
-def test_how_far_continue_sampling_samples():
-    """Two steps ahead, twice as far each time nothing was completed, within the limit; whole steps stay."""
-    codec, t = tiny_codec(), planted(steps=5)
-    for stalls, k, most in ((0, 2, 200), (1, 1, 200), (2, 1, 200), (0, 2, 12), (0, 1, t.steps[1].start)):
-        r, asked, start = repair(t, stalls=stalls), [], t.steps[k].start
-        with swapped(rereason, "sample_one_each", replies(t.ids[start:], asked)):
-            rereason.continue_sampling(None, codec, [(r, start)], most, 3, rereason.Rules())
-        if start >= most:
-            assert r.outcome == "too long" and not asked
+SEAM_ENDS = ("\n", "\n\n", ".\n", ".\n\n", "!\n\n", ".</", "</", ")\n", ")</", " \n", " cm.\n", "°\n", "\n  ")
+
+
+def seams(codec, count: int) -> int:
+    """Random chains in which a step is rewritten: the ids are those that the tokenizer gives the new text,
+    what models wrote keeps its log-prob and the forced rest has none; texts, blank lines and indentation of
+    the others survive. Returns how many were rewritten."""
+    done, token_ids, decode = 0, functools.partial(rollout.token_ids, codec=codec), codec.tokenizer.decode
+    for seed in range(count):
+        rng = random.Random(seed)
+
+        def line():
+            what = f"The {rng.choice(('red tile', 'blue bar', 'cat'))} {rng.choice(('shows', 'is'))} "
+            what += f"{rng.randint(0, 120)}"
+            if between == " ":
+                return what + rng.choice((".", "!"))
+            return what + rng.choice(("", " cm", ")", "°")) + rng.choice((".", "!", ""))
+
+        between = rng.choice(("\n", "\n\n", "\n  ", "\n\n\n", " "))      # blank lines, indentation, sentences
+        lines = [line() for _ in range(rng.randint(2, 5))]
+        head, tail = rng.choice(("<think>", "<think>\n", "")), rng.choice(("</think>", "\n</think>\n\n"))
+        text = head + between.join(lines) + tail + "<answer>7</answer>"
+        ids = token_ids(text) + [codec.eos_ids[0]]
+        steps, k = attribute.split_steps(ids, codec), rng.randrange(len(lines))
+        assert [step.text for step in steps] == lines
+        t = rollout.Trajectory(None, None, ids, [1] * len(ids), [-0.25] * len(ids), True, text, steps=steps,
+                               checks=[GOOD] * len(lines))
+        inner, _, _ = attribute.parts_of(steps[k], ids, codec)      # suspect is a token of the text
+        stem, new_line = rng.randrange(steps[k].start, steps[k].start + inner), line()
+        if between == " ":
+            end = rng.choice((" The cat", "</think>"))
+        else:
+            end = rng.choice(("\n", "\n\n", "</think>", "</", " \n", "<|im_end|>"))
+        gap, whole = " so ", decode(ids[steps[k].start:steps[k].stop])
+        if not decode(ids[steps[k].start:stem]).strip():    # with the white space that the step begins with
+            stem, gap = steps[k].start, whole[:len(whole) - len(whole.lstrip())]
+        written = token_ids(decode(ids[:stem]) + gap + new_line + end)
+        if written[:stem] != ids[:stem]:                    # a model would not have gone on like this
             continue
-        limit = min(most, start + 2 ** stalls * max(8, 2 * (t.steps[-1].stop // 5)))
-        new, end = r.trajectory, min(limit, len(t.ids))
-        assert asked == [("key/go on/3", t.ids[:start], limit, ())] and r.tokens == end - start
-        assert new.steps == t.steps[:len(new.steps)] and new.logps[:start] == t.logps[:start]
-        assert new.checks == [GOOD] * k + [None] * (len(new.steps) - k) and r.first_edit == start
-        assert r.answer_is_current == new.finished == (end == len(t.ids))
-        assert r.stalls == (stalls + 1 if len(new.ids) <= start else 0)
+        new = attribute.replace_end(t, k, stem, written[stem:], [-0.5] * (len(written) - stem), codec)
+        if new is None:
+            continue
+        done += 1
+        assert new.ids == token_ids(new.text) + [codec.eos_ids[0]], (new.text, list(map(decode, new.ids)))
+        for mu, is_sampled in zip(new.logps, new.sampled, strict=True):
+            assert mu in ((-0.25, -0.5) if is_sampled else (0.0,))
+        assert len(new.ids) == len(new.logps) and new.sampled.count(0) <= 8
+        expected = [step.text for step in steps]
+        expected[k] = new.steps[k].text
+        assert [step.text for step in new.steps] == expected
+        before, after = head + between.join(lines[:k] + [""]), between.join(["", *lines[k + 1:]])
+        after = after if k + 1 < len(lines) else tail
+        if end in ("\n", "\n\n", " \n") and after.startswith("\n"):
+            after = end + after.lstrip("\n")                # the new step's own line break
+        assert new.text.startswith(before + expected[k] + after), (new.text, after)
+    return done
 
 
-def test_replace_step_moves_what_follows():
-    codec, t = tiny_codec(), planted(steps=5)
-    for k, text in ((2, "red 4 6 8"), (4, "blue 1"), (0, "a"), (1, "red 1\n")):     # longer, last, shorter
-        ids, r, texts = rollout.token_ids(text, codec), repair(t), [step.text for step in t.steps]
-        rereason.replace_step(r, k, ids, [-0.1] * len(ids), text.strip(), codec)
-        new, texts[k] = r.trajectory, text.strip()
-        assert new.steps == attribute.split_steps(new.ids, codec) and [s.text for s in new.steps] == texts
-        assert len(new.ids) == len(new.logps) == sum(new.sampled) and new.logps.count(-0.1) == len(ids)
-        assert new.checks == [GOOD] * k + [None] + [GOOD] * (4 - k) and len(t.steps) == 5
-        assert r.first_edit == t.steps[k].start and not r.answer_is_current
-    pieces = ["<think>", "a", "1.\n", "b", "2", "x"]        # a line break in a word's token: one is forced
-    codec = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: "".join(pieces[i] for i in ids)))
-    t = four_steps(steps=[attribute.Step(1, 3, "a1."), attribute.Step(3, 5, "b2")], checks=[GOOD] * 2)
-    r = repair(replace(t, ids=[0, 1, 2, 3, 4], logps=[-1] * 5, sampled=[1] * 5))
-    with swapped(rollout, "token_ids", lambda text, codec: [99]):
-        rereason.replace_step(r, 0, [5, 4, 4], [-2] * 3, "x22", codec)
-    new = r.trajectory
-    assert new.ids == [0, 5, 4, 4, 99, 3, 4] and new.sampled == [1, 1, 1, 1, 0, 1, 1]
-    assert new.logps == [-1, -2, -2, -2, 0, -1, -1] and [s.stop for s in new.steps] == [5, 7]
+def test_seams_are_the_tokenizers_own():
+    assert seams(tiny_codec(), 300) > 100 and seams(qwen_like_codec(), 600) > 200
 
 
 def test_resume_points_table():
-    """After step 0 was corrected: what is likely stays until a check fails, is missing, or a token is not."""
+    """After step 0 was revised: what is likely stays until a check fails or a token is not."""
     for checks, unlikely, finished, want in (
-            ([None, GOOD, GOOD, GOOD], {8: -3.0, 3: -9, 15: -3.0}, True, None), ([GOOD] * 4, {}, False, 17),
-            ([GOOD, GOOD, BAD, None], {}, True, "revise"), ([GOOD, BAD, GOOD, GOOD], {5: -4}, True, "revise"),
-            ([GOOD, GOOD, None, BAD], {}, True, 7), ([GOOD] * 4, {8: -3.1}, True, 7),
-            ([GOOD] * 4, {15: -3.1}, True, 15)):
+            ([GOOD] * 4, {8: -3.0, 3: -9, 15: -3.0}, True, None), ([GOOD] * 4, {}, False, 17),
+            ([GOOD, GOOD, BAD, GOOD], {}, True, "revise"), ([GOOD, BAD, GOOD, GOOD], {5: -4}, True, "revise"),
+            ([BAD, GOOD, GOOD, GOOD], {}, True, "revise"), ([GOOD, GOOD, BAD, GOOD], {5: -4}, True, 4),
+            ([GOOD] * 4, {8: -3.1}, True, 7), ([GOOD] * 4, {15: -3.1}, True, 15)):
         r, log_w = repair(four_steps(checks=checks, finished=finished)), [0.0] * 17
         for n, value in unlikely.items():
             log_w[n] = value
@@ -1589,66 +1719,95 @@ def test_resume_points_table():
 
 def test_rejection_reason_table():
     """Of a trajectory whose first new token is 4."""
-    hint, bad = {"text": "<think>Looking again, 7</think><answer>7</answer>"}, {"text": "no"}
+    bad, ids = {"text": "no"}, {"ids": [0, 1, 2, 3, *range(104, 117)]}
     forced = {"sampled": [1] * 5 + [0] * 12}
     for changes, source, median, log_w, want in (
-            ({}, {}, 12, {}, ""), ({}, {}, 11, {}, "too long"), (bad, {}, 12, {}, "not well-formed"),
-            (bad, bad, 12, {}, ""), (hint, {}, 12, {}, "talks of the hint"), (hint, hint, 12, {}, ""),
-            ({}, {}, 12, {5: -4.6}, "too unlikely"), ({}, {}, 12, {2: -9, 5: -4.5, 9: -4.5}, ""),
-            ({}, {}, 12, {15: -6.1}, "too unlikely"), (forced, {}, 12, {4: -1.4, 5: -9}, ""),
-            (forced, {}, 12, {4: -1.6}, "too unlikely")):
-        r = repair(four_steps(**source), trajectory=four_steps(**changes), median_length=median, first_edit=4)
+            ({}, {}, 17, {}, ""), ({}, {}, 16, {}, "too long"), (bad, {}, 17, {}, "not well-formed"),
+            (bad, bad, 17, {}, ""), ({}, {}, 17, {5: -4.6}, "too unlikely"),
+            ({}, {}, 17, {2: -9, 5: -4.5, 9: -4.5}, ""), ({}, {}, 17, {15: -6.1}, "too unlikely"),
+            (forced, {}, 17, {4: -1.4, 5: -9}, ""), (forced, {}, 17, {4: -1.6}, "too unlikely")):
+        r = repair(four_steps(**source), trajectory=four_steps(**changes, **ids), median_length=median)
         found = rereason.rejection_reason(r, [log_w.get(n, 0.0) for n in range(17)], rereason.Rules())
         assert found == want, (changes, source, median, log_w, found)
 
 
 def test_accept_asks_again_where_an_answer_can_be_guessed():
-    for options, votes, edited, revisions, want in (
-            ("abcdef", 0, [1], 1, "relook 1"), ("abcde", 2, [-1, 1], 0, "restart"),
-            ("abcde", 3, [1, -1], 1, "regenerated"), ("abcde", 1, [1], 1, "policy")):
-        asked, text = [], "<think>red</think><answer>A</answer>"
-        t = four_steps(problem=rollout.Problem("p", "q", "A", [], list(options)), text=text)
+    for answer, options, want in (
+            ("48", "", False), ("A", "ab", True), ("yes", "", True), ("20", "", True), ("21", "", False),
+            ("cat", "", True), ("red 4", "", False), ("0.5", "", False), ("x^2", "", False)):
+        assert reward.is_guessable(answer, list(options)) == want, answer
+    for answer, votes, edited, revisions, want in (
+            ("A 1", 0, [1], 1, "revised 1"), ("A", 2, [1], 0, "restart"), ("A", 1, [1], 1, "policy")):
+        asked, text = [], f"<think>red</think><answer>{answer}</answer>"
+        t = four_steps(problem=rollout.Problem("p", "q", answer, []), text=text,
+                       ids=[0, 1, 2, 3, *range(104, 117)])
 
         def sample(model, problems, codec, *rest):
             asked.append(rest)
             return [[t] * votes + [four_steps()] * (3 - votes)]
 
-        r = repair(four_steps(), trajectory=t, num_revisions=revisions, edited_steps=edited, first_edit=4)
+        r = repair(four_steps(), trajectory=t, num_revisions=revisions, edited_steps=edited)
         with swapped(rollout, "sample", sample), swapped(rereason, "log_weights", lambda *args: [[0.0] * 17]):
             rereason.accept(None, None, [r], 99, rereason.Rules())
         assert t.provenance == want and r.outcome == ("a lucky guess" if want == "policy" else "repaired")
-        assert want == "policy" or (t.source, t.shared_prefix_len) == (r.source, 4)
-        assert asked == [(3, 99, 1.0, ["key/votes"], [t.ids[:13]] * 3, [None])] * (len(options) == 5)
+        assert want == "policy" or t.source is r.source
+        assert asked == [(3, 99, 1.0, ["key/votes"], [t.ids[:13]] * 3, [None])] * (answer == "A")
         assert r.tokens == 51 * len(asked)
 
 
-def test_restarts_only_and_blind_looks():
-    """The ablations: without second looks the new step is of the clean context; unseen is guessed."""
-    sources, usual, restarted = *(some[6:] for some in loop_results()), 0
-    for r in rectified(sources, relook="none", max_tokens_ratio=4.0):
+def test_how_far_continue_sampling_samples():
+    """Two steps ahead, within the limit."""
+    codec, t = tiny_codec(), planted(steps=5)
+    for k, most in ((2, 200), (1, 200), (2, 12), (1, t.steps[1].start)):
+        r, asked, start = repair(t), [], t.steps[k].start
+        with swapped(rereason, "sample_one_each", replies(t.ids[start:], asked)):
+            rereason.continue_sampling(None, codec, [(r, start)], most, 3, rereason.Rules())
+        if start >= most:
+            assert r.outcome == "too long" and not asked
+            continue
+        limit = min(most, start + max(8, 2 * (t.steps[-1].stop // 5)))
+        new, end = r.trajectory, min(limit, len(t.ids))
+        assert asked == [("key/go on/3", t.ids[:start], limit, 1.0, ())] and r.tokens == end - start
+        assert new.steps[:k] == t.steps[:k] and new.ids == t.ids[:end]
+        assert new.logps[:start] == t.logps[:start]
+        assert r.answer_is_current == new.finished == (end == len(t.ids))
+
+
+def test_hostile_chains_do_not_stop_the_loop():
+    """Tags and control tokens in steps, steps without end, steps of several lines, options for an answer."""
+    p, failures = planted().problem, []
+    choice = replace(p, answer="A", choices=["x", "y", "z"])
+    for problem, thoughts in ((p, "<image> 1 2\n<|im_end|> <image>\nred 4 6"), (p, "a b " * 30 + "\nred\n"),
+                              (p, "Step 1: red\nis 4\nStep 2: blue\nis 5"), (choice, "red 4\nblue 5")):
+        failures.append(chain(problem, [thoughts], "B"))
+    assert attribute.locatable_failures(failures) == failures
+    for window, revise in ((1, True), (0, True), (1, False)):
+        assert all(r.outcome for r in rectified(failures, window=window, revise=revise))
+
+
+def test_restarts_only():
+    """The ablation: the new step is the policy's own, in the clean context."""
+    sources, restarted = loop_results()[0][6:], 0
+    for r in rectified(sources, revise=False, max_tokens_ratio=4.0):
         assert r.num_revisions == 0
         if r.outcome == "repaired" and len(r.edited_steps) == 1:
-            step, restarted = r.trajectory.steps[r.edited_steps[0]], restarted + 1
-            log_w = rereason.log_weights(tiny_model(), tiny_codec(), [r.trajectory])[0]
-            close(log_w[step.start:step.stop - 1], [0.0] * (step.stop - step.start - 1))
+            t, restarted = r.trajectory, restarted + 1
+            log_w = rereason.log_weights(tiny_model(), tiny_codec(), [t])[0][shared_prefix(r):]
+            close(log_w, [0.0] * len(log_w))
     assert restarted
-    for r, other in zip(rectified(sources, relook="only"), usual):
-        assert r.outcome == "given up" or r.trajectory.ids == other.trajectory.ids
-    blind = rectified(sources, relook="text")
-    assert sum(r.failures for r in blind) > sum(r.failures for r in usual) + 2
 
 
 def test_turns_and_company_of_a_repair():
     """What is not done after its turns is given up; what is repaired beside it changes nothing."""
-    (sources, usual), done = loop_results(), []
+    (sources, usual, policy), done = loop_results(), []
     for turns, some in ((0, (0, 1)), (3, range(6, 12)), (32, (11, 4, 7, 0))):
-        repairs = rectified([sources[n] for n in some], max_turns=turns)
+        repairs = rectified([sources[n] for n in some], policy, max_turns=turns)
         for r, n in zip(repairs, some):
             if r.outcome != "too many turns" or turns == 32:
                 assert r.outcome == usual[n].outcome and r.trajectory.ids == usual[n].trajectory.ids
                 assert r.tokens == usual[n].tokens
         done.append(sum(r.outcome == "repaired" for r in repairs))
-    assert 0 == done[0] < done[1] < 6
+    assert 0 == done[0] < done[1]
 
 
 def test_restarts_follow_the_gradient_of_log_value():
@@ -1780,7 +1939,12 @@ def test_eq5_k3_is_not_negative_unbiased_and_bounded():
 
 
 def test_eq6_step_credit():
-    assert grpo.step_credit(3, []) == [0, 0, 0] and grpo.step_credit(5, [(0, 2), (4, 5)]) == [1, 1, 0, 0, 1]
+    """The same in all, wherever the blame is put."""
+    for faulty, want in (([(0, 2), (4, 5)], [1, 1, 0, 0, 1]), ([(2, 3)], [0, 0, 1, 0, 0]),
+                         ([(0, 5)], [1] * 5)):
+        weights = grpo.step_credit(5, faulty)
+        close(weights, [1 + w * grpo.BLAME / sum(want) for w in want], 1e-9)
+        close(sum(weights), 5 + grpo.BLAME, 1e-9)
 
 
 def test_eq7_shaped_ratio():
@@ -1831,20 +1995,24 @@ def test_group_shares_and_advantages():
 
 
 def test_assign_credit_table():
-    """Which of the 17 tokens pay; None: all."""
-    checks = [GOOD, attribute.Check(0.1, 1), None, attribute.Check(0.2)]
+    """Which of the 17 tokens share the blame; None: all have weight 1."""
+    checks = [GOOD, attribute.Check(1.0, 1), GOOD, attribute.Check(9.0)]
     wrong = four_steps(checks=checks, advantage=-0.2, weights=[9], rewards={"accuracy": 0.0, "format": 1.0})
     for changes, credit, want in (
-            ({}, "token", [5, *range(7, 13)]), ({}, "step", range(4, 13)), ({}, "rollout", None),
+            ({}, "token", [5, *range(10, 13)]), ({}, "step", [4, 5, 6, 10, 11, 12]), ({}, "rollout", None),
             ({"finished": False}, "token", []), ({"finished": False, "advantage": 0.0}, "step", []),
-            ({"finished": False}, "rollout", None), ({"advantage": 0.0}, "token", None),
-            ({"rewards": {"accuracy": 0.0, "format": 0.0}}, "token", None), ({"checks": None}, "token", None),
+            ({"finished": False}, "rollout", []), ({"advantage": 0.0}, "token", None),
+            ({"rewards": {"accuracy": 0.0, "format": 0.0}}, "token", [5, *range(10, 13)]),
+            ({"checks": None}, "token", range(17)), ({"checks": None, "steps": None}, "step", range(17)),
             ({"rewards": {"accuracy": 1.0, "format": 1.0}}, "token", None),
-            ({"checks": [GOOD] * 4}, "token", None), ({"provenance": "relook 1"}, "token", None)):
+            ({"checks": [GOOD] * 4}, "token", range(17)), ({"provenance": "revised 1"}, "token", None)):
         t = replace(wrong, **changes)
         grpo.assign_credit([[t]], credit)
-        weights = None if want is None else [float(n in want) for n in range(17)]
-        assert t.weights == weights, (changes, credit)
+        if want is None:
+            assert t.weights is None, (changes, credit)
+        else:
+            blame = grpo.BLAME / max(1, len(want))
+            close(t.weights, [(n in want) * blame + t.finished for n in range(17)], 1e-9)
 
 
 def test_has_gradient_and_collate():
@@ -1869,34 +2037,37 @@ def test_select_groups():
     groups = [group_of(0, 0, 0, 0), group_of(1, 0, 0, 0), group_of(1, 1, 0, 0), group_of(1, 1, 1, 0)]
     for below, want in ((0.25, [0, 1]), (0.24, [0]), (1.0, [0, 1, 2]), (-1.0, [])):
         config = SimpleNamespace(rectify_below=below, anneal=0.4)
-        assert rereason.select_groups(groups, list("abcd"), config, 0.6) == want
+        assert attribute.select_groups(groups, list("abcd"), config, 0.6) == want
     keys = [str(n) for n in range(400)]
     for anneal, progress, share in ((0.4, 0.7, 0.75), (0.4, 0.9, 0.25), (0.4, 1.2, 0), (0.0, 0.99, 1)):
         config = SimpleNamespace(rectify_below=0.25, anneal=anneal)
-        chosen = rereason.select_groups(groups[:1] * 400, keys, config, progress)
+        chosen = attribute.select_groups(groups[:1] * 400, keys, config, progress)
         assert abs(len(chosen) / 400 - share) < 0.08 * (0 < share < 1) + 1e-9
 
 
 def test_choose_source_and_where_the_rectified_one_goes():
-    """The fewest suspect steps, the first of them late; its repair replaces the last other wrong rollout."""
-    config = SimpleNamespace(min_log_w=-2.0, relook="text", max_new_tokens=99)
+    """Located, the fewest suspect steps, the first of them late; its repair replaces the last other wrong
+    rollout."""
+    config = SimpleNamespace(min_log_w=-2.0, revise=False, max_new_tokens=99)
 
     def rectify(model, codec, repairs, verifier, longest, rules):
-        assert (longest, rules.min_log_w, rules.relook) == (99, -2.0, "text")
+        assert (longest, rules.min_log_w, rules.revise) == (99, -2.0, False)
         for r in repairs:
             assert r.trajectory is not r.source and r.trajectory.ids == r.source.ids and r.median_length == 17
             r.outcome = "repaired" if r.key == "rectify/b/0" else "given up"
 
-    for checks in ([GOOD, BAD, GOOD, None], [GOOD, GOOD, BAD, GOOD], [GOOD, GOOD, BAD, BAD], [GOOD] * 4):
+    for checks in ([GOOD, GOOD, GOOD, BAD], [GOOD, GOOD, BAD, GOOD], [GOOD, GOOD, BAD, BAD]):
         first, right, source, other = group = group_of(0, 1, 0, 0)
         first.checks, source.checks, other.checks = [BAD, GOOD, GOOD, BAD], checks, [GOOD, BAD, BAD, GOOD]
         cut_off = [replace(t, finished=False) for t in group]
-        assert rereason.choose_source(group) is source and rereason.choose_source(cut_off) is None
+        assert attribute.choose_source(group) is source and attribute.choose_source(cut_off) is None
         before = [group, cut_off, group, [first, source, right], group]
         with swapped(rereason, "rectify", rectify):
             after, (_, one, two) = rereason.rectify_groups(None, None, before, [0, 1, 2, 3], list("axbbb"),
                                                            None, config, lambda t: {"accuracy": 1.0})
         assert one.source is two.source is source and one.trajectory.rewards == {"accuracy": 1.0}
+        source.checks = [GOOD] * 4
+        assert attribute.choose_source(group) is other
         assert group == [first, right, source, other] and after == [
             group, cut_off, [first, right, source, one.trajectory], [two.trajectory, source, right], group]
 
@@ -1915,7 +2086,7 @@ def step_with_repairs():
     with scratch() as folder, contextlib.ExitStack() as stack:
         trainer = train.Trainer(train.TrainConfig(
             model=TINY, data="tiny:steps=9,kinds=tiles+bars", batch=6, group_size=4, max_new_tokens=110,
-            lr=0.0, eval_problems=0, device="cpu", out=str(folder)))
+            lr=1e-12, eval_problems=0, device="cpu", out=str(folder)))
         for name in calls:
             stack.enter_context(swapped(rollout, name, counting(name, getattr(rollout, name))))
         return trainer, trainer.rl_step(), calls["encode_prompt"], calls["open_image"]
@@ -1936,7 +2107,7 @@ def test_rectified_groups_and_their_credit():
     trainer, metrics, _, _ = step_with_repairs()
     own, used = 0.0, 0
     for t in sum(metrics["groups"], []):
-        if t.provenance == "policy" and t.advantage:
+        if t.provenance == "policy" and grpo.has_gradient(t, beta=0.0):
             _, entropy, _ = rollout.completion_logps(trainer.model, trainer.codec, [t.prompt], [t.ids], True)
             on = torch.tensor(t.weights or t.sampled) > 0
             own, used = own + entropy[0][on].sum().item(), used + on.sum().item()
@@ -1947,7 +2118,7 @@ def test_rectified_groups_and_their_credit():
         if t in group:
             close(t.advantage, t.rewards["total"] - sum(other.rewards["total"] for other in group) / 4, 1e-6)
             assert t.rewards["accuracy"] == 1 and t.weights is None and t.advantage > 0 > source.advantage
-            assert 0 < sum(source.weights) < len(source.steps)
+            close(sum(source.weights), len(source.ids) + grpo.BLAME, 1e-6)
 
 
 def test_degenerate_groups():
@@ -1959,7 +2130,7 @@ def test_degenerate_groups():
         same = {"rewards": rewards, "finished": finished, "provenance": "policy"}
         for group in metrics["groups"]:
             groups.append([replace(t, **same) for t in group])
-        hard = rereason.select_groups(groups, keys, trainer.config, 0.0)
+        hard = attribute.select_groups(groups, keys, trainer.config, 0.0)
         assert len(hard) == (0 if right else 6)
         if not finished:
             attribute.attribute(groups, hard, verifier, trainer.codec, "token")
@@ -2009,22 +2180,6 @@ def test_true_chain_is_true_and_gives_the_answer():
             assert len(set(p.choices)) == 4
 
 
-def test_second_looks_teach_the_true_step():
-    wrong = 0
-    for kind, form, i in itertools.product(shapes.KINDS, shapes.SECOND_LOOKS, range(20)):
-        p = shapes.make_problem(kind, 4, form, index=i)
-        turns = p.question if form == "relook" else ["", "<think>", p.question]
-        suspect = turns[-1].split("\n")[-1]
-        depth = turns[1].count("\n")                        # trusted steps before it
-        true = shapes.true_steps(p.oracle)
-        assert p.answer == shapes.demonstrate(p, (0.9, 0.9), None) and p.answer in true
-        assert turns[1] == "<think>" + "".join(s + "\n" for s in true[:depth])
-        assert form == "check" or p.answer == true[depth]
-        assert len(p.images) == "".join(turns).count("<image>")
-        wrong += suspect != p.answer
-    assert 0.4 < wrong / 160 < 0.7
-
-
 def test_oracle_names_what_is_wrong():
     p = shapes.make_problem("tiles", 4, index=1)
     s = p.key_steps
@@ -2045,25 +2200,25 @@ def test_oracle_names_what_is_wrong():
     astray = next(n for n in p.oracle["show"] if n not in s[1].split())
     assert shapes.check_steps(p, [s[0], f"{name} {value} {astray}", s[2]]) == ["true", "misread", "logic"]
     p = shapes.make_problem("bars", 3, index=0)
-    assert shapes.check_steps(p, [shapes.slip(p.oracle, p.key_steps[0], None)]) == ["logic"]
+    name, value, verdict = p.key_steps[0].split()
+    assert shapes.check_steps(p, [f"{name} {value} {'no' if verdict == 'yes' else 'yes'}"]) == ["logic"]
 
 
-def test_erosion_grows_with_depth_and_stays_consistent():
-    rng, wrong = random.Random(0), np.zeros(9)
-    for i in range(600):
-        p = shapes.make_problem(("tiles", "count", "bars")[i % 3], 9, "free", "train", 4, i)
-        text = shapes.demonstrate(p, (0.05, 0.4), rng)
+def test_erosion_reads_the_prior_the_deeper_the_more():
+    rng, eroded, asked = random.Random(0), np.zeros(9), np.zeros(9)
+    for i in range(800):
+        p = shapes.make_problem(shapes.KINDS[i % 4], 9, "free", "train", 4, i)
+        text = shapes.demonstrate(p, (0.05, 0.9), rng)
         steps = text[7:text.index("</think>")].split("\n")
-        verdicts = shapes.check_steps(p, steps)
-        assert set(verdicts) <= {"true", "misread"}
-        wrong += [v == "misread" for v in verdicts]
+        for k, (step, name) in enumerate(zip(steps, p.oracle["ask"], strict=True)):
+            value = int(step.split()[1])
+            shown, prior = p.oracle["show"][name], shapes.prior(p.oracle, name)
+            assert step.startswith(name + " ") and value in (shown, prior)
+            if shown != prior:
+                eroded[k], asked[k] = eroded[k] + (value != shown), asked[k] + 1
+        assert set(shapes.check_steps(p, steps)) <= {"true", "misread"}
         assert text.endswith(f"<answer>{shapes.answer_from_steps(p.oracle, steps)}</answer>")
-    close(wrong / 600, np.linspace(0.05, 0.4, 9), 0.06)
-    for i in range(100):                                # a path misread walks on from where it believes to be
-        p = shapes.make_problem("path", 9, "free", "train", 4, i)
-        text = shapes.demonstrate(p, (0.3, 0.3), rng)
-        steps = [s.split() for s in text[7:text.index("</think>")].split("\n")]
-        assert all(a[2] == b[0] for a, b in zip(steps, steps[1:])) and steps[-1][2] == "end"
+    close(eroded / asked, [0.05, *np.linspace(0.05, 0.9, 8)], 0.06)
 
 
 def test_stream_spec():
@@ -2176,7 +2331,8 @@ def test_eval_command_resumes():
 SMALL = {"model": TINY, "data": "tiny:steps=3,kinds=tiles+bars", "max_steps": 2, "batch": 4, "group_size": 4,
          "max_new_tokens": 40, "eval_problems": 0, "lr": 1e-4, "warmup_steps": 1, "save_every": 100,
          "show_every": 0, "device": "cpu"}
-KINDS = {"sft": {"stage": "sft"}, "ivr": {"rectify_below": 1.0},
+KINDS = {"sft": {"stage": "sft"},
+         "ivr": {"rectify_below": 1.0, "data": "tiny:steps=6,kinds=tiles+bars", "max_new_tokens": 70},
          "grpo": {"algo": "grpo", "beta": 0.1, "updates_per_batch": 2, "micro_rows": 5, "max_steps": 1}}
 FORK = multiprocessing.get_context("fork")
 
@@ -2373,8 +2529,7 @@ def test_a_run_resumed_from_an_earlier_checkpoint_equals_the_first():
                 assert {len(t["sampled"]), len(t["logps"]), len(t["weights"] or t["ids"])} == {len(t["ids"])}
             for repair in row["repairs"]:
                 t, source = row["rollouts"][repair["trajectory"]], row["rollouts"][repair["source"]]
-                kept = t["shared_prefix_len"]
-                assert t["source"] == repair["source"] and t["ids"][:kept] == source["ids"][:kept]
+                assert t["source"] == repair["source"] and t["ids"] != source["ids"]
                 assert t["rewards"]["accuracy"] == 1 > source["rewards"]["accuracy"] and repair["turns"]
 
 
@@ -2454,11 +2609,11 @@ def test_first_update_is_the_plain_policy_gradient():
 def test_tokens_of_every_kind_are_counted():
     """What was really sampled and really asked, counted beside the trainer."""
     trainer, sizes, asked = small_trainer(**KINDS["ivr"], seed=1, max_tokens=10 ** 4), [], []
-    make, check = rollout.make_trajectory, attribute.check_steps
+    make, read = rollout.make_trajectory, attribute.read_steps
     with (swapped(rollout, "make_trajectory", lambda *given: sizes.append(len(given[3])) or make(*given)),
-          swapped(attribute, "check_steps", lambda *given: asked.extend(given[2]) or check(*given))):
+          swapped(attribute, "read_steps", lambda *given: asked.extend(given[2]) or read(*given))):
         found = trainer.rl_step()
-    distinct = {(problem.id, text) for problem, _, text in asked}
+    distinct = {(id(prompt), *before, -1, *step) for prompt, before, step in asked}
     assert found["check_tokens"] == len(asked) == len(distinct) > 9
     assert found["rollout_tokens"] == sum(sizes[:4 * 4]) and 0 < found["repaired"] <= found["sources"]
     assert found["repair_tokens"] == len(asked) + sum(sizes[4 * 4:])
@@ -2469,8 +2624,9 @@ def test_tokens_of_every_kind_are_counted():
 def test_the_two_hooks():
     """A reward and an attribution signal of one's own, with defaults; and a run that ends by tokens."""
     class Doubts(attribute.Verifier):
-        def check(self, claims):
-            return [attribute.Check(0.25)] * len(claims)
+        def __call__(self, trajectories):
+            for t in trajectories:
+                t.checks = [attribute.Check(0.75)] * len(t.steps)
 
     class Mine(train.Trainer):
         verifier_class = Doubts
@@ -2479,11 +2635,12 @@ def test_the_two_hooks():
             return {**super().score(t), "total": 0.01 * len(t.ids)}
 
     with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
-        train.start(small_flags(folder, max_tokens=1, show_every=1), Mine, {"rectify_below": 1.0, "batch": 2})
+        flags = small_flags(folder, max_tokens=1, show_every=1, data="tiny:steps=8", max_new_tokens=90)
+        train.start(flags, Mine, {"rectify_below": 1.0, "batch": 2})
         row, = metrics(folder)
         close(row["reward"], 0.01 * row["length"], 1e-6)
         checks = sum([t["checks"] for t in train.read_jsonl(folder / "groups.jsonl")[0]["rollouts"]], [])
-        assert row["sources"] and not row["check_tokens"] and set(checks) == {0.25}
+        assert row["sources"] and not row["check_tokens"] and set(checks) == {0.75}
         c = train.parse_flags(train.TrainConfig, ["--no-freeze_vision"], m.read_json(folder / "config.json"))
         assert (c.rectify_below, c.batch, c.max_tokens, c.freeze_vision) == (1.0, 4, 1, False)  # flags win
 
@@ -2558,8 +2715,8 @@ def test_learning_rate_and_data_order():
     c = train.TrainConfig(lr=1.0, warmup_steps=4, max_steps=10, lr_end=0.0)
     for step in range(10):
         close(train.learning_rate(c, step, step / 10), min(1, (step + 1) / 4) * (1 - step / 10), 1e-9)
-    c, seen = train.TrainConfig(batch=4), []
-    close([train.learning_rate(c, step, 0.9) for step in (0, 4, 9)], [6e-6, 3e-5, 3e-5], 1e-12)
+    c, seen = train.TrainConfig(batch=4, lr=2e-4), []
+    close([train.learning_rate(c, step, 0.9) for step in (0, 1, 9)], [1e-4, 2e-4, 2e-4], 1e-12)
     rank = SimpleNamespace(config=c, rank=1, world=2, data=shapes.Stream("tiny", run=4))
     file = SimpleNamespace(config=c, rank=0, world=1, data=list("abcdef"))
     for rank.step, places in enumerate(((1, 3), (5, 7), (9, 11))):
@@ -2577,6 +2734,8 @@ def test_collapse_is_warned_of():
                            ({"entropy": 0.001}, ["entropy"]), ({"entropy": 0.001, "accuracy": 0.95}, [])):
         assert list(train.warnings_of({**first, **changes}, first)) == kinds
     assert list(train.warnings_of(stuck, stuck)) == ["all wrong"] and not train.warnings_of(stuck, first)
+    for sources, repaired, kinds in ((4, 0, ["repairs"]), (4, 1, []), (0, 0, ["all wrong"])):
+        assert list(train.warnings_of({**stuck, "sources": sources, "repaired": repaired}, stuck)) == kinds
 
 
 def test_supervised_stage_learns_from_a_file():
@@ -2608,7 +2767,7 @@ def test_bad_input_ends_with_one_line():
                  (f"--resume {folder}", "--resume no whole checkpoint"), ("--batches 3", "--batches"),
                  (f"--out {folder}/used", "--out holds a run"), ("--lr much", "--lr"),
                  ("--stage ppo", "--stage rl sft"), ("--algo ppo", "--algo"), ("--credit all", "--credit"),
-                 ("--relook twice", "--relook"), ("--anneal -1", "--anneal"), ("--dtype int4", "--dtype"),
+                 ("--reader nowhere", "--reader"), ("--anneal -1", "--anneal"), ("--dtype int4", "--dtype"),
                  ("--device gpu", "--device"), ("--batch 0", "--batch"), ("--group_size 1", "--group_size"),
                  ("--batch 4 --updates_per_batch 3", "--batch 4"), ("--save_every -1", "--save_every"),
                  ("--max_prompt_tokens 4", "--max_prompt_tokens"))
@@ -2649,11 +2808,11 @@ def test_folders_like_the_hubs_train_and_open_again():
 
 
 def test_the_main_job_improves():
-    """The shipped model and the default flags, but few steps at a higher rate: held-out accuracy rises, the
-    log is written, a group is shown."""
+    """The shipped model and the default flags, but shorter chains and few steps at a higher rate: held-out
+    accuracy rises, the log is written, a group is shown."""
     with scratch() as folder, contextlib.redirect_stdout(io.StringIO()) as printed:
-        train.start(f"--out {folder} --max_steps 3 --batch 8 --lr 3e-4 --warmup_steps 1 --eval_problems 12 "
-                    "--eval_every 2 --device cpu".split())
+        train.start(f"--out {folder} --data tiny:steps=7 --max_steps 3 --batch 8 --lr 3e-4 --warmup_steps 1 "
+                    "--eval_problems 12 --eval_every 2 --device cpu".split())
         for words in ("held-out before: greedy", "held-out after:  greedy", "held-out at 2: avg@1", "pass@4",
                       "step 3/3", "question", "rectified", "| task bars/free"):
             assert words in printed.getvalue(), words

@@ -10,8 +10,8 @@ warm-up, fp32 master weights, random numbers keyed by problem and step, so that 
 and a resumed run what an uninterrupted one does. Left out: FSDP, pipelines, asynchronous rollouts.
 
 Worked example: of a global batch of 4, rank 1 of 2 takes problems 1 and 3 in the first step, 5 and 7 in the
-second. With G = 8 and L_max = 64 both ranks divide their loss by 4 * 8 * 64 = 2048. At lr 3e-5 with 5 warm-up
-steps the first step's rate is 6e-6, the fifth's 3e-5.
+second. With G = 8 and L_max = 64 both ranks divide their loss by 4 * 8 * 64 = 2048. At lr 2e-4 with 2 warm-up
+steps the first step's rate is 1e-4, the second's 2e-4.
 """
 import argparse
 import contextlib
@@ -59,11 +59,11 @@ class TrainConfig:
     resume: str = ""                    # run folder or checkpoint to continue, with its saved flags
     check: bool = False                 # only read --data: open all images, name all bad rows
     # how long
-    max_steps: int = 80                 # rollout batches (rl) or optimiser steps (sft)
+    max_steps: int = 24                 # rollout batches (rl) or optimiser steps (sft)
     max_tokens: int = 0                 # rl: end when so many tokens are generated, all kinds (0 = by steps)
-    batch: int = 64                     # B: problems a step, over all ranks
+    batch: int = 16                     # B: problems a step, over all ranks
     group_size: int = 8                 # G: completions a problem
-    max_new_tokens: int = 64            # L_max: length limit of a completion
+    max_new_tokens: int = 0             # L_max: length limit of a completion (0 = 128 on tiny, else 1024)
     max_prompt_tokens: int = 16384      # a longer prompt is an error
     max_pixels: int = 0                 # larger images are scaled down to this area (0 = the checkpoint's)
     updates_per_batch: int = 1          # optimiser steps on each rollout batch
@@ -78,28 +78,30 @@ class TrainConfig:
     # IVR-R1
     credit: str = "token"               # what of a failed rollout pays: token (at fault) | step | rollout
     rectify_below: float = 0.125        # groups up to this accuracy are rectified (< 0: none)
-    relook: str = "image"               # image | text (no image) | none (restarts only) | only (no restarts)
+    reader: str = "start"               # what re-reads steps: start (--model, frozen) | policy | a folder
+    reader_window: int = 0              # steps before a step that the reader sees with it
+    revise: bool = True                 # the reader rewrites suspect steps (no: the policy restarts there)
     min_log_w: float = -1.5             # a rectified trajectory less likely than this a token is rejected
     lambda_r: float = 1.0               # weight of rectified trajectories
     gamma: float = 0.1                  # shape of their importance weight (0 = plain w)
     anneal: float = 0.4                 # the share of groups rectified falls to 0 over this last part
     # the optimiser
-    lr: float = 3e-5                    # AdamW's learning rate after warm-up
+    lr: float = 0.0                     # AdamW's rate after warm-up (0 = by the model's size)
     lr_end: float = 1.0                 # share of lr left at the last step (linear decay; 1 = constant)
-    warmup_steps: int = 5               # linear warm-up
+    warmup_steps: int = 2               # linear warm-up
     beta2: float = 0.98                 # AdamW's second-moment decay
     weight_decay: float = 0.0           # on matrices only
     max_grad_norm: float = 1.0          # gradients are clipped to this norm
     freeze_vision: bool = False         # leave the vision tower as it is
     activation_checkpointing: bool = False      # compute activations again in the backward pass: less memory
     # supervised stage on tiny
-    erosion_first: float = 0.0          # chance of a planted wrong reading at step 1 of a demonstration ...
+    erosion_first: float = 0.0          # chance that step 1 or 2 is read from language ...
     erosion_ninth: float = 0.0          # ... and from step 9 on (linear in between)
     # looking at it, keeping it
     eval_problems: int = 200            # held-out problems (0 = no evaluation)
     eval_samples: int = 4               # k of avg@k
     eval_every: int = 0                 # a short evaluation every so many steps too (0 = no)
-    show_every: int = 10                # a group to terminal and groups.jsonl every so many steps (0 = never)
+    show_every: int = 6                 # a group to terminal and groups.jsonl every so many steps (0 = never)
     save_every: int = 50                # checkpoint every so many steps, and at the end (0 = only then)
     keep: int = 2                       # checkpoints to keep
     max_bad_steps: int = 5              # end after so many steps in a row without a finite gradient
@@ -107,13 +109,16 @@ class TrainConfig:
     device: str = "auto"                # cpu, cuda (auto = cuda where there is one)
     dtype: str = "auto"                 # float32, bfloat16 (auto = bfloat16 on cuda, float32 on cpu)
 
+    def __post_init__(self):
+        self.max_new_tokens = self.max_new_tokens or (128 if is_tiny(self.data) else 1024)
+
     def validate(self, world: int):
         """ValueError names the flag that can not be."""
         def need(name, good, rule):
             if not good:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be {rule}")
 
-        positive = "max_steps batch max_new_tokens updates_per_batch micro_rows keep max_bad_steps".split()
+        positive = "max_steps batch updates_per_batch micro_rows keep max_bad_steps".split()
         for f in fields(self):
             if f.type is int:
                 least = int(f.name in positive)
@@ -122,7 +127,6 @@ class TrainConfig:
         need("stage", self.stage in ("rl", "sft"), "rl or sft")
         need("algo", self.algo in ("ivr", "grpo"), "ivr or grpo")
         need("credit", self.credit in ("token", "step", "rollout"), "token, step or rollout")
-        need("relook", self.relook in rereason.RELOOKS, f"one of {', '.join(rereason.RELOOKS)}")
         need("batch", self.batch % parts == 0, f"a multiple of ranks x updates_per_batch = {parts}")
         need("group_size", self.group_size > 1 or self.stage == "sft", "at least 2")
         need("anneal", 0 <= self.anneal <= 1, "between 0 and 1")
@@ -337,13 +341,37 @@ class Trainer:
         self.model = load_model(checkpoint or c.model, self.device, dtype)
         self.model.activation_checkpointing = c.activation_checkpointing
         self.model.visual.requires_grad_(not c.freeze_vision)
-        self.reference = load_model(c.model, self.device, dtype).eval() if c.beta > 0 else None
+        self.reference = self.load_frozen(c.model, dtype) if c.beta > 0 else None
+        self.reader = self.choose_reader(dtype)
+        self.size = sum(p.numel() for p in self.model.parameters())
+        c.lr = c.lr or (2e-4 if self.size < 1e8 else {"rl": 1e-6, "sft": 1e-5}[c.stage])
         self.optimizer = Optimizer(self.model, c, self.rank, self.world)
         self.step = self.tokens = self.bad_steps = 0            # tokens: generated so far, over all ranks
         if checkpoint:
             state = json.loads((checkpoint / "trainer.json").read_text())
             self.step, self.tokens, self.bad_steps = state["step"], state["tokens"], state["bad_steps"]
             self.optimizer.load(sorted(checkpoint.glob("optimizer-*.safetensors")))
+
+    def load_frozen(self, path: str, dtype):
+        model = load_model(path, self.device, dtype).eval()
+        return model.requires_grad_(False)
+
+    def choose_reader(self, dtype):
+        """The model that re-reads steps; none where nothing is re-read. ValueError for another tokenizer."""
+        c = self.config
+        if c.stage != "rl" or c.algo != "ivr":
+            return None
+        if c.reader == "policy":
+            return self.model
+        if c.reader == "start":
+            return self.reference or self.load_frozen(c.model, dtype)
+        try:
+            vocabulary = rollout.load_codec(c.reader).tokenizer.get_vocab()
+        except (ValueError, OSError) as e:
+            raise ValueError(f"--reader: {e}") from None
+        if vocabulary != self.codec.tokenizer.get_vocab():
+            raise ValueError(f"--reader {c.reader}: its tokenizer is not that of --model {c.model}")
+        return self.load_frozen(c.reader, dtype)
 
     def progress(self) -> float:
         """Share of the training that is done."""
@@ -381,20 +409,20 @@ class Trainer:
         metrics, repairs = self.rollout_metrics(groups), []
 
         if c.algo == "ivr":
-            # attribute: split rollouts into steps; in failed ones, find the step that lost the image
-            hard = rereason.select_groups(groups, keys, c, progress)
-            verifier = self.verifier_class(model, codec)
+            # attribute: split rollouts into steps; in failed ones the reader, without the chain, finds the
+            # step that lost the image
+            hard = attribute.select_groups(groups, keys, c, progress)
+            verifier = self.verifier_class(self.reader, codec, c.reader_window)
             attribute.attribute(groups, hard, verifier, codec, c.credit)
 
-            # rereason: look at the image again, rewrite that step, continue, verify; successes join the group
+            # rereason: it looks again and rewrites that step; continue, verify; successes join the group
             groups, repairs = rereason.rectify_groups(model, codec, groups, hard, keys, verifier, c,
                                                       self.score)
-            metrics |= self.repair_metrics(repairs, verifier)
+            metrics |= self.repair_metrics(groups, repairs, verifier)
 
         # grpo: advantages within each group, credit to the tokens at fault, the clipped objective
         grpo.assign_advantages(groups, c.use_std)
-        if c.algo == "ivr":
-            grpo.assign_credit(groups, c.credit)
+        grpo.assign_credit(groups, c.credit if c.algo == "ivr" else "rollout")
         metrics |= self.update(groups, learning_rate(c, self.step, progress))
         return {**metrics, "generated_tokens": self.tokens, "groups": groups, "repairs": repairs}
 
@@ -470,14 +498,36 @@ class Trainer:
         self.tokens += tokens
         return {**means, **shares, "rollout_tokens": tokens}
 
-    def repair_metrics(self, repairs, verifier) -> dict:
-        """What the Re-Reasoning Loop did, over all ranks; its tokens are counted here."""
-        names = ("sources", "repaired", "revisions", "repair_tokens", "check_tokens")
-        rows = [[0, 0, 0, verifier.tokens, verifier.tokens]]
+    def repair_metrics(self, groups, repairs, verifier) -> dict:
+        """What attribution and the Re-Reasoning Loop did, over all ranks; their tokens are counted here.
+        Where there is a step oracle also how often they were right: found (of the wrong steps), false_alarms
+        (of the right ones), true_revisions."""
+        names = ("sources repaired revisions repair_tokens check_tokens suspects wrong found right "
+                 "false_alarms judged true_revisions")
+        counts = dict.fromkeys(names.split(), 0)
+        counts["check_tokens"] = counts["repair_tokens"] = verifier.tokens
         for r in repairs:
-            rows.append([1, r.outcome == "repaired", r.num_revisions, r.tokens, 0])
-        metrics = dict(zip(names, torch.tensor(all_gather(rows)).sum(0).tolist()))
+            counts["sources"] += 1
+            counts["repaired"] += r.outcome == "repaired"
+            counts["revisions"] += r.num_revisions
+            counts["repair_tokens"] += r.tokens
+            for turn in r.turns if r.source.problem.oracle else ():
+                if turn["what"] == "revise" and turn["after"] != turn["before"]:
+                    counts["judged"] += 1
+                    counts["true_revisions"] += shapes.is_right(r.source.problem, turn["after"])
+        for t in sum(groups, []):
+            suspect = [check.is_suspect for check in t.checks or ()]
+            counts["suspects"] += sum(suspect)
+            if t.problem.oracle and suspect and t.provenance == "policy":
+                for verdict, doubted in zip(shapes.verdicts(t), suspect):
+                    counts["right" if verdict == "true" else "wrong"] += 1
+                    counts["false_alarms" if verdict == "true" else "found"] += doubted
+        totals = torch.tensor(all_gather([list(counts.values())])).sum(0).tolist()
+        metrics = dict(zip(counts, totals))
         self.tokens += metrics["repair_tokens"]
+        for name, of in (("found", "wrong"), ("false_alarms", "right"), ("true_revisions", "judged")):
+            count = metrics.pop(of)
+            metrics[name] = metrics[name] / count if count else None
         return metrics
 
     def evaluate(self, short: bool = False) -> dict | None:
@@ -581,7 +631,8 @@ def log_line(step: int, c: TrainConfig, m: dict) -> str:
                  f"{m['all_right']:.2f}/{m['mixed']:.2f}/{m['all_wrong']:.2f}  length {m['length']:.0f}  "
                  f"entropy {known('entropy', 3)}  kl {known('kl_old', 5)}")
     if "repaired" in m:
-        text += f"  repaired {m['repaired']}/{m['sources']} for {m['repair_tokens']} tokens"
+        text += (f"  suspects {m['suspects']}  repaired {m['repaired']}/{m['sources']} for "
+                 f"{m['repair_tokens']} tokens")
     return f"{text}  |grad| {m['grad_norm']:.2f}  lr {m['lr']:.1e}  {m['seconds']:.1f} s"
 
 
@@ -594,7 +645,9 @@ def warnings_of(m: dict, first: dict) -> dict:
         found["format"] = "the form of answers is being lost: lower --lr or raise --format_weight"
     if m["entropy"] is not None and m["entropy"] < 0.005 and m["accuracy"] < 0.8:
         found["entropy"] = "the rollouts of a group have become the same: lower --lr, or try --beta 0.01"
-    if m["all_wrong"] == first["all_wrong"] == 1:
+    if m.get("sources") and not m["repaired"] and m["all_wrong"] == 1:
+        found["repairs"] = "no repair succeeds while all groups are wrong: try another --reader or window"
+    elif m["all_wrong"] == first["all_wrong"] == 1 and not m.get("repaired"):
         found["all wrong"] = "no rollout is right: too hard, or in a form that the reward does not read"
     return found
 
@@ -612,11 +665,10 @@ def describe(group) -> str:
     rectified = max(group, key=lambda t: t.source is not None)
     t = rectified.source or rectified
     shown = {"question": repr(t.problem.question), "gold": repr(t.problem.answer), "sampled": repr(t.text)}
-    if t.problem.oracle:
-        thoughts = t.text.partition("<think>")[2].partition("</think>")[0]
-        shown["steps"] = " ".join(shapes.check_steps(t.problem, thoughts.splitlines()))
+    if t.problem.oracle and t.steps:
+        shown["steps"] = " ".join(shapes.verdicts(t))
     if rectified.source:
-        shown["checks"] = " ".join(f"{check.prob:.2f}" if check else "?" for check in t.checks)
+        shown["gaps"] = " ".join(f"{check.gap:.1f}{'!' * check.is_suspect}" for check in t.checks)
         shown["rectified"] = f"{rectified.text!r}  ({rectified.provenance})"
     shown["reward"] = str(t.rewards)
     return "\n".join(f"  {name:9} {text}" for name, text in shown.items())
@@ -628,7 +680,7 @@ def group_record(step: int, group, repairs) -> dict:
     p = group[0].problem
     for t in group:
         steps = [(step.start, step.stop) for step in t.steps or ()]
-        checks = [check and check.prob for check in t.checks or ()]
+        checks = [check.gap for check in t.checks or ()]
         rollouts.append({**vars(t), "problem": p.id, "prompt": None, "source": number.get(id(t.source)),
                          "steps": steps, "checks": checks})
     for r in repairs:
@@ -694,8 +746,8 @@ def train(t: Trainer) -> dict:
     c = t.config
     c.out = all_gather([c.out or f"runs/{c.stage}-{time.strftime('%Y%m%d-%H%M%S')}"])[0]
     log, figures = Log(t), {"before": None, "after": None}
-    size = sum(p.numel() for p in t.model.parameters())
-    log.say(f"{asdict(c)}\n{size:,} parameters on {t.world} x {t.device}, run folder {c.out}")
+    log.say(f"{t.size:,} parameters on {t.world} x {t.device}; --lr {c.lr:g} --max_new_tokens "
+            f"{c.max_new_tokens} (where not given: by model and data); run folder {c.out}\n{asdict(c)}")
     if t.step == 0:
         figures["before"] = t.evaluate()
         t.save()

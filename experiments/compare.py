@@ -1,4 +1,4 @@
-"""The study: GRPO, larger groups, StepGRPO and IVR-R1 from the same warm start, at equal generated tokens.
+"""The study: GRPO, larger groups, StepGRPO and IVR-R1 from the shipped model, at equal generated tokens.
 
     python experiments/compare.py         # all runs that are not in results/compare.json yet, then the report
     python experiments/compare.py --arms ivr grpo --horizons 20 --seeds 1
@@ -7,13 +7,10 @@
     python experiments/compare.py --one ARM [flags of train.py]         # a single run of an arm
 
 A run is one training on tiny problems of one length ("horizon") until the horizon's budget of generated
-tokens is spent: rollouts, checks, looks, restarts, whatever became of them. Held-out accuracy is sampled at
-temperature 1, along the run (`curve`) and, on all held-out problems, at its end. One thread a run, so that
-runs side by side do not disturb one another; a stopped study continues where it stopped.
-
-The warm start is tiny's after 100 more supervised steps with deeper erosion (a wrong reading at 20 % of first
-and 70 % of ninth steps), made here first: it solves about a quarter of the problems of 3 steps and none of
-12. Intervals are those of tables.py.
+tokens is spent: rollouts, checks, revisions, restarts, whatever became of them. Held-out accuracy is sampled
+at temperature 1, along the run (`curve`) and, on all held-out problems, at its end. One thread a run, so that
+runs side by side do not disturb one another; a stopped study continues where it stopped. Intervals are those
+of tables.py.
 """
 import argparse
 import json
@@ -34,20 +31,18 @@ from experiments import localisers, stepgrpo  # noqa: E402
 from experiments.tables import markdown, percent  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
-BUDGET = {3: 30_000, 6: 60_000, 9: 180_000, 12: 240_000, 20: 500_000}    # generated tokens a run, by horizon
-KINDS = "tiles+path+bars"                   # what the warm start can read; it can not count
-WARM = ("--stage sft --data tiny:steps=3-20,forms=free+check+free+relook+free --batch 48 --max_steps 100 "
-        "--max_new_tokens 256 --lr 3e-4 --lr_end 0.2 --erosion_first 0.2 --erosion_ninth 0.7 --freeze_vision "
-        "--eval_problems 0 --save_every 0 --device cpu")
+BUDGET = {horizon: 20_000 * horizon for horizon in (3, 6, 9, 12, 20)}      # generated tokens a run
+KINDS = "tiles+path+bars"                   # what the shipped model can read; it can hardly count
 COMMON = {"batch": 16, "group_size": 8, "lr": 2e-4, "warmup_steps": 1, "freeze_vision": True, "save_every": 0,
           "keep": 1, "show_every": 0, "eval_problems": 150, "eval_samples": 4, "device": "cpu"}
 ARMS = {"grpo": {"algo": "grpo"}, "grpo_large": {"algo": "grpo", "group_size": 12},
-        "stepgrpo": stepgrpo.PRESET, "ivr": {"algo": "ivr"}}
+        "stepgrpo": stepgrpo.PRESET, "ivr": {"algo": "ivr"}, "reader policy": {"reader": "policy"},
+        "restarts only": {"revise": False}}
 ABLATED = 9                                 # the horizon of the ablations
 ABLATIONS = {
     "ivr": {}, "random cut": {}, "oracle cut": {}, "A2 margin": {}, "A3 dependence": {}, "A4 Monte Carlo": {},
-    "restarts only": {"relook": "none"}, "looks only": {"relook": "only"},
-    "look without the image": {"relook": "text"}, "with std": {"use_std": True}, "plain w": {"gamma": 0.0},
+    "window 1": {"reader_window": 1}, "window 2": {"reader_window": 2},
+    "with std": {"use_std": True}, "plain w": {"gamma": 0.0},
     "no annealing": {"anneal": 0.0}, "all-wrong groups only": {"rectify_below": 0.0},
     "credit only": {"rectify_below": -1.0}, "repair only": {"credit": "rollout"},
     "whole steps": {"credit": "step"}, "grpo": {"algo": "grpo"},
@@ -60,9 +55,9 @@ LOCALISERS = {"random cut": localisers.RandomStep, "oracle cut": localisers.Orac
 def trainer_of(arm: str):
     """The class that trains an arm: train.Trainer, StepGRPO, or a Trainer with another verifier."""
     class Localised(train.Trainer):
-        def verifier_class(self, model, codec):         # a method: random numbers differ from step to step
-            verifier = LOCALISERS[arm](model, codec)
-            verifier.max_new_tokens = self.config.max_new_tokens
+        def verifier_class(self, reader, codec, window):        # a method: it knows policy and step
+            verifier = LOCALISERS[arm](reader, codec, window)
+            verifier.policy, verifier.max_new_tokens = self.model, self.config.max_new_tokens
             verifier.key = f"locate/{self.config.seed}/{self.step}"
             return verifier
 
@@ -83,19 +78,11 @@ def launch(out: Path, command: list):
         subprocess.run(command, check=True, env=env, stdout=log, stderr=log)
 
 
-def warm_start() -> Path:
-    """The checkpoint all runs start from."""
-    checkpoint = ROOT / "runs" / "compare-warm" / "checkpoint-000100"
-    if not checkpoint.is_dir():
-        launch(checkpoint.parent, [str(ROOT / "train.py"), "--model", str(ROOT / "tiny"), *WARM.split()])
-    return checkpoint
-
-
-def run(out: Path, warm: Path, arm: str, horizon: int, seed: int) -> dict:
+def run(out: Path, arm: str, horizon: int, seed: int) -> dict:
     """One run of an arm -> its object for the results. length and format are those of its last tenth."""
     tokens_a_step = 16 * 8 * (6.4 * horizon + 4)                            # of rollouts, about
     every = max(1, round(BUDGET[horizon] / tokens_a_step / 50))             # an evaluation every 2 % of them
-    launch(out, [__file__, "--one", arm, "--model", str(warm), "--seed", str(seed),
+    launch(out, [__file__, "--one", arm, "--model", str(ROOT / "tiny"), "--seed", str(seed),
                  "--data", f"tiny:steps={horizon},kinds={KINDS}", "--max_new_tokens", str(10 * horizon + 20),
                  "--max_tokens", str(BUDGET[horizon]), "--eval_every", str(every)])
     rows, held = train.read_jsonl(out / "metrics.jsonl"), json.loads((out / "heldout.json").read_text())
@@ -129,11 +116,11 @@ def study(file: Path, arms: list, horizons: list, seeds: int, jobs: int):
             todo += [(arm, horizon, seed) for arm in arms if (arm, horizon, seed) not in done]
     if not todo:
         return
-    warm, futures = warm_start(), []
+    futures = []
     with ThreadPoolExecutor(jobs) as pool:
         for arm, horizon, seed in todo:
             out = ROOT / "runs" / file.stem / f"{arm.replace(' ', '-')}-{horizon}-{seed}"
-            futures.append(pool.submit(run, out, warm, arm, horizon, seed))
+            futures.append(pool.submit(run, out, arm, horizon, seed))
         for n, future in enumerate(as_completed(futures), start=1):
             r = future.result()
             results.append(r)

@@ -2,10 +2,11 @@
 
     python experiments/localisers.py --data tiny:steps=3-12 --flawed 2000 --out runs/localisers.json
 
-Takes: a checkpoint and a spec of the embedded tasks, whose step oracle knows the truth. Gives: two tables,
-with --out also every rollout as JSON; and `Verifier` subclasses for `train.Trainer.verifier_class`.
+Takes: a checkpoint, policy and reader in one, and a spec of the embedded tasks, whose step oracle knows the
+truth. Gives: three tables, with --out also every rollout as JSON; and `Verifier` subclasses for
+`train.Trainer.verifier_class`.
 
-    A1 check         attribute.py's: would the policy, shown the image, repeat the step?
+    A1 re-reading    attribute.py's: what the reader, without the chain, finds far less likely
     A2 margin        attribute.py's log p(gold) - log p(own answer) after each step: its largest drop
     A3 dependence    KL(pi(. | image) || pi(. | image with patches dropped)) of each token, by steps
     A4 Monte Carlo   whether any of 4 restarts after a step is right, by binary search over the steps
@@ -15,12 +16,11 @@ all signals are our choice. The gold answer only scores (A2, A4). Sources: A3 is
 the mean of the most dependent 40 %), A4 OmegaPRM's search (arXiv 2406.06592). Left out: mixtures of signals
 other than "A1, else A2".
 
-Worked example: a chain of four steps whose checks are 0.98, 0.95, 0.02, 0.90. The first below 0.5 is the
-third: the fault is there, with confidence 0.98 * 0.95 * (1 - 0.02) = 0.91. If the truth is the fourth, that
-is no exact hit, but one within one step.
+Worked example: a chain of four steps whose gaps are 0.1, 0.3, 2.9 and 1.2 nats. The first above 0.5 is the
+third: the fault is there. If the truth is the fourth, that is no exact hit, but one within one step; its
+error is -1.
 """
 import json
-import math
 import random
 import sys
 import zlib
@@ -44,6 +44,7 @@ from reward import reward_parts  # noqa: E402
 from tiny import shapes  # noqa: E402
 
 KINDS = ("eroded", "misread", "reasoning")
+WRONG = 3.0                             # nats; the gap of a step that is said to be wrong
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -159,23 +160,21 @@ def monte_carlo(model, codec, trajectories: list, max_new_tokens: int = 256, res
 
 @dataclass
 class Fault:
-    """Where a rollout went wrong: its first step at fault (0-based), the kind, the confidence in [0, 1]."""
+    """Where a rollout went wrong: its first step at fault (0-based), and the kind."""
     step: int
     kind: str                           # one of KINDS
-    confidence: float
 
 
 def localise(checks: list, margins: list[float] | None = None, dependence: list[float] | None = None,
              steps: list | None = None) -> Fault:
-    """The first step that A1 would not repeat; where it would repeat all of them, the step with the largest
-    drop of A2's margin (the last step without margins). Kind by A3 (with steps): reasoning where no step is
-    suspect, or where the faulty token hardly depends on the image; else eroded where the dependence of the
-    step fell (`erosion` > 1); else misread."""
+    """A1's first suspect step; without one, the step with the largest drop of A2's margin (the last step
+    without margins). Kind by A3 (with steps): reasoning where no step is suspect, or where the faulty token
+    hardly depends on the image; else eroded where the dependence of the step fell (`erosion` > 1); else
+    misread."""
     k = attribute.first_suspect(checks)
-    trust = math.prod(check.prob for check in checks[:k])
     if k is None:
         step = attribute.largest_margin_drop(margins) if margins else len(checks) - 1
-        return Fault(step, "reasoning", trust)
+        return Fault(step, "reasoning")
     kind = "misread"
     if dependence is not None:
         start, stop = attribute.faulty_tokens(steps[k], checks[k])
@@ -183,45 +182,57 @@ def localise(checks: list, margins: list[float] | None = None, dependence: list[
             kind = "reasoning"
         elif erosion(step_dependence(dependence, steps), k) > 1:
             kind = "eroded"
-    return Fault(k, kind, trust * (1 - checks[k].prob))
+    return Fault(k, kind)
 
 
 class Oracle(attribute.Verifier):
     """The truth about every step (embedded tasks only)."""
 
-    def check(self, claims: list[tuple]) -> list[Check]:
-        return [Check(float(shapes.is_right(problem, text))) for problem, _, text in claims]
+    def __call__(self, trajectories: list):
+        for t in trajectories:
+            t.checks = [Check(WRONG * (not shapes.is_right(t.problem, step.text))) for step in t.steps]
 
 
 class OneFault(attribute.Verifier):
-    """What says of a finished trajectory at which step it went wrong (`find`), and nothing of those after."""
+    """What says of a finished trajectory at which step it went wrong (`find`); no other step is suspect.
+    Asked once about each answer that was sampled: a chain that was edited since gets a new answer first."""
     max_new_tokens = 64                 # of a restart, its prefix included
     key = ""                            # names the random numbers
+
+    def __init__(self, reader, codec, window: int = 1):
+        super().__init__(reader, codec, window)
+        self.policy = reader            # whose margins and restarts count; compare.py sets another
+
+    def answer(self, t) -> tuple:
+        """An answer is known by the log-probs it was sampled with."""
+        return (t.problem.id, *t.logps[t.steps[-1].stop:])
 
     def __call__(self, trajectories: list):
         undecided = []
         for t in trajectories:
-            if t.steps and t.finished and not (t.checks and attribute.fault_is_known(t.checks)):
+            if t.checks is None and t.steps and t.finished and self.answer(t) not in self.known:
                 undecided.append(t)
+            t.checks = t.checks or [Check(0.0)] * len(t.steps)
         for t, k in zip(undecided, self.find(undecided)):
-            t.checks = [Check(1.0)] * k + [Check(0.0)] + [None] * (len(t.steps) - k - 1)
+            t.checks[k] = Check(WRONG)
+            self.known[self.answer(t)] = k
 
 
 class Margin(OneFault):
     def find(self, trajectories: list) -> list[int]:
-        margins = attribute.answer_margins(self.model, self.codec, trajectories)
+        margins = attribute.answer_margins(self.policy, self.codec, trajectories)
         return list(map(attribute.largest_margin_drop, margins))
 
 
 class Dependence(OneFault):
     def find(self, trajectories: list) -> list[int]:
-        dependences = visual_dependence(self.model, self.codec, trajectories)
+        dependences = visual_dependence(self.policy, self.codec, trajectories)
         return [most_eroded(values, t.steps) for values, t in zip(dependences, trajectories)]
 
 
 class MonteCarlo(OneFault):
     def find(self, trajectories: list) -> list[int]:
-        faults, tokens = monte_carlo(self.model, self.codec, trajectories, self.max_new_tokens, key=self.key)
+        faults, tokens = monte_carlo(self.policy, self.codec, trajectories, self.max_new_tokens, key=self.key)
         self.tokens += tokens
         return faults
 
@@ -241,21 +252,22 @@ class RandomStep(OneFault):
 
 def first_wrong(t) -> int | None:
     """The oracle's first wrong step (0-based) of a trajectory; None where all are right."""
-    for k, verdict in enumerate(shapes.check_steps(t.problem, [step.text for step in t.steps])):
+    for k, verdict in enumerate(shapes.verdicts(t)):
         if verdict != "true":
             return k
     return None
 
 
-def flawed_rollouts(model, codec, stream, count: int, max_new_tokens: int = 256):
-    """Locatable failures on a tiny stream until there are `count` (a policy may fail too seldom) ->
-    [(trajectory, its first wrong step)]. Those whose steps are all right (the answer alone is wrong) have no
-    such step: their number is the second result."""
+def flawed_rollouts(model, codec, stream, count: int, max_new_tokens: int = 256, greedy: bool = False):
+    """Locatable failures on a tiny stream, of 8 samples a problem or the greedy one, until there are `count`
+    (a policy may fail too seldom) -> [(trajectory, its first wrong step)]. Those whose steps are all right
+    (the answer alone is wrong) have no such step: their number is the second result."""
     found, slips, start = [], 0, 0
     while len(found) < count and start < 32 * count:
         problems = [stream[i] for i in range(start, start + 32)]
         keys = [f"localise/0/{p.id}" for p in problems]
-        for group in rollout.sample(model, problems, codec, 8, max_new_tokens, keys=keys):
+        samples, temperature = (1, 0.0) if greedy else (8, 1.0)
+        for group in rollout.sample(model, problems, codec, samples, max_new_tokens, temperature, keys):
             for t in group:
                 t.rewards = reward_parts(t.text, t.problem.answer, t.problem.choices, t.finished)
                 t.steps = attribute.split_steps(t.ids, codec)
@@ -269,21 +281,22 @@ def flawed_rollouts(model, codec, stream, count: int, max_new_tokens: int = 256)
     return found, slips
 
 
-def score_localisers(model, codec, found: list, batch: int = 128) -> tuple[list, dict]:
+def score_localisers(model, codec, found: list, window: int = 1, batch: int = 128) -> tuple[list, dict]:
     """One record a rollout, with the step that each signal finds, and the tokens that each signal generated
-    for all of them."""
+    for all of them. The rollouts keep A1's checks."""
     records, tokens = [], {}
     for start in tqdm(range(0, len(found), batch), desc="localising", leave=False, disable=None):
         part = [t for t, _ in found[start:start + batch]]
-        verifier = attribute.Verifier(model, codec)
+        verifier = attribute.Verifier(model, codec, window)
         verifier(part)
         margins = attribute.answer_margins(model, codec, part)
         dependences = visual_dependence(model, codec, part)
         deaths, restart_tokens = monte_carlo(model, codec, part)
-        cost = {"A1, else A2": verifier.tokens, "A1 check": verifier.tokens, "A4 Monte Carlo": restart_tokens}
+        cost = {"A1, else A2": verifier.tokens, "A1 re-reading": verifier.tokens,
+                "A4 Monte Carlo": restart_tokens}
         for n, (t, true) in enumerate(found[start:start + batch]):
             steps = {"A1, else A2": localise(t.checks, margins[n]).step,
-                     "A1 check": localise(t.checks).step,
+                     "A1 re-reading": localise(t.checks).step,
                      "A2 drop": attribute.largest_margin_drop(margins[n]),
                      "A2 no return": no_return(margins[n]),
                      "A3 erosion": most_eroded(dependences[n], t.steps),
@@ -298,16 +311,17 @@ def score_localisers(model, codec, found: list, batch: int = 128) -> tuple[list,
 
 
 def summarise(records: list[dict], tokens: dict) -> list[dict]:
-    """A row a signal: exact hits, hits within one step, tokens a rollout, exact hits by steps and by task."""
+    """A row a signal: exact hits, hits within one step, the mean error in steps (below 0: too early), tokens
+    a rollout, exact hits by steps and by task."""
     parts, rows = {}, []
     for key in ("steps", "task"):
         for r in sorted(records, key=itemgetter(key)):
             parts.setdefault(f"{key} {r[key]}", []).append(r)
     for n, (signal, generated) in enumerate(tokens.items()):
-        off = [abs(r["found"][n] - r["true"]) for r in records]
-        row = {"localiser": signal, "exact": percent(figure([float(distance == 0) for distance in off])),
-               "within 1": f"{100 * (off.count(0) + off.count(1)) / len(off):.1f} %",
-               "tokens": f"{generated / len(off):.1f}"}
+        errors = [r["found"][n] - r["true"] for r in records]
+        row = {"localiser": signal, "exact": percent(figure([float(error == 0) for error in errors])),
+               "within 1": f"{100 * sum(abs(error) <= 1 for error in errors) / len(errors):.1f} %",
+               "error": f"{sum(errors) / len(errors):+.2f}", "tokens": f"{generated / len(errors):.1f}"}
         for name, part in parts.items():
             hits = sum(r["found"][n] == r["true"] for r in part)
             row[name] = f"{100 * hits / len(part):.1f}"
@@ -315,37 +329,73 @@ def summarise(records: list[dict], tokens: dict) -> list[dict]:
     return rows
 
 
-def plant(problem, codec, kind: str, rng: random.Random):
-    """A finished rollout with one planted error: a wrong reading at the first two steps, where the policy
-    still looks (misread), or in the last third, where erosion has set in (eroded); or there a wrong
-    conclusion from a right reading (reasoning; there is none in counting and in following dots)."""
+def rates(trajectories: list, codec) -> list[dict]:
+    """Of checked trajectories, by depth and by length of step in tokens: the share of right steps that are
+    suspect (false alarms), and of wrong ones (found)."""
+    counts, rows = {}, []               # of right steps, suspect ones of them, wrong steps, suspect ones
+    for t in trajectories:
+        for k, verdict in enumerate(shapes.verdicts(t)):
+            wrong, length = verdict != "true", len(rollout.token_ids(t.steps[k].text, codec))
+            for part in (("depth", k + 1), ("tokens", length)):
+                count = counts.setdefault(part, [0, 0, 0, 0])
+                count[2 * wrong] += 1
+                count[2 * wrong + 1] += t.checks[k].is_suspect
+    for (by, value), (right, alarms, wrong, found) in sorted(counts.items()):
+        row = {"steps by": by, "": value, "right": right, "wrong": wrong}
+        row["false alarms"] = f"{100 * alarms / right:.1f} %" if right else "-"
+        rows.append(row | {"found": f"{100 * found / wrong:.1f} %" if wrong else "-"})
+    return rows
+
+
+def slip(facts: dict, step: str, rng: random.Random) -> str:
+    """The step with another conclusion from the same reading (tiles and bars; others conclude nothing)."""
+    words = step.split()
+    if facts["kind"] == "tiles":
+        words[2] = str((int(words[2]) + rng.randint(1, 9)) % 10)
+    elif facts["kind"] == "bars":
+        words[2] = "no" if words[2] == "yes" else "yes"
+    return " ".join(words)
+
+
+@torch.no_grad()
+def plant(model, problem, codec, kind: str, rng: random.Random):
+    """A finished rollout with one planted error, written as by a policy that is sure of it: a wrong reading
+    at the first two steps, where the policy still looks (misread); in the last third, where erosion has set
+    in, what language says (eroded), or a wrong conclusion from a right reading (reasoning). There is none
+    where language is right, and in counting and in following dots, which conclude nothing."""
     facts, steps = problem.oracle, shapes.true_steps(problem.oracle)
     k = rng.randrange(2) if kind == "misread" else rng.randrange(len(steps) * 2 // 3, len(steps))
+    name = facts["ask"][k]
     if kind == "reasoning":
-        steps[k] = shapes.slip(facts, steps[k], rng)
+        steps[k] = slip(facts, steps[k], rng)
+    elif kind == "eroded":
+        steps = shapes.corrupt(facts, {k: shapes.prior(facts, name)})
     else:
-        steps = shapes.corrupt(facts, {k}, rng)
+        steps = shapes.corrupt(facts, {k: rng.choice(shapes.wrong_values(facts, name))})
     answer = shapes.answer_from_steps(facts, steps)
     text = "<think>" + "\n".join(steps) + f"</think><answer>{answer}</answer>"
     ids = rollout.token_ids(text, codec) + [codec.eos_ids[0]]
     prompt = rollout.encode_prompt(problem, codec)
-    t = rollout.make_trajectory(problem, prompt, [], ids, [0.0] * len(ids), codec)
+    logps = rollout.completion_logps(model, codec, [prompt], [ids])[0][0].tolist()
+    t = rollout.make_trajectory(problem, prompt, [], ids, logps, codec)
     t.steps = attribute.split_steps(ids, codec)
+    start, stop = t.steps[k].start, t.steps[k].stop
+    t.logps[start:stop] = [0.0] * (stop - start)
     return t
 
 
-def planted_kinds(model, codec, stream, count: int) -> list[dict]:
+def planted_kinds(model, codec, stream, count: int, window: int = 1) -> list[dict]:
     """A row a planted kind: how often each kind was found in such chains, and how often the step."""
     rows, planted, rng = {}, [], random.Random(0)
     for kind in KINDS:
         rows[kind] = {"planted": kind, **dict.fromkeys(KINDS, 0), "exact step": 0}
     for i in range(count):
         kind = ("misread", "eroded", "reasoning")[i // 4 % 3]       # tasks alternate by four
-        t = plant(stream[i], codec, kind, rng)
+        t = plant(model, stream[i], codec, kind, rng)
         if first_wrong(t) is not None:
             planted.append((kind, t))
     trajectories = [t for _, t in planted]
-    attribute.Verifier(model, codec)(trajectories)
+    attribute.Verifier(model, codec, window)(trajectories)
     for (kind, t), dependence in zip(planted, visual_dependence(model, codec, trajectories)):
         fault = localise(t.checks, None, dependence, t.steps)
         rows[kind][fault.kind] += 1
@@ -356,8 +406,10 @@ def planted_kinds(model, codec, stream, count: int) -> list[dict]:
 @dataclass
 class StudyConfig:
     """Flags of `python experiments/localisers.py`."""
-    model: str = "tiny"             # folder or hub id of the checkpoint
+    model: str = "tiny"             # folder or hub id of the checkpoint, policy and reader
     data: str = "tiny:steps=3-12"   # a spec of the embedded tasks; held-out problems are used
+    greedy: bool = False            # greedy rollouts instead of sampled ones
+    window: int = 1                 # steps before a step that the reader sees with it
     flawed: int = 2000              # flawed rollouts to score the localisers on
     planted: int = 600              # chains with a planted error, for the confusion of kinds
     out: str = ""                   # JSON file of everything ("" = none)
@@ -367,20 +419,21 @@ def main(argv=None):
     c = train.parse_flags(StudyConfig, argv)
     stream, codec = shapes.Stream(c.data, "heldout"), rollout.load_codec(c.model)
     model = load_model(c.model, *train.device_and_dtype("auto", "auto")).eval()
-    found, slips = flawed_rollouts(model, codec, stream, c.flawed)
+    found, slips = flawed_rollouts(model, codec, stream, c.flawed, greedy=c.greedy)
     if not found:
         sys.exit(f"error: no flawed rollout found among {32 * c.flawed} problems")
-    records, tokens = score_localisers(model, codec, found)
-    summary, kinds = summarise(records, tokens), planted_kinds(model, codec, stream, c.planted)
+    records, tokens = score_localisers(model, codec, found, c.window)
+    summary, kinds = summarise(records, tokens), planted_kinds(model, codec, stream, c.planted, c.window)
+    checked = rates([t for t, _ in found], codec)
     length = sum(len(t.ids) for t, _ in found) / len(found)
     print(f"{len(found)} flawed rollouts with a wrong step, {slips} more with only a wrong answer; "
           f"{length:.1f} tokens a rollout")
-    for rows in (summary, kinds):
+    for rows in (summary, checked, kinds):
         print("\n" + markdown(list(rows[0]), map(dict.values, rows)))
     if c.out:
         flags = sys.argv[1:] if argv is None else argv
         result = {"command": " ".join(["python experiments/localisers.py", *flags]), "slips": slips,
-                  "length": length, "summary": summary, "kinds": kinds, "records": records}
+                  "length": length, "summary": summary, "rates": checked, "kinds": kinds, "records": records}
         train.write_text(Path(c.out), json.dumps(result))
 
 

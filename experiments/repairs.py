@@ -1,10 +1,11 @@
-"""How often the Re-Reasoning Loop succeeds: for each kind of second look, and by where the first cut lies.
+"""How often the Re-Reasoning Loop succeeds: with several readers, and by where the first cut lies.
 
     python experiments/repairs.py --model tiny --data tiny:steps=9,kinds=tiles+path+bars --sources 300
 
-Failed rollouts of one policy are repaired with the default verifier, and again with random first cuts, which
-lie before, at or after the true error. No training; the step oracle only judges. Tokens are those generated
-for a repair, successful or not, without the checks.
+Failed rollouts of one policy, which is its own reader, are repaired as in training; with random first cuts,
+which lie before, at or after the true error; with a reader that sees no image; and by restarts of the policy
+alone. No training; the step oracle only judges. Tokens are those generated for a repair, successful or not,
+without the checks.
 """
 import argparse
 import collections
@@ -14,6 +15,8 @@ from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import attribute  # noqa: E402
@@ -21,42 +24,47 @@ import rereason  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
 from eval import figure  # noqa: E402
-from experiments.localisers import flawed_rollouts  # noqa: E402
+from experiments.localisers import WRONG, flawed_rollouts  # noqa: E402
 from experiments.tables import markdown  # noqa: E402
 from model import load_model  # noqa: E402
 from tiny import shapes  # noqa: E402
 
 
 class RandomFirst(attribute.Verifier):
-    """Suspects a random step of a trajectory it has not seen before; after that A1 decides."""
+    """Suspects a random step of each trajectory that it is asked about first; after that A1 decides."""
 
     def __call__(self, trajectories: list):
-        unseen = [t for t in trajectories if t.checks is None]
-        super().__call__(trajectories)
-        for t in unseen:
+        first = not self.known
+        super().__call__([t for t in trajectories if t.checks is None])
+        for t in trajectories if first else ():
             k = int(len(t.steps) * rollout.uniforms(f"cut/{t.problem.id}/{t.ids}", 1, 1).item())
-            for n in range(k):
-                t.checks[n] = replace(t.checks[n], prob=max(0.6, t.checks[n].prob))
-            t.checks[k] = attribute.Check(0.0)
+            t.checks[:k + 1] = [attribute.Check(0.0)] * k + [attribute.Check(WRONG)]
 
 
 RESULTS = ROOT / "experiments" / "results" / "repairs.json"
-SETTINGS = {"default": (attribute.Verifier, "image"),                 # verifier and Rules.relook
-            "random first cut": (RandomFirst, "image"),
-            "look without the image": (attribute.Verifier, "text"),
-            "restarts only": (attribute.Verifier, "none")}
+SETTINGS = {"default": (attribute.Verifier, True, True),      # verifier, reader sees the image, Rules.revise
+            "random first cut": (RandomFirst, True, True),
+            "reader without the image": (attribute.Verifier, False, True),
+            "restarts only": (attribute.Verifier, True, False)}
 
 
-def repair(model, codec, found: list, verifier_class, relook: str) -> list:
+def blind_reader(path: str):
+    """The model of a checkpoint, to whom all images are of the mean colour."""
+    reader = load_model(path).eval()
+    reader.visual.register_forward_pre_hook(lambda _, inputs: (torch.zeros_like(inputs[0]), *inputs[1:]))
+    return reader
+
+
+def repair(model, reader, codec, found: list, verifier_class, revise: bool) -> list:
     """Repair failed rollouts, 64 side by side -> a Repair each, its source with the checks it began with."""
     done = []
     for start in range(0, len(found), 64):
-        verifier, repairs = verifier_class(model, codec), []
+        verifier, repairs = verifier_class(reader, codec), []
         part = [replace(t, checks=None) for t, _ in found[start:start + 64]]
         verifier(part)
         for n, t in enumerate(part, start):
             repairs.append(rereason.Repair(t, replace(t), f"repairs/{n}", len(t.ids)))
-        rereason.rectify(model, codec, repairs, verifier, 256, rereason.Rules(relook=relook))
+        rereason.rectify(model, codec, repairs, verifier, 256, rereason.Rules(revise=revise))
         done += repairs
     return done
 
@@ -74,12 +82,14 @@ def main():
     parser.add_argument("--model", default="tiny", help="checkpoint")
     parser.add_argument("--data", default="tiny:steps=9,kinds=tiles+path+bars", help="tiny spec, held out")
     parser.add_argument("--sources", type=int, default=300, help="failed rollouts to repair")
+    parser.add_argument("--greedy", action="store_true", help="greedy rollouts instead of sampled ones")
     parser.add_argument("--results", default=RESULTS, type=Path, help="JSON file of the table")
     args, rows = parser.parse_args(), []
     model, codec = load_model(args.model).eval(), rollout.load_codec(args.model)
-    found, _ = flawed_rollouts(model, codec, shapes.Stream(args.data, "heldout", 1), args.sources)
-    for setting, (verifier_class, relook) in SETTINGS.items():
-        repairs = repair(model, codec, found, verifier_class, relook)
+    blind, stream = blind_reader(args.model), shapes.Stream(args.data, "heldout", 1)
+    found, _ = flawed_rollouts(model, codec, stream, args.sources, greedy=args.greedy)
+    for setting, (verifier_class, sees, revise) in SETTINGS.items():
+        repairs = repair(model, model if sees else blind, codec, found, verifier_class, revise)
         rows.append(row(setting, repairs))
         print(setting, collections.Counter(map(attrgetter("outcome"), repairs)), flush=True)
         by_place = {"before": [], "at": [], "after": []}

@@ -1,10 +1,10 @@
 """The tables of README.md and experiments/README.md, from the files in experiments/results/.
 
     python experiments/tables.py            # print all
-    python experiments/tables.py --write    # put them into both files, each after its line <!-- table: NAME -->
+    python experiments/tables.py --write    # put them into both files, each after its <!-- table: NAME -->
 
-A test fails where a table in either file is not the one made here. Intervals over seeds are Student's t, 95 %, of
-runs or of differences paired by seed; with fewer than four runs the runs themselves are shown.
+A test fails where a table in either file is not the one made here. Intervals over seeds are Student's t, 95 %,
+of runs or of differences paired by seed; with fewer than four runs the runs themselves are shown.
 """
 import json
 import math
@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 PAGES = (ROOT / "README.md", ROOT / "experiments" / "README.md")
 T_95 = (None, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)   # by degrees of freedom
-ARMS = {"grpo": "GRPO", "grpo_large": "GRPO, groups of 12", "stepgrpo": "StepGRPO", "ivr": "IVR-R1"}
+ARMS = {"grpo": "GRPO", "grpo_large": "GRPO, groups of 12", "stepgrpo": "StepGRPO",
+        "restarts only": "restarts only", "reader policy": "policy reads", "ivr": "IVR-R1"}
 
 
 def load(name: str):
@@ -42,11 +43,6 @@ def markdown(head: list, rows: list[list]) -> str:
     return "\n".join(lines)
 
 
-def runs_of(results: list, arm: str, horizon: int) -> dict:
-    """Final accuracy by seed."""
-    return {r["seed"]: r["accuracy"] for r in results if (r["algo"], r["horizon"]) == (arm, horizon)}
-
-
 def main_job() -> str:
     rows = []
     for run in load("seeds.json")["runs"]:
@@ -58,31 +54,48 @@ def main_job() -> str:
     return markdown(["--algo", "seed", "greedy before", "after", "avg@4 before", "after"], rows)
 
 
-def study() -> str:
+def study(figure: str = "accuracy") -> str:
+    """A row a length of chains, a column an arm that was run at all."""
     results, rows = load("compare.json"), []
+    arms = [arm for arm in ARMS if any(r["algo"] == arm for r in results)]
     for horizon in sorted({r["horizon"] for r in results}):
-        warm = [r["warm_accuracy"] for r in results if r["horizon"] == horizon]
-        row = [horizon, f"{100 * sum(warm) / len(warm):.1f}"]
-        row += [percent(list(runs_of(results, arm, horizon).values())) for arm in ARMS]
-        ours, base = runs_of(results, "ivr", horizon), runs_of(results, "grpo", horizon)
-        rows.append([*row, percent([ours[seed] - base[seed] for seed in ours], signed=True)])
-    return markdown(["steps", "warm start", *ARMS.values(), "IVR-R1 - GRPO"], rows)
+        runs = {arm: {r["seed"]: r[figure] for r in results if (r["algo"], r["horizon"]) == (arm, horizon)}
+                for arm in arms}
+        gains = [runs["ivr"][seed] - runs["grpo"][seed] for seed in runs["ivr"] if seed in runs["grpo"]]
+        cells = [percent(list(runs[arm].values())) for arm in arms]
+        rows.append([horizon, *cells, percent(gains, signed=True)])
+    return markdown(["steps", *(ARMS[arm] for arm in arms), "IVR-R1 - GRPO"], rows)
 
 
-def ablations() -> str:
-    results, rows = load("ablations.json"), []
+def greedy() -> str:
+    return study("greedy")
+
+
+def digits() -> str:
+    results, rows = load("digits.json"), []
     for arm in dict.fromkeys(r["algo"] for r in results):
-        for horizon in sorted({r["horizon"] for r in results if r["algo"] == arm}):
-            rows.append([arm, horizon, percent(list(runs_of(results, arm, horizon).values()))])
-    return markdown(["arm", "steps", "accuracy after, each seed"], rows)
+        runs = [r for r in results if r["algo"] == arm]
+        columns = [f"{name} {when}" for name in ("avg@4", "greedy") for when in ("before", "after")]
+        rows.append([ARMS[arm], *(percent([r[column] for r in runs]) for column in columns)])
+    return markdown(["arm", "sampled before", "after", "greedy before", "after"], rows)
+
+
+def reader_cost() -> str:
+    rows = load("reader_cost.json")["rows"]
+    return markdown(list(rows[0]), map(dict.values, rows))
 
 
 def localisers() -> str:
-    columns, rows = ["localiser", "exact", "within 1", "tokens"], []
+    columns, rows = ["localiser", "exact", "within 1", "error", "tokens"], []
     kinds = ["tiles", "bars", "path", "count"]
     for r in load("localisers.json")["summary"]:
-        rows.append([r[column] for column in columns] + [r[f"task {kind}/free"] for kind in kinds])
+        rows.append([r.get(column, "") for column in columns] + [r[f"task {kind}/free"] for kind in kinds])
     return markdown(columns + kinds, rows)
+
+
+def rates() -> str:
+    rows = [list(r.values()) for r in load("localisers.json").get("rates", ())]
+    return markdown(["steps by", "", "right", "wrong", "false alarms", "found"], rows)
 
 
 def repairs() -> str:
@@ -90,7 +103,7 @@ def repairs() -> str:
     for r in load("repairs.json")["rows"]:
         rows.append([r["setting"], r["n"], f"{100 * r['repaired']:.1f} % [{100 * r['low']:.1f}, "
                      f"{100 * r['high']:.1f}]", f"{r['tokens']:.0f}"])
-    return markdown(["second look", "failed rollouts", "repaired", "tokens each"], rows)
+    return markdown(["setting", "failed rollouts", "repaired", "tokens each"], rows)
 
 
 def speed() -> str:
@@ -107,11 +120,12 @@ def mutants() -> str:
     for name, by in load("mutants.json").items():
         by_file.setdefault(name.partition(":")[0], []).append(bool(by))
     rows = [[file, len(noticed), sum(noticed)] for file, noticed in by_file.items()]
-    return markdown(["file", "faults", "noticed"], [*rows, ["all", *map(sum, zip(*(row[1:] for row in rows)))]])
+    rows.append(["all", sum(row[1] for row in rows), sum(row[2] for row in rows)])
+    return markdown(["file", "faults", "noticed"], rows)
 
 
-TABLES = {"main": main_job, "study": study, "ablations": ablations, "localisers": localisers, "repairs": repairs,
-          "speed": speed, "mutants": mutants}
+TABLES = {"main": main_job, "study": study, "greedy": greedy, "digits": digits, "localisers": localisers,
+          "rates": rates, "repairs": repairs, "reader_cost": reader_cost, "speed": speed, "mutants": mutants}
 
 
 def filled(text: str) -> str:

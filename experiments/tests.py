@@ -1,4 +1,4 @@
-"""The tests of this folder: python experiments/tests.py [-k WORD]; test_all.py runs them as one of its own."""
+"""The tests of this folder: python experiments/tests.py [-k WORD]; test_all.py runs them as well."""
 import base64
 import contextlib
 import csv
@@ -26,10 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attribute  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
-from experiments import benchmarks, localisers, preview, stepgrpo, tables, trace, walkthrough  # noqa: E402
+import eval as evaluation  # noqa: E402
+from experiments import (benchmarks, localisers, preview, qwen_folder, stepgrpo, tables, trace,  # noqa: E402
+                         walkthrough)
 from experiments.stepgrpo import step_rar, step_reward_parts, step_rvr  # noqa: E402
 from reward import format_ok  # noqa: E402
-from test_all import TINY, close, main, raises, scratch, swapped, tiny_codec, tiny_model  # noqa: E402
+from test_all import (TINY, close, main, raises, scratch, seams, segmentation, swapped, tiny_codec,  # noqa: E402
+                      tiny_model)
 from tiny import shapes  # noqa: E402
 
 
@@ -246,36 +249,35 @@ def test_monte_carlo_finds_where_success_dies():
 
 
 def test_localise_worked_example_and_kinds():
-    Check, steps = attribute.Check, [attribute.Step(k, k + 1, "") for k in range(4)]
-    checks = [Check(prob, 0) for prob in (0.98, 0.95, 0.02, 0.90)]
-    fault = localisers.localise(checks)
-    assert (fault.step, fault.kind, round(fault.confidence, 2)) == (2, "misread", 0.91)         # the header's
+    Check, Fault, steps = attribute.Check, localisers.Fault, [attribute.Step(k, k + 1, "") for k in range(4)]
+    checks = [Check(gap, 0) for gap in (0.1, 0.3, 2.9, 1.2)]
+    assert localisers.localise(checks) == Fault(2, "misread")                                   # the header's
     for values, kind in (([1, 1, 1, 1], "misread"), ([4, 4, 0.5, 4], "eroded"),
                          ([1, 1, 0.05, 1], "reasoning"), ([0, 0, 0, 0], "reasoning")):  # 0: without an image
-        assert localisers.localise(checks, [5.0, -9.0, 0, 0, 0], values, steps) == replace(fault, kind=kind)
-    calm = [Check(prob, 0) for prob in (0.9, attribute.SUSPECT_BELOW, 0.8)]     # half is not suspect
+        assert localisers.localise(checks, [5.0, -9.0, 0, 0, 0], values, steps) == Fault(2, kind)
+    calm = [Check(gap) for gap in (0.1, attribute.DOUBT, 0.0)]
     for margins, step in ((None, 2), ([2.0, 1.0, -3.0, -3.0], 1), ([5.0, 1.0, 0.5, -1.0], 0)):
-        found = localisers.localise(calm, margins, [1.0] * 4, steps)
-        assert (found.step, found.kind, round(found.confidence, 3)) == (step, "reasoning", 0.36)
+        assert localisers.localise(calm, margins, [1.0] * 4, steps) == Fault(step, "reasoning")
 
 
 def test_verifiers_fill_in_checks():
-    """The oracle says the truth of each step; the others know one fault, of finished rollouts, once."""
-    net, codec, rollouts, Check = tiny_model(), tiny_codec(), three_rollouts(), attribute.Check
+    """The oracle says the truth of each step; the others know one fault of a finished rollout, once."""
+    net, codec, rollouts = tiny_model(), tiny_codec(), three_rollouts()
     rollouts[0].steps[1].text = "red 4 hm"
     localisers.Oracle(None, codec)(rollouts)
-    assert [[c.prob for c in t.checks] for t in rollouts] == [[1, 0, 1], [1, 1], [1, 1, 1]]
+    assert [[c.is_suspect for c in t.checks] for t in rollouts] == [[0, 1, 0], [0, 0], [0, 0, 0]]
     drops = list(map(attribute.largest_margin_drop, attribute.answer_margins(net, codec, rollouts)))
     values = localisers.visual_dependence(net, codec, rollouts)
     falls = [localisers.most_eroded(v, t.steps) for v, t in zip(values, rollouts)]
     deaths, tokens = localisers.monte_carlo(net, codec, rollouts, 64, key="")
     for kind, faults, cost in ((localisers.Margin, drops, 0), (localisers.Dependence, falls, 0),
                                (localisers.MonteCarlo, deaths, tokens)):
-        verifier, new = kind(net, codec), [replace(t, checks=None) for t in rollouts]
-        verifier([*new, replace(new[0], finished=False)])
-        for t, k in zip(new, faults, strict=True):
-            assert t.checks == [Check(1.0)] * k + [Check(0.0)] + [None] * (len(t.steps) - k - 1)
-        verifier(new)                                                   # nothing is asked twice
+        verifier, new = kind(None, codec), [replace(t, checks=None) for t in rollouts]
+        verifier.policy, cut_off, edited = net, replace(new[0], finished=False), replace(new[0])
+        verifier([*new, cut_off])
+        verifier([*new, edited])                                        # no answer is asked about twice
+        for t, k in zip([*new, cut_off, edited], [*faults, None, None], strict=True):
+            assert [c.is_suspect for c in t.checks] == [n == k for n in range(len(t.steps))]
         assert verifier.tokens == cost
     many = [SimpleNamespace(problem=rollouts[0].problem, ids=[n], steps=[0] * 5) for n in range(600)]
     drawn = localisers.RandomStep(None, codec).find(many)
@@ -285,16 +287,17 @@ def test_verifiers_fill_in_checks():
 
 def test_study_of_a_few_rollouts():
     with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
-        flags = f"--model {TINY} --flawed 12 --planted 24 --data tiny:steps=4,kinds=tiles --out {folder}/x"
+        flags = f"--model {TINY} --flawed 12 --planted 24 --data tiny:steps=8,kinds=tiles --out {folder}/x"
         localisers.main(flags.split())
         result = json.loads((folder / "x").read_text())
     exact = {row["localiser"]: float(row["exact"].split()[0]) for row in result["summary"]}
     for n, signal in enumerate(exact):
         hits = [r["found"][n] == r["true"] for r in result["records"]]
         assert len(hits) == 12 and exact[signal] == round(100 * sum(hits) / 12, 1)
-    assert exact["A1 check"] >= max(60, exact["random"]) and flags in result["command"]
     *_, slips = result["kinds"]
     assert slips["planted"] == "reasoning" and slips["reasoning"] > slips["misread"]
+    assert exact["A1 re-reading"] > exact["random"] and flags in result["command"]
+    assert [row["right"] + row["wrong"] for row in result["rates"][:2]] == [12, 12]     # depths 1 and 2
 
 
 # ---- trace.py
@@ -305,8 +308,8 @@ HOSTILE = "</script><img src=x onerror=\"document.title=1\"><script>document.tit
 def traced_run(folder, *flags):
     """A run of two steps, and a third group whose texts are hostile -> the run, its rows, page, data."""
     run, ids = folder / "run", rollout.token_ids(HOSTILE, tiny_codec())
-    config = train.TrainConfig(model=TINY, data="tiny:kinds=tiles+bars", out=str(run), max_steps=2, batch=4,
-                               group_size=4, eval_problems=0, show_every=1, device="cpu")
+    config = train.TrainConfig(model=TINY, data="tiny:steps=5,kinds=tiles+bars", out=str(run), max_steps=2,
+                               batch=4, group_size=4, eval_problems=0, show_every=1, device="cpu")
     with contextlib.redirect_stdout(io.StringIO()):
         train.train(train.Trainer(config))
         rows = train.read_jsonl(run / "groups.jsonl")
@@ -362,7 +365,7 @@ def test_trace_in_a_browser():
 
 def test_walkthrough_tells_one_step():
     with contextlib.redirect_stdout(io.StringIO()) as told:
-        walkthrough.main(f"--model {TINY} --batch 4 --device cpu --out /nowhere".split())
+        walkthrough.main(f"--model {TINY} --data tiny:steps=9,kinds=tiles --batch 8 --device cpu".split())
     assert re.findall(r"\n(\d)\. ", told.getvalue()) == list("12345678") and "<- suspect" in told.getvalue()
     before, after = re.search(r"token ([-+.\d]+) -> ([-+.\d]+)", told.getvalue()).groups()
     assert float(after) > float(before) and walkthrough.line("a\nb\x1b" + "c" * 9, 9) == repr("a / b\x1b...")
@@ -578,13 +581,42 @@ def test_preview_writes_problems_that_load():
         assert len(problems) == 12
 
 
+# ---- qwen_folder.py
+
+def test_real_vocabulary_from_files_to_transformers():
+    """Random weights behind Qwen's real vocabulary: steps, seams, a supervised step, a step of ivr, an
+    evaluation; transformers opens what was saved."""
+    if not qwen_folder.has_ranks():
+        print("skipped: pip install --no-deps dashscope")
+        return
+    from transformers import AutoModelForImageTextToText
+    with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
+        qwen_folder.main([str(folder / "qwen")])
+        codec = rollout.load_codec(str(folder / "qwen"))
+        segmentation(codec)
+        assert seams(codec, 300) > 150
+        preview.write_problems(folder, 2, 3, "train")
+        rows = train.read_jsonl(folder / "problems.jsonl")
+        for row in rows:
+            row["demonstration"] = "<think>\nThe red tile is 4.\n\nSo it is 6.\n</think>\n<answer>6</answer>"
+        train.write_text(folder / "problems.jsonl", "\n".join(map(json.dumps, rows)))
+        flags = f"--data {folder}/problems.jsonl --batch 2 --group_size 2 --max_steps 1 --device cpu --out {folder}"
+        train.start(f"--stage sft --model {folder}/qwen {flags}/sft --max_new_tokens 60".split())
+        train.start(f"--model {folder}/sft/checkpoint-000001 {flags}/ivr --max_new_tokens 24".split())
+        evaluation.main(f"--model {folder}/ivr/checkpoint-000001 --data {folder}/problems.jsonl --greedy "
+                        f"--max_new_tokens 8 --device cpu --out {folder}/rows.jsonl".split())
+        assert len(train.read_jsonl(folder / "rows.jsonl")) == 2
+        AutoModelForImageTextToText.from_pretrained(folder / "ivr" / "checkpoint-000001")
+
+
 # ---- tables.py
 
 def test_tables_are_those_of_the_results():
     """Every table of both READMEs after a marker is the one that tables.py makes of experiments/results/."""
     for page in tables.PAGES:
         text = page.read_text(encoding="utf-8")
-        assert "<!-- table: " in text and tables.filled(text) == text, f"python experiments/tables.py --write: {page}"
+        assert "<!-- table: " in text, page
+        assert tables.filled(text) == text, f"python experiments/tables.py --write: {page}"
 
 
 if __name__ == "__main__":

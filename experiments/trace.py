@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rereason  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
-from attribute import SUSPECT_BELOW, Check, Step, answer_margins, text_and_offsets  # noqa: E402
+from attribute import DOUBT, Check, Step, answer_margins, text_and_offsets  # noqa: E402
 from eval import is_tiny  # noqa: E402
 from experiments.localisers import localise, step_dependence, visual_dependence  # noqa: E402
 from model import load_model  # noqa: E402
@@ -70,12 +70,12 @@ def finite(value):
 
 def add_signals(row: dict, problem, model, codec):
     """To each rollout of a row the ratios of its tokens under `model`; to wrong ones A2 and A3 by step and
-    the fault. Of a check only its probability was kept, so its whole step counts as faulty."""
+    the fault. Of a check only its gap was kept, so its whole step counts as faulty."""
     prompt, trajectories, wrong = rollout.encode_prompt(problem, codec), [], []
     for r in row["rollouts"]:
         t = rollout.Trajectory(problem, prompt, r["ids"], r["sampled"], r["logps"], r["finished"], r["text"])
         t.steps = [Step(start, stop, "") for start, stop in r["steps"]]
-        t.checks = [None if prob is None else Check(prob) for prob in r["checks"]]
+        t.checks = list(map(Check, r["checks"]))
         trajectories.append(t)
         if r["rewards"]["accuracy"] == 0 and t.steps:
             wrong.append((r, t))
@@ -84,7 +84,7 @@ def add_signals(row: dict, problem, model, codec):
     for r, t in wrong:
         (margin,), (dependence,) = answer_margins(model, codec, [t]), visual_dependence(model, codec, [t])
         r["margins"], r["dependence"] = margin[1:], step_dependence(dependence, t.steps)
-        if t.checks and None not in t.checks:
+        if t.checks:
             r["fault"] = vars(localise(t.checks, margin, dependence, t.steps))
 
 
@@ -107,7 +107,7 @@ def write_page(run: Path, with_signals: bool = False):
             r["answer"] = extract_answer(r.pop("text"), problem.choices if problem else None)
             text, starts = text_and_offsets(r.pop("ids"), codec)
             r["tokens"] = [text[a:b] for a, b in zip(starts, starts[1:] + [len(text)])]
-    data = {"config": config, "suspect_below": SUSPECT_BELOW, "groups": rows,
+    data = {"config": config, "doubt": DOUBT, "groups": rows,
             "metrics": train.read_jsonl(run / "metrics.jsonl")}
     data = json.dumps(finite(data), allow_nan=False).replace("<", "\\u003c")
     train.write_text(run / "trace.html", TEMPLATE.read_text(encoding="utf-8").replace('"DATA"', data))

@@ -7,9 +7,8 @@ drawn 64 x 64 images and 48,248 questions that ships inside the Python package e
 Everything goes the way of a user's own data: JSONL files, `train.py --stage sft`, then `--algo grpo` and
 `--algo ivr` from that warm start at equal generated tokens, scored on images of the package's test split. The
 set has no chains, so demonstrations are made from its own answers: the shape and the color of an image, as
-its other questions tell them, one a line. A third of the supervised rows ask to check such a line
-(attribute.CHECK), half of these hold a wrong one. Supervised and reinforced images are different ones. The
-baseline "without the image" answers each question as most often in training.
+its other questions tell them, one a line. Supervised and reinforced images are different ones. The baseline
+"without the image" answers each question as most often in training.
 """
 import argparse
 import collections
@@ -24,7 +23,6 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from attribute import CHECK  # noqa: E402
 from eval import figure, percent  # noqa: E402
 from experiments.tables import markdown  # noqa: E402
 from train import append_jsonl, read_jsonl  # noqa: E402
@@ -73,21 +71,12 @@ def rows_of(images: dict, rng: random.Random) -> list[dict]:
 
 
 def supervised(images: dict, rng: random.Random) -> list[dict]:
-    """Rows with demonstrations, a third of them checks of one line."""
-    rows, values = [], {}
-    for name in FACTS:
-        values[name] = sorted({facts(answers)[name] for answers in images.values()})
-    for row in rows_of(images, rng):
+    """Rows with demonstrations."""
+    rows = rows_of(images, rng)
+    for row in rows:
         told = facts(images[row["image"]])
         chain = f"shape {told['shape']}\ncolor {told['color']}"
         row["demonstration"] = f"<think>{chain}</think><answer>{row['answer']}</answer>"
-        if rng.random() < 1 / 3:
-            name = rng.choice(FACTS)
-            wrong = rng.choice([value for value in values[name] if value != told[name]])
-            shown, right = f"{name} {rng.choice((told[name], wrong))}", f"{name} {told[name]}"
-            row |= {"problem": row["problem"] + CHECK + shown, "task": "check", "answer": right,
-                    "demonstration": right}
-        rows.append(row)
     return rows
 
 

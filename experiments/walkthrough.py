@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
-from attribute import SUSPECT_BELOW, answer_margins  # noqa: E402
+from attribute import DOUBT, answer_margins  # noqa: E402
 from experiments.localisers import step_dependence, visual_dependence  # noqa: E402
 from tiny import shapes  # noqa: E402
 
@@ -37,9 +37,9 @@ class Told(train.Trainer):
         self.sampled_groups = groups
         return super().rollout_metrics(groups)
 
-    def repair_metrics(self, repairs, verifier) -> dict:
-        self.repairs = repairs
-        return super().repair_metrics(repairs, verifier)
+    def repair_metrics(self, groups, repairs, verifier) -> dict:
+        self.repairs, self.verifier = repairs, verifier
+        return super().repair_metrics(groups, repairs, verifier)
 
     def update(self, groups, lr: float) -> dict:
         group, told = train.telling_group(groups), None
@@ -83,17 +83,23 @@ def tell_repair(r, trainer):
     """Where a failed rollout lost the image, and how it was repaired."""
     t, model, codec = r.source, trainer.model, trainer.codec
     margins, dependence = answer_margins(model, codec, [t])[0], visual_dependence(model, codec, [t])[0]
-    print("\n4. A wrong rollout in steps. A1: would the policy, shown the image alone, repeat the step\n"
-          f"   (below {SUSPECT_BELOW} it is suspect)? A2: margin of the right answer after it.\n"
+    readings = {k: trainer.verifier.known[claim] for k, claim in trainer.verifier.claims(t)}
+    print("\n4. A wrong rollout in steps. A1: the largest gap of its tokens, in nats, under the reader, who\n"
+          f"   does not know the chain (above {DOUBT}: suspect). A2: margin of the right answer after it.\n"
           "   A3: how much its tokens depend on the image (localisers.py; not used in training)")
     for k, (step, check) in enumerate(zip(t.steps, t.checks)):
         note = ""
         if t.problem.oracle:
             note = "  (true)" if shapes.is_right(t.problem, step.text) else "  (false)"
-        if check and check.is_suspect:
+        if check.is_suspect:
             note += "  <- suspect"
-        print(f"   step {k + 1:2} {line(step.text, 40):42} A1 {check.prob if check else math.nan:.3f}  "
+        print(f"   step {k + 1:2} {line(step.text, 40):42} A1 {check.gap:.3f}  "
               f"A2 {margins[k + 1]:+6.2f}  A3 {step_dependence(dependence, t.steps)[k]:.3f}{note}")
+        if check.is_suspect:
+            (seen, masked, say), place = readings[k][check.token], step.start + check.token
+            print(f"           token {codec.tokenizer.decode([t.ids[place]])!r}: the policy wrote it with "
+                  f"{math.exp(t.logps[place]):.3f}; the reader gives it {math.exp(seen):.3f}, without the image "
+                  f"{math.exp(masked):.3f}; the image's say there is {say:.2f} nats")
     print(f"\n5. The Re-Reasoning Loop (rereason.rectify): {r.outcome} with {r.num_revisions} revisions for "
           f"{r.tokens} tokens")
     for turn in r.turns:

@@ -1,6 +1,6 @@
 """Build the embedded tiny model: its tokenizer and its warm-started weights, from nothing.
 
-    python tiny/build.py --out tiny         # about 25 minutes on 2 cores
+    python tiny/build.py --out tiny         # about 25 minutes
 
 Takes the four config files beside it, written by hand; gives a folder in the hub's form, for `--model`. First
 the vision tower learns to name what each cell shows (`train_eyes`), then the decoder learns the tasks
@@ -39,15 +39,11 @@ COMMON = ("--stage sft --batch 48 --max_new_tokens 256 --freeze_vision --eval_pr
 STAGES = {
     # right demonstrations: to look up, in order
     "look up": "--data tiny:steps=8-12 --max_steps 500 --lr 1e-3 --lr_end 0.5 --warmup_steps 30",
-    "longer": "--data tiny:steps=6-20 --max_steps 230 --lr 5e-4 --lr_end 0.5",
-    "forms": "--data tiny:steps=3-8,forms=free+free+choice+yesno --max_steps 300 --lr 5e-4 --lr_end 0.2",
-    # to repeat or correct a single step: what attribute.py and rereason.py ask
-    "second look": "--data tiny:steps=2-20,forms=check+relook+relook+free --max_steps 280 --lr 5e-4 "
-                   "--lr_end 0.3",
-    # wrong readings, the more often the deeper, among clean second looks
-    "erosion": "--data tiny:steps=3-20,"
-               "forms=free+check+free+relook+choice+free+relook+free+check+yesno+relook "
-               "--max_steps 250 --lr 3e-4 --lr_end 0.2 --erosion_first 0.05 --erosion_ninth 0.4",
+    "longer": "--data tiny:steps=6-20 --max_steps 300 --lr 5e-4 --lr_end 0.5",
+    "forms": "--data tiny:steps=1-9,forms=free+free+choice+yesno --max_steps 400 --lr 5e-4 --lr_end 0.2",
+    # language takes over from the image, the more the deeper; the first two steps stay clean
+    "erosion": "--data tiny:steps=1-20,forms=free+free+free+choice+yesno --max_steps 400 --lr 3e-4 "
+               "--lr_end 0.1 --erosion_first 0.0 --erosion_ninth 0.9",
 }
 
 
@@ -115,7 +111,7 @@ def set_heads(model, gain: float = 0.09):
     put(2, 1, match, match, copy, copy)
 
 
-def train_eyes(model, image_config, tok, steps: int = 1000, seed: int = 0):
+def train_eyes(model, image_config, tok, steps: int = 1500, seed: int = 0):
     """The vision tower: each merged image token is taught to name what its cell shows by its dot product with
     the decoder's own word embeddings. So image tokens start out close to words, and a decoder that learns to
     find a word again finds it in the image as well. The dot of a path tile first goes through the value and

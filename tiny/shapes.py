@@ -24,8 +24,6 @@ from operator import eq
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import attribute
-import rereason
 from rollout import Problem
 
 COLOURS = {"red": (230, 25, 45), "green": (40, 160, 60), "yellow": (250, 220, 30), "blue": (20, 80, 220),
@@ -38,7 +36,6 @@ NAMES = tuple(COLOURS)
 SHAPES = ("circle", "square", "triangle")
 KINDS = ("tiles", "count", "path", "bars")
 FORMS = ("free", "choice", "yesno")
-SECOND_LOOKS = ("check", "relook")      # what attribute.py and rereason.py ask; taught by build.py
 QUESTIONS = {"tiles": "Shift each digit by {shift}: {names}", "count": "Count each: {names}",
              "path": "Follow the dots from {ask[0]}", "bars": "Is each bar over {limit}: {names}"}
 VALUES = {"tiles": range(10), "count": range(5), "path": range(10), "bars": range(1, 10)}     # of a reading
@@ -99,36 +96,22 @@ def true_steps(facts: dict) -> list[str]:
     return [step_text(facts, name, facts["show"][name]) for name in facts["ask"]]
 
 
-def corrupt(facts: dict, wrong: set, rng: random.Random) -> list[str]:
-    """A chain with wrong readings at the given depths (0-based), consistent with them ever after."""
-    following = facts.get("next", dict(zip(facts["ask"], facts["ask"][1:] + ["end"])))
-    steps, name = [], facts["ask"][0]
-    while len(steps) < MAX_STEPS and name != "end":
-        value, follow = facts["show"][name], following[name]
-        if len(steps) in wrong:
-            if facts["kind"] == "path" and rng.random() < 0.3:      # the dot is misread; all walks still end
-                tiles = list(facts["show"])
-                later = tiles[tiles.index(name) + 1:]
-                follow = rng.choice([n for n in later if n != follow] or [follow])
-            else:
-                value = rng.choice(wrong_values(facts, name))
-        steps.append(step_text(facts, name, value, follow))
-        name = follow
+def corrupt(facts: dict, wrong: dict) -> list[str]:
+    """A chain with other readings than the image shows: `wrong` maps depths (0-based) to them."""
+    steps = []
+    for depth, name in enumerate(facts["ask"]):
+        steps.append(step_text(facts, name, wrong.get(depth, facts["show"][name])))
     return steps
+
+
+def prior(facts: dict, name: str) -> int:
+    """What language alone says of a name, whatever the image shows: erosion reads this."""
+    values = VALUES[facts["kind"]]
+    return values[zlib.crc32(name.encode()) % len(values)]
 
 
 def wrong_values(facts: dict, name: str) -> list[int]:
     return [value for value in VALUES[facts["kind"]] if value != facts["show"][name]]
-
-
-def slip(facts: dict, step: str, rng: random.Random) -> str:
-    """The step with another conclusion from the same reading (tiles and bars; others conclude nothing)."""
-    words = step.split()
-    if facts["kind"] == "tiles":
-        words[2] = str((int(words[2]) + rng.randint(1, 9)) % 10)
-    elif facts["kind"] == "bars":
-        words[2] = "no" if words[2] == "yes" else "yes"
-    return " ".join(words)
 
 
 def answer_from_steps(facts: dict, steps: list[str]) -> str:
@@ -143,7 +126,7 @@ def answer_from_steps(facts: dict, steps: list[str]) -> str:
 def make_problem(kind: str, steps: int, form="free", split="train", seed=0, index=0) -> Problem:
     """The `index`-th problem of a stream; the same arguments give the same problem. split: "train" or
     "heldout". ValueError where there is no such task."""
-    if (kind not in KINDS or form not in FORMS + SECOND_LOOKS or not 1 <= steps <= MAX_STEPS
+    if (kind not in KINDS or form not in FORMS or not 1 <= steps <= MAX_STEPS
             or split not in ("train", "heldout")):
         raise ValueError(f"no such task: kind {kind!r}, steps {steps}, form {form!r}, split {split!r}")
     rng = random.Random(f"{kind}/{steps}/{form}/{split}/{seed}/{index}")
@@ -155,8 +138,6 @@ def make_problem(kind: str, steps: int, form="free", split="train", seed=0, inde
     question = "<image>" + QUESTIONS[kind].format(names=" ".join(facts["ask"]), **facts)
     problem = Problem(id=f"{kind}-{steps}-{form}-{split}-{seed}-{index}", question=question, answer="",
                       images=[], task=f"{kind}/{form}", oracle=facts)
-    if form in SECOND_LOOKS:
-        return second_look(problem, form, rng)
     problem.key_steps = true_steps(facts)
     problem.answer = gold = answer_from_steps(facts, problem.key_steps)
     if form == "choice":
@@ -167,8 +148,9 @@ def make_problem(kind: str, steps: int, form="free", split="train", seed=0, inde
     elif form == "yesno":
         facts["offer"] = gold
         if rng.random() < 0.5:
-            while facts["offer"] == gold:
-                facts["offer"] = answer_from_steps(facts, corrupt(facts, {rng.randrange(steps)}, rng))
+            depth = rng.randrange(steps)
+            wrong = rng.choice(wrong_values(facts, facts["ask"][depth]))
+            facts["offer"] = answer_from_steps(facts, corrupt(facts, {depth: wrong}))
         problem.answer = "yes" if facts["offer"] == gold else "no"
         problem.question += f"\nIs it {facts['offer']}?"
     problem.images = [draw(facts, rng)]
@@ -192,31 +174,13 @@ def make_options(facts: dict, rng: random.Random) -> list[str]:
     return rng.sample(options, 4)
 
 
-def second_look(problem: Problem, form: str, rng: random.Random) -> Problem:
-    """Teaches to repeat a right step and to correct a wrong one, alone (`attribute.CHECK`) or at the end of a
-    chain (`rereason.relook_problem`). Half the steps have a wrong reading, one in ten a wrong conclusion."""
-    steps = true_steps(problem.oracle)
-    depth = rng.randrange(len(steps))
-    wrong = {depth} if rng.random() < 0.5 else set()
-    suspect = corrupt(problem.oracle, wrong, rng)[depth]
-    if rng.random() < 0.1:
-        suspect = slip(problem.oracle, suspect, rng)
-    problem.answer = problem.demonstration = steps[depth]
-    problem.images = [draw(problem.oracle, rng)]
-    if form == "relook":
-        trusted = "<think>" + "".join(step + "\n" for step in steps[:depth])
-        return rereason.relook_problem(problem, trusted, suspect)
-    problem.question += attribute.CHECK + suspect
-    return problem
-
-
 class Stream:
     """Endless problems by index. spec: "tiny" or, say, "tiny:steps=4-6,kinds=tiles+path,forms=free+choice".
     `run` neighbours have the same number of steps (less padding in a batch). ValueError for a bad spec."""
 
     def __init__(self, spec: str = "tiny", split: str = "train", seed: int = 0, run: int = 1):
         self.split, self.seed, self.run = split, seed, run
-        options = {"steps": "5", "kinds": "+".join(KINDS), "forms": "free"}     # 5: hard, not hopeless
+        options = {"steps": "12", "kinds": "tiles+path+bars", "forms": "free"}
         name, _, settings = spec.partition(":")
         for setting in filter(None, settings.split(",")):
             key, _, value = setting.partition("=")
@@ -224,7 +188,7 @@ class Stream:
                 raise ValueError(f"{spec!r}: unknown setting {key!r} (known: {', '.join(options)})")
             options[key] = value
         self.kinds, self.forms = options["kinds"].split("+"), options["forms"].split("+")
-        for given, known in (([name], ("tiny",)), (self.kinds, KINDS), (self.forms, FORMS + SECOND_LOOKS)):
+        for given, known in (([name], ("tiny",)), (self.kinds, KINDS), (self.forms, FORMS)):
             if not set(given) <= set(known):
                 raise ValueError(f"{spec!r}: {'+'.join(given)} is not among {', '.join(known)}")
         low, _, high = options["steps"].partition("-")
@@ -243,12 +207,13 @@ class Stream:
 
 def demonstrate(problem: Problem, erosion: tuple[float, float], rng: random.Random) -> str:
     """A completion for supervised training: a chain and the answer that follows from it as written. `erosion`
-    is the chance of a wrong reading at the first and at the ninth step; linear between, then constant."""
-    if problem.demonstration:
-        return problem.demonstration
-    facts, (first, ninth) = problem.oracle, erosion
-    wrong = {k for k in range(MAX_STEPS) if rng.random() < first + (ninth - first) * min(k, 8) / 8}
-    steps = corrupt(facts, wrong, rng)
+    is the chance of a step read from language (`prior`) instead of the image, at the first two steps and at
+    the ninth; linear between, then constant."""
+    facts, (first, ninth), wrong = problem.oracle, erosion, {}
+    for depth, name in enumerate(facts["ask"]):
+        if rng.random() < first + (ninth - first) * max(0, min(depth, 8) - 1) / 7:
+            wrong[depth] = prior(facts, name)
+    steps = corrupt(facts, wrong)
     answer = answer_from_steps(facts, steps)
     if problem.choices:                 # the option that shares most words with the chain's own answer
         shared = [sum(map(eq, answer.split(), option.split())) for option in problem.choices]
@@ -281,6 +246,11 @@ def check_steps(problem: Problem, steps: list[str]) -> list[str]:
         if facts["kind"] == "path":     # a walk continues where its last step points
             due[depth + 1] = words[2] if verdicts[depth] != "unparsed" else None
     return verdicts
+
+
+def verdicts(t) -> list[str]:
+    """`check_steps` of a trajectory that was split into steps."""
+    return check_steps(t.problem, [step.text for step in t.steps])
 
 
 def is_right(problem: Problem, step: str) -> bool:
