@@ -14,10 +14,9 @@ choice:
                         say, and what the chain or language made easy is not what the reader sees
     A2 answer margin    log p(gold) - log p(own answer) after each step: where the chain turns wrong
 
-Both are forward passes only; A1 counts as one generated token a step all the same. Nothing is asked, so no
-instruction has to be followed and no reply to be parsed. The gold answer only scores (A2); it never enters a
-prompt that is generated from. Left out: visual dependence (A3), Monte-Carlo restarts (A4), random and oracle
-localisers, all in experiments/localisers.py.
+Both are forward passes only; A1 counts as one generated token a step all the same. Nothing is asked: there is
+no instruction to follow and no reply to parse. The gold answer only scores (A2). Left out: visual dependence
+(A3), Monte-Carlo restarts (A4), random and oracle localisers, all in experiments/localisers.py.
 
 Worked example: "blue 7 9" stands ninth in a chain. The policy wrote the 7 with probability 0.9. The reader,
 with image and question alone, gives it 0.05 after "blue", and 0.3 where the image is masked; by this its
@@ -73,18 +72,13 @@ def text_and_offsets(ids: list, codec) -> tuple[str, list[int]]:
     return text + codec.tokenizer.decode(run), offsets
 
 
-def step_style(thoughts: str) -> str:
-    """How a chain is written: in "headers", a numbered "list", "lines", or else "sentences"."""
+def style_of(text: str) -> str:
+    """How a completion's chain is written: in "headers", a numbered "list", "lines", or else "sentences"."""
+    begin, end = thoughts_of(text)
     for style in ("headers", "list", "lines"):
-        if len(step_starts(thoughts, style)) > 1:
+        if len(step_starts(text[begin:end], style)) > 1:
             return style
     return "sentences"
-
-
-def style_of(text: str) -> str:
-    """The style of a completion's thoughts."""
-    begin, end = thoughts_of(text)
-    return step_style(text[begin:end])
 
 
 def step_starts(thoughts: str, style: str) -> list[int]:
@@ -138,7 +132,7 @@ def split_steps(ids: list, codec, style: str = "") -> list[Step]:
         ids = ids[:-1]
     text, offsets = text_and_offsets(ids, codec)
     begin, end = thoughts_of(text)
-    starts = step_starts(text[begin:end], style or step_style(text[begin:end]))
+    starts = step_starts(text[begin:end], style or style_of(text))
     steps, token = [], 0
     for a, b in zip(starts, starts[1:] + [end - begin]):
         start = token = bisect.bisect_left(offsets, begin + a, token, len(ids))
@@ -196,12 +190,13 @@ def replace_end(t, k: int, stem: int, new_ids: list, new_logps: list, codec):
 
 def mend_seam(ids: list, logps: list, sampled: list, place: int, codec):
     """Make the tokens around a seam, in place, those that the tokenizer gives their text; new ones are
-    forced."""
+    forced. No control token comes of words that spell one."""
+    added = codec.tokenizer.added_tokens_decoder
     for n in range(1, 5):
         start, stop = max(0, place - n), min(len(ids), place + n)
         old = ids[start:stop]
         own = rollout.token_ids(codec.tokenizer.decode(old, skip_special_tokens=False), codec)
-        if own == old:
+        if own == old or any(i in added and added[i].special for i in set(own) - set(old)):
             return
         if n > 1 and own[0] == old[0] and own[-1] == old[-1]:
             ids[start + 1:stop - 1] = own[1:-1]

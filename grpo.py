@@ -65,9 +65,8 @@ def assign_advantages(groups, use_std: bool = False):
 
 def assign_credit(groups, credit: str):
     """Eq. (6). credit: what is at fault in a failed rollout of the policy, "token" (each suspect one), "step"
-    (each suspect step) or "rollout" (no more than GRPO: weight 1). Where nothing is suspect all tokens share
-    the blame; a rollout that was cut off is neither right nor wrong and has no weight. All others keep weight
-    1."""
+    (each suspect step) or "rollout" (nothing in particular, as in GRPO). Where nothing is suspect all share
+    the blame. A rollout that was cut off has no weight. Others keep weight 1."""
     for group in groups:
         for t in group:
             t.weights = None

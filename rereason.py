@@ -14,10 +14,9 @@ the trajectory is right. How is our choice:
                 answer's margin drops, the second time the policy restarts there. A revision that says
                 nothing new: restart one step to the left. After some failures: give up
 
-So a chain with several errors is repaired one at a time, at a cost of a few tokens each: N / p, not p^-N.
-Each token keeps the probability mu it was really sampled with, by the model and in the context that it came
-from: the reader's tokens the reader's. Nothing is prompted, so no answer can leak. Left out: repairs of
-rollouts that were cut off.
+So a chain with several errors is repaired one at a time, for a few tokens each: N / p, not p^-N. Each token
+keeps the probability mu it was sampled with, by the model and in the context it came from. Nothing is
+prompted, so no answer can leak. Left out: repairs of rollouts that were cut off.
 
 Worked example: "red 4 6 / blue 3 5 / teal 9 1", of which the 4 is suspect. After "<think>red" the reader
 writes "7 9" and a line break: they take the place of "4 6", the rest is kept, and the answer is sampled from

@@ -1197,7 +1197,7 @@ def qwen_like_codec():
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tok.train_from_iterator(texts, trainers.BpeTrainer(show_progress=False, initial_alphabet=alphabet,
                                                        vocab_size=900))
-    tok.add_special_tokens([AddedToken("<|im_end|>", special=True)])
+    tok.add_special_tokens([AddedToken("<|im_end|>", special=True), AddedToken("</>", special=True)])
     return codec_of(PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>"))
 
 
@@ -1699,6 +1699,32 @@ def seams(codec, count: int) -> int:
 
 def test_seams_are_the_tokenizers_own():
     assert seams(tiny_codec(), 300) > 100 and seams(qwen_like_codec(), 600) > 200
+
+
+def test_seams_leave_what_a_model_sampled():
+    """Unusual tokens elsewhere stay as they are; words that spell a control token stay words."""
+    codec, ids = tiny_codec(), []
+    for piece in ("<think>", "red 4 6", "\n", "b", "lue", " 3 5", "\n", "teal 9 1", "</think>", "<answer>7</answer>"):
+        ids += rollout.token_ids(piece, codec)
+    ids.append(codec.eos_ids[0])
+    text = codec.tokenizer.decode(ids[:-1])
+    assert ids[:-1] != rollout.token_ids(text, codec)
+    t = rollout.Trajectory(None, None, ids, [1] * len(ids), [-0.25] * len(ids), True, text,
+                           steps=attribute.split_steps(ids, codec), checks=[GOOD] * 3)
+    new_ids = rollout.token_ids(" 2 4\n", codec)
+    for k in (0, 2):
+        stem = t.steps[k].start + 1
+        new = attribute.replace_end(t, k, stem, new_ids, [-0.5] * len(new_ids), codec)
+        want = ids[:stem] + new_ids[:2 + (k == 0)] + ids[stem + 2 + (k == 0):]
+        assert new.ids == want and new.logps.count(-0.5) == 2 + (k == 0)
+    codec, ids = qwen_like_codec(), []
+    for piece in ("red 4", "<", "/", ">", " 6"):
+        ids += rollout.token_ids(piece, codec)
+    assert rollout.token_ids("</>", codec) == [codec.tokenizer.convert_tokens_to_ids("</>")]
+    for place in range(1, len(ids)):
+        mended = list(ids)
+        attribute.mend_seam(mended, [-0.1] * len(ids), [1] * len(ids), place, codec)
+        assert codec.tokenizer.convert_tokens_to_ids("</>") not in mended
 
 
 def test_resume_points_table():

@@ -499,9 +499,9 @@ class Trainer:
         return {**means, **shares, "rollout_tokens": tokens}
 
     def repair_metrics(self, groups, repairs, verifier) -> dict:
-        """What attribution and the Re-Reasoning Loop did, over all ranks; their tokens are counted here.
-        Where there is a step oracle also how often they were right: found (of the wrong steps), false_alarms
-        (of the right ones), true_revisions."""
+        """What attribution and the Re-Reasoning Loop did, over all ranks; their tokens are counted here. With
+        a step oracle also the shares found of wrong steps, doubted of right ones, of revisions that are
+        true."""
         names = ("sources repaired revisions repair_tokens check_tokens suspects wrong found right "
                  "false_alarms judged true_revisions")
         counts = dict.fromkeys(names.split(), 0)
