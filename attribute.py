@@ -330,15 +330,13 @@ class Verifier:
         return opening + t.ids[t.steps[first].start:t.steps[k].start]
 
     def __call__(self, trajectories: list):
-        work, unknown = [], {}
+        work = []
         for t in trajectories:
             t.checks = [Check(0.0)] * len(t.steps)
             work += [(t, k, claim) for k, claim in self.claims(t)]
-        for _, _, (prompt, before, tokens) in work:
-            if (prompt, before, tokens) not in self.known:
-                unknown[prompt, before, tokens] = (prompt, list(before), list(tokens))
+        unknown = list(dict.fromkeys(claim for *_, claim in work if claim not in self.known))
         self.tokens += len(unknown)
-        self.known.update(zip(unknown, read_steps(self.reader, self.codec, list(unknown.values()))))
+        self.known.update(zip(unknown, read_steps(self.reader, self.codec, unknown)))
         for t, k, claim in work:
             t.checks[k] = check_of(t.steps[k], t, self.known[claim])
 

@@ -353,8 +353,7 @@ class Trainer:
             self.optimizer.load(sorted(checkpoint.glob("optimizer-*.safetensors")))
 
     def load_frozen(self, path: str, dtype):
-        model = load_model(path, self.device, dtype).eval()
-        return model.requires_grad_(False)
+        return load_model(path, self.device, dtype).eval().requires_grad_(False)
 
     def choose_reader(self, dtype):
         """The model that re-reads steps; none where nothing is re-read. ValueError for another tokenizer."""
