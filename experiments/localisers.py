@@ -199,7 +199,7 @@ class OneFault(attribute.Verifier):
     max_new_tokens = 64                 # of a restart, its prefix included
     key = ""                            # names the random numbers
 
-    def __init__(self, reader, codec, window: int = 1):
+    def __init__(self, reader, codec, window: int = 0):
         super().__init__(reader, codec, window)
         self.policy = reader            # whose margins and restarts count; compare.py sets another
 
@@ -281,7 +281,7 @@ def flawed_rollouts(model, codec, stream, count: int, max_new_tokens: int = 256,
     return found, slips
 
 
-def score_localisers(model, codec, found: list, window: int = 1, batch: int = 128) -> tuple[list, dict]:
+def score_localisers(model, codec, found: list, window: int = 0, batch: int = 128) -> tuple[list, dict]:
     """One record a rollout, with the step that each signal finds, and the tokens that each signal generated
     for all of them. The rollouts keep A1's checks."""
     records, tokens = [], {}
@@ -384,7 +384,7 @@ def plant(model, problem, codec, kind: str, rng: random.Random):
     return t
 
 
-def planted_kinds(model, codec, stream, count: int, window: int = 1) -> list[dict]:
+def planted_kinds(model, codec, stream, count: int, window: int = 0) -> list[dict]:
     """A row a planted kind: how often each kind was found in such chains, and how often the step."""
     rows, planted, rng = {}, [], random.Random(0)
     for kind in KINDS:
@@ -409,7 +409,7 @@ class StudyConfig:
     model: str = "tiny"             # folder or hub id of the checkpoint, policy and reader
     data: str = "tiny:steps=3-12"   # a spec of the embedded tasks; held-out problems are used
     greedy: bool = False            # greedy rollouts instead of sampled ones
-    window: int = 1                 # steps before a step that the reader sees with it
+    window: int = 0                 # steps before a step that the reader sees with it
     flawed: int = 2000              # flawed rollouts to score the localisers on
     planted: int = 600              # chains with a planted error, for the confusion of kinds
     out: str = ""                   # JSON file of everything ("" = none)
