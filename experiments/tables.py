@@ -85,12 +85,23 @@ def reader_cost() -> str:
     return markdown(list(rows[0]), map(dict.values, rows))
 
 
-def localisers() -> str:
-    columns, rows = ["localiser", "exact", "within 1", "error", "tokens"], []
-    kinds = ["tiles", "bars", "path", "count"]
-    for r in load("localisers.json")["summary"]:
-        rows.append([r.get(column, "") for column in columns] + [r[f"task {kind}/free"] for kind in kinds])
+def localisers(file: str = "localisers.json") -> str:
+    columns, kinds, rows = ["localiser", "exact", "within 1", "error", "tokens"], ["tiles", "bars", "path"], []
+    for r in load(file)["summary"]:
+        rows.append([r[column] for column in columns] + [r[f"task {kind}/free"] for kind in kinds])
     return markdown(columns + kinds, rows)
+
+
+def localisers_greedy() -> str:
+    return localisers("localisers_greedy.json")
+
+
+def instruction() -> str:
+    rows = []
+    for r in load("instruction.json"):
+        rows.append([r["INSTRUCTION"], r["failures"], f"{100 * r['mean']:.1f} % [{100 * r['low']:.1f}, "
+                     f"{100 * r['high']:.1f}]"])
+    return markdown(["INSTRUCTION in the prompt", "failed rollouts", "repaired"], rows)
 
 
 def rates() -> str:
@@ -125,6 +136,7 @@ def mutants() -> str:
 
 
 TABLES = {"main": main_job, "study": study, "greedy": greedy, "digits": digits, "localisers": localisers,
+          "localisers_greedy": localisers_greedy, "instruction": instruction,
           "rates": rates, "repairs": repairs, "reader_cost": reader_cost, "speed": speed, "mutants": mutants}
 
 
