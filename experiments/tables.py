@@ -17,7 +17,8 @@ RESULTS = ROOT / "experiments" / "results"
 PAGES = (ROOT / "README.md", ROOT / "experiments" / "README.md")
 T_95 = (None, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)   # by degrees of freedom
 ARMS = {"grpo": "GRPO", "grpo_large": "GRPO, groups of 12", "stepgrpo": "StepGRPO",
-        "restarts only": "restarts only", "reader policy": "policy reads", "ivr": "IVR-R1"}
+        "restarts only": "restarts only", "reader policy": "policy reads", "ivr": "IVR-R1",
+        "half rate": "IVR-R1, lr 1e-4"}
 
 
 def load(name: str):
