@@ -344,7 +344,7 @@ class Trainer:
         self.reference = self.load_frozen(c.model, dtype) if c.beta > 0 else None
         self.reader = self.choose_reader(dtype)
         self.size = sum(p.numel() for p in self.model.parameters())
-        c.lr = c.lr or (2e-4 if self.size < 1e8 else {"rl": 1e-6, "sft": 1e-5}[c.stage])
+        c.lr = c.lr or (1e-4 if self.size < 1e8 else {"rl": 1e-6, "sft": 1e-5}[c.stage])
         self.optimizer = Optimizer(self.model, c, self.rank, self.world)
         self.step = self.tokens = self.bad_steps = 0            # tokens: generated so far, over all ranks
         if checkpoint:
