@@ -35,14 +35,16 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 WORDS = {"colour": shapes.NAMES, "digit": tuple("0123456789"), "shape": shapes.SHAPES,
          "dot": (*shapes.NAMES, "end")}         # what a cell can show; a bar shows its height as a digit
 COMMON = ("--stage sft --batch 48 --max_new_tokens 256 --freeze_vision --eval_problems 0 --save_every 1000 "
-          "--device cpu")
+          "--warmup_steps 5 --device cpu")
+KINDS = "kinds=" + "+".join(shapes.KINDS)
 STAGES = {
     # right demonstrations: to look up, in order
-    "look up": "--data tiny:steps=8-12 --max_steps 500 --lr 1e-3 --lr_end 0.5 --warmup_steps 30",
-    "longer": "--data tiny:steps=6-20 --max_steps 300 --lr 5e-4 --lr_end 0.5",
-    "forms": "--data tiny:steps=1-9,forms=free+free+choice+yesno --max_steps 400 --lr 5e-4 --lr_end 0.2",
+    "look up": f"--data tiny:steps=8-12,{KINDS} --max_steps 500 --lr 1e-3 --lr_end 0.5 --warmup_steps 30",
+    "longer": f"--data tiny:steps=6-20,{KINDS} --max_steps 300 --lr 5e-4 --lr_end 0.5",
+    "forms": f"--data tiny:steps=1-9,{KINDS},forms=free+free+choice+yesno --max_steps 400 --lr 5e-4 "
+             "--lr_end 0.2",
     # language takes over from the image, the more the deeper; the first two steps stay clean
-    "erosion": "--data tiny:steps=1-20,forms=free+free+free+choice+yesno --max_steps 400 --lr 3e-4 "
+    "erosion": f"--data tiny:steps=1-20,{KINDS},forms=free+free+free+choice+yesno --max_steps 400 --lr 3e-4 "
                "--lr_end 0.1 --erosion_first 0.0 --erosion_ninth 0.9",
 }
 
