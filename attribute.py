@@ -8,9 +8,8 @@ The paper says: a reward-driven screening finds flawed rollouts, and a step-leve
 multimodal context finds where the reasoning lost the image, since a long chain of text erodes it. How is our
 choice:
 
-    A1 re-reading       the reader scores a step's own tokens without the chain that led there: after image
-    and
-                        question alone (and the last `window` steps). A token is suspect where the image has a
+    A1 re-reading       the reader scores a step's own tokens without the chain that led there: after image,
+                        question and the last `window` steps alone. A token is suspect where the image has a
                         say, and what the chain or language made easy is not what the reader sees
     A2 answer margin    log p(gold) - log p(own answer) after each step: where the chain turns wrong
 
@@ -22,7 +21,8 @@ Worked example: "blue 7 9" stands ninth in a chain. The policy wrote the 7 with 
 with image and question alone, gives it 0.05 after "blue", and 0.3 where the image is masked; by this its
 prediction moves by KL = 2 nats. Its gap is log 0.9 - log 0.05 = 2.9 > 0.5: suspect. The reader would have
 begun with "red", not "blue", but so it would without the image (KL = 0): which thing is read next is not the
-image's to say. """
+image's to say.
+"""
 import bisect
 import re
 from dataclasses import dataclass, replace

@@ -26,8 +26,8 @@ import attribute  # noqa: E402
 import rereason  # noqa: E402
 import rollout  # noqa: E402
 from eval import figure  # noqa: E402
+from experiments import tables  # noqa: E402
 from experiments.compare import ARMS, launch  # noqa: E402
-from experiments.tables import markdown, percent  # noqa: E402
 from model import load_model  # noqa: E402
 from tiny import shapes  # noqa: E402
 from train import append_jsonl, read_jsonl, write_text  # noqa: E402
@@ -125,8 +125,8 @@ def main():
         launch(warm.parent, [str(ROOT / "train.py"), "--model", str(ROOT / "tiny"), "--data", sft, *SFT])
     if args.instruction:
         rows = instruction(warm, write_rows("test", 150, True, 2))
-        print(markdown(list(rows[0]), map(dict.values, rows)))
-        return write_text(RESULTS.with_name("instruction.json"), json.dumps(rows, indent=1) + "\n")
+        write_text(RESULTS.with_name("instruction.json"), json.dumps(rows, indent=1) + "\n")
+        return print(tables.instruction())
     files = ["--data", write_rows("train", 600, False, 1), "--eval_data", write_rows("test", 150, True, 2)]
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     for seed in range(args.seeds):
@@ -146,12 +146,7 @@ def main():
             results.append(run | {"repaired": sum(row.get("repaired", 0) for row in rows)})
             write_text(RESULTS, "[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
             print(results[-1], flush=True)
-    rows = []
-    for arm in args.arms:
-        runs = [r for r in results if r["algo"] == arm]
-        rows.append([arm, *(percent([r[f"{name} {when}"] for r in runs]) for name in ("avg@4", "greedy")
-                            for when in ("before", "after"))])
-    print(markdown(["arm", "avg@4 before", "after", "greedy before", "after"], rows))
+    print(tables.digits())
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import eval  # noqa: E402
+
 RESULTS = ROOT / "experiments" / "results"
 PAGES = (ROOT / "README.md", ROOT / "experiments" / "README.md")
 T_95 = (None, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)   # by degrees of freedom
@@ -49,8 +52,7 @@ def main_job() -> str:
     for run in load("seeds.json")["runs"]:
         row = [run["algo"], run["seed"]]
         for name in ("greedy", "avg@4"):
-            row += [f"{100 * run[when][name]['mean']:.1f} % [{100 * run[when][name]['low']:.1f}, "
-                    f"{100 * run[when][name]['high']:.1f}]" for when in ("before", "after")]
+            row += [eval.percent(run[when][name]) for when in ("before", "after")]
         rows.append(row)
     return markdown(["--algo", "seed", "greedy before", "after", "avg@4 before", "after"], rows)
 
@@ -100,8 +102,7 @@ def localisers_greedy() -> str:
 def instruction() -> str:
     rows = []
     for r in load("instruction.json"):
-        rows.append([r["INSTRUCTION"], r["failures"], f"{100 * r['mean']:.1f} % [{100 * r['low']:.1f}, "
-                     f"{100 * r['high']:.1f}]"])
+        rows.append([r["INSTRUCTION"], r["failures"], eval.percent(r)])
     return markdown(["INSTRUCTION in the prompt", "failed rollouts", "repaired"], rows)
 
 
@@ -113,8 +114,8 @@ def rates() -> str:
 def repairs() -> str:
     rows = []
     for r in load("repairs.json")["rows"]:
-        rows.append([r["setting"], r["n"], f"{100 * r['repaired']:.1f} % [{100 * r['low']:.1f}, "
-                     f"{100 * r['high']:.1f}]", f"{r['tokens']:.0f}"])
+        share = eval.percent({**r, "mean": r["repaired"]})
+        rows.append([r["setting"], r["n"], share, f"{r['tokens']:.0f}"])
     return markdown(["setting", "failed rollouts", "repaired", "tokens each"], rows)
 
 
