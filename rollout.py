@@ -54,7 +54,7 @@ class DataError(ValueError):
 class Problem:
     """One question about zero or more images."""
     id: str
-    question: str | list                # text with an <image> tag per image; or turns: user, assistant
+    question: str                       # text with an <image> tag per image
     answer: str                         # gold answer, unwrapped
     images: list                        # PIL images, or paths or bytes of files, opened for the prompt
     choices: list | None = None         # option texts; `answer` is then a letter (or an option's text)
@@ -362,16 +362,14 @@ def image_grid(image, config: ImageConfig) -> tuple[int, int, int]:
 
 
 def render_chat(problem: Problem, codec: Codec) -> str:
-    """The question's turns as a chat, up to where the assistant writes; an <image> is still one token."""
-    messages = []
-    for n, turn in enumerate([problem.question] if isinstance(problem.question, str) else problem.question):
-        content = []
-        for piece in re.split("(<image>)", turn):
-            if piece == "<image>":
-                content.append({"type": "image"})
-            elif piece:
-                content.append({"type": "text", "text": escape_special(piece, codec)})
-        messages.append({"role": "assistant" if n % 2 else "user", "content": content})
+    """The question as a chat, up to where the assistant writes; an <image> is still one token."""
+    content = []
+    for piece in re.split("(<image>)", problem.question):
+        if piece == "<image>":
+            content.append({"type": "image"})
+        elif piece:
+            content.append({"type": "text", "text": escape_special(piece, codec)})
+    messages = [{"role": "user", "content": content}]
     return codec.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
@@ -389,23 +387,15 @@ def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None,
             grids.append(grid)
     except ValueError as e:
         raise DataError(f"{where}: field 'images': {e}") from None
-    p = with_images_of(Prompt([], torch.cat(patches) if patches else None, grids), problem, codec)
-    if max_tokens and len(p.ids) > max_tokens:
-        raise DataError(f"{where}: field 'problem': {len(p.ids)} tokens, --max_prompt_tokens is {max_tokens}")
-    return p
-
-
-def with_images_of(prompt: Prompt, problem: Problem, codec: Codec, text: str | None = None) -> Prompt:
-    """The prompt of another question about the same images (or of its chat, `text`): nothing is decoded."""
-    copies = len(problem.images) // max(1, len(prompt.grids))
-    grids, pixels = prompt.grids * copies, prompt.pixel_values
-    pixels = pixels.repeat(copies, 1) if copies and pixels is not None else None
-    text, *pieces = (text or render_chat(problem, codec)).split("<|image_pad|>")
+    text, *pieces = render_chat(problem, codec).split("<|image_pad|>")
     if len(pieces) != len(grids):
-        raise DataError(f"{problem.where or problem.id}: the chat has {len(pieces)} of {len(grids)} images")
+        raise DataError(f"{where}: the chat has {len(pieces)} of {len(grids)} images")
     for (_, rows, cols), piece in zip(grids, pieces):           # a token for each merged patch
         text += "<|image_pad|>" * (rows * cols // codec.image_config.merge_size ** 2) + piece
-    return Prompt(token_ids(text, codec), pixels, grids)
+    ids = token_ids(text, codec)
+    if max_tokens and len(ids) > max_tokens:
+        raise DataError(f"{where}: field 'problem': {len(ids)} tokens, --max_prompt_tokens is {max_tokens}")
+    return Prompt(ids, torch.cat(patches) if patches else None, grids)
 
 
 def mask_image(prompt: Prompt) -> Prompt:

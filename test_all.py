@@ -689,25 +689,6 @@ def test_prompt_is_the_chat_template():
     raises(rollout.DataError, ["data.jsonl:1: field 'images'", "aspect"], rollout.encode_prompt, thin, codec)
 
 
-def test_other_questions_about_the_same_images():
-    """Nothing is decoded again, whether they show the images once, twice or not at all."""
-    codec, opened = tiny_codec(), []
-    for p in mixed_problems():
-        prompt, tags = rollout.encode_prompt(p, codec), "<image>" * len(p.images)
-        turns = ["Look. " + tags, "I see.", f"{tags} Again?"]
-        for other in (replace(p, question=tags + "And now?"), replace(p, question=turns, images=p.images * 2),
-                      replace(p, question="From memory?", images=[])):
-            with swapped(rollout, "open_image", opened.append):
-                found = rollout.with_images_of(prompt, other, codec)
-                text = rollout.render_chat(other, codec) + "Yes"
-                begun = rollout.with_images_of(prompt, other, codec, text)
-            expected = rollout.encode_prompt(other, codec)
-            assert not opened and (found.ids, found.grids) == (expected.ids, expected.grids)
-            assert begun.ids == expected.ids + rollout.token_ids("Yes", codec)
-            assert (found.pixel_values is None) == (not other.images)
-            assert not other.images or torch.equal(found.pixel_values, expected.pixel_values)
-
-
 def test_codecs_and_what_is_missing_in_them():
     """Of a folder like the hub's: two end tokens, spare rows, and the template that knows images."""
     with scratch() as scratched:
