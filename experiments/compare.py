@@ -33,11 +33,12 @@ from experiments.tables import markdown, percent  # noqa: E402
 RESULTS = ROOT / "experiments" / "results"
 BUDGET = {horizon: 20_000 * horizon for horizon in (3, 6, 9, 12, 20)}      # generated tokens a run
 KINDS = "tiles+path+bars"                   # what the shipped model can read; it can hardly count
-COMMON = {"batch": 16, "group_size": 8, "lr": 2e-4, "warmup_steps": 1, "freeze_vision": True, "save_every": 0,
+COMMON = {"batch": 16, "group_size": 8, "lr": 1e-4, "warmup_steps": 1, "freeze_vision": True, "save_every": 0,
           "keep": 1, "show_every": 0, "eval_problems": 150, "eval_samples": 4, "device": "cpu"}
 ARMS = {"grpo": {"algo": "grpo"}, "grpo_large": {"algo": "grpo", "group_size": 12},
         "stepgrpo": stepgrpo.PRESET, "ivr": {"algo": "ivr"}, "reader policy": {"reader": "policy"},
-        "restarts only": {"revise": False}, "half rate": {"lr": 1e-4}}
+        "restarts only": {"revise": False}, "grpo 2e-4": {"algo": "grpo", "lr": 2e-4}, "ivr 2e-4": {"lr": 2e-4},
+        "reader policy 2e-4": {"reader": "policy", "lr": 2e-4}}
 ABLATED = 9                                 # the horizon of the ablations
 ABLATIONS = {
     "ivr": {}, "random cut": {}, "oracle cut": {}, "A2 margin": {}, "A3 dependence": {}, "A4 Monte Carlo": {},

@@ -36,7 +36,7 @@ OUT, STEPS = ROOT / "runs" / "digits", 9
 RESULTS = ROOT / "experiments" / "results" / "digits.json"
 SFT = ("--stage sft --batch 48 --max_steps 250 --lr 5e-4 --lr_end 0.1 --eval_problems 0 --save_every 0 "
        "--max_new_tokens 110 --device cpu --instruction").split() + [""]
-RL = ("--batch 16 --group_size 8 --lr 2e-4 --warmup_steps 1 --freeze_vision --save_every 0 --keep 1 "
+RL = ("--batch 16 --group_size 8 --lr 1e-4 --warmup_steps 1 --freeze_vision --save_every 0 --keep 1 "
       "--show_every 0 --max_tokens 180000 --max_new_tokens 110 --eval_problems 150 --eval_samples 4 "
       "--device cpu "
       "--instruction").split() + [""]
@@ -116,7 +116,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="seeds an arm")
-    parser.add_argument("--arms", nargs="*", default=["grpo", "ivr", "reader policy"], choices=ARMS)
+    parser.add_argument("--arms", nargs="*", default=["grpo", "ivr", "reader policy", "restarts only"], choices=ARMS)
     parser.add_argument("--instruction", action="store_true", help="repairs with INSTRUCTION and without")
     args = parser.parse_args()
     warm = OUT / "warm" / "checkpoint-000250"
