@@ -376,17 +376,15 @@ def attribute(groups, hard: list[int], verifier: Verifier, codec, credit: str):
 # ---- A2
 
 @torch.no_grad()
-def answer_margins(model, codec, trajectories: list, last: bool = False,
-                   budget: int = 32768) -> list[list[float]]:
-    """A2. For each trajectory the margins M_0 .. M_T (last: M_T alone): mean log-prob of the gold answer
-    minus that of its own answer, teacher-forced after the first k steps and the cue that opens an answer.
-    Positive: from there the policy would still prefer the right answer."""
+def answer_margins(model, codec, trajectories: list, budget: int = 32768) -> list[list[float]]:
+    """A2. For each trajectory the margins M_0 .. M_T: mean log-prob of the gold answer minus that of its own
+    answer, teacher-forced after the first k steps and the cue that opens an answer. Positive: from there the
+    policy would still prefer the right answer."""
     work, margins = [], []                  # work: (trajectory, k, sign, tokens before, answer tokens)
     for n, t in enumerate(trajectories):
         cue = rollout.token_ids("</think><answer>" if "<think>" in t.text else "\nThe answer is ", codec)
         own = reward.extract_answer(t.text, t.problem.choices) or ""
         ends = [step.start for step in t.steps] + [t.steps[-1].stop]
-        ends = ends[-1:] if last else ends
         margins.append([0.0] * len(ends))
         for sign, text in ((1, t.problem.answer), (-1, own)):
             answer = rollout.token_ids(rollout.escape_special(text, codec), codec)

@@ -463,15 +463,15 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
     """Sample G = `group_size` completions of each of B problems -> B lists of G trajectories.
 
     temperature 0 is greedy. keys (B): of each problem's random numbers, see `uniforms` (None: its id).
-    prefixes (R, problem-major): forced tokens that each row continues from; they count towards
-    max_new_tokens. prompts (B): the problems, encoded before. stop_ids: tokens that end a completion,
-    unfinished. limits (R): where each row ends, at most max_new_tokens. ValueError: unfit prefixes."""
-    device, R = model.head_weight.device, len(problems) * group_size
+    prefixes (B): forced tokens that a problem's rows continue from; they count towards max_new_tokens.
+    prompts (B): the problems, encoded before. stop_ids: tokens that end a completion, unfinished. limits (B):
+    where a problem's rows end, at most max_new_tokens. ValueError: unfit prefixes."""
+    device, B, R = model.head_weight.device, len(problems), len(problems) * group_size
     prompts = prompts or [encode_prompt(problem, codec) for problem in problems]
     keys = keys or [problem.id for problem in problems]
-    prefixes, limits = prefixes or [[]] * R, limits or [max_new_tokens] * R
-    if len(prefixes) != R or any(len(p) >= min(n, max_new_tokens) for p, n in zip(prefixes, limits)):
-        raise ValueError(f"prefixes must hold {R} lists, each shorter than its limit and max_new_tokens")
+    prefixes, limits = prefixes or [[]] * B, limits or [max_new_tokens] * B
+    if len(prefixes) != B or any(len(p) >= min(n, max_new_tokens) for p, n in zip(prefixes, limits)):
+        raise ValueError(f"prefixes must hold {B} lists, each shorter than its limit and max_new_tokens")
     last, cache, position, length = prefill(model, prompts, group_size, prefixes, max_new_tokens, codec)
     numbers = torch.cat([uniforms(key, group_size, max_new_tokens) for key in keys]).to(device)
     columns = length[:, None] + torch.arange(max_new_tokens, device=device)     # a prefix used up its own
@@ -481,7 +481,7 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
     tokens = torch.full((R, max_new_tokens), codec.pad_id, device=device)
     logps = torch.zeros_like(tokens, dtype=torch.float32)
     counts = torch.zeros_like(length)                           # of the tokens a row got, its end included
-    room = torch.tensor(limits, device=device) - length         # tokens still to be sampled; 0 after an end
+    room = torch.tensor(limits, device=device).repeat_interleave(group_size) - length   # 0 after an end
     alive = torch.arange(R, device=device)                      # the row each row of the cache belongs to
     for step in range(max_new_tokens):
         logits = F.linear(last, model.head_weight)
@@ -498,10 +498,10 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
                 rows = active.repeat_interleave(group_size)
                 alive, room, token, position = alive[rows], room[rows], token[rows], position[rows]
         last = model.next_hidden(token[:, None], (position + step)[:, None], cache)[:, 0]
-    groups, rows = [[] for _ in problems], zip(prefixes, tokens.tolist(), logps.tolist(), counts.tolist())
-    for r, (prefix, new, new_logps, n) in enumerate(rows):
+    groups = [[] for _ in problems]
+    for r, (new, new_logps, n) in enumerate(zip(tokens.tolist(), logps.tolist(), counts.tolist())):
         b = r // group_size
-        groups[b].append(make_trajectory(problems[b], prompts[b], prefix, new[:n], new_logps[:n], codec))
+        groups[b].append(make_trajectory(problems[b], prompts[b], prefixes[b], new[:n], new_logps[:n], codec))
     return groups
 
 
@@ -543,8 +543,9 @@ def prefill(model, prompts: list[Prompt], group_size: int, prefixes: list, max_n
     """Prompts once, then the forced prefixes, padded on the left so that all rows write the same column ->
     last hidden (R, D), cache, next position (R,), prefix lengths (R,)."""
     last, prompt_kv, prompt_mask, start = prefill_prompts(model, prompts, codec.pad_id)
-    last, start = last.repeat_interleave(group_size, 0), start.repeat_interleave(group_size)
     ids, mask = pad(prefixes, codec.pad_id, left=True, device=last.device)
+    last, start = last.repeat_interleave(group_size, 0), start.repeat_interleave(group_size)        # (R, ...)
+    ids, mask = ids.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
     length, width = mask.sum(1), ids.shape[1]
     cache = KVCache(prompt_kv, prompt_mask, group_size, width + max_new_tokens)
     if width:

@@ -387,23 +387,27 @@ def test_rows_start_from_prefixes_and_end_at_limits_and_stop_tokens():
     """Forced tokens are marked, and what follows is what would have followed; no input changes."""
     net, codec, problems, groups, rows = random_rollouts()
     prompts, prefixes = [group[0].prompt for group in groups], []
-    for t, cut in zip(rows, (0, 3, 5, 1, 2, 7, 4, 0, 1, 0, 9, 2)):
-        prefixes.append(t.ids[:min(cut, len(t.ids) - 1)])
-    before, limits, stop = repr((prompts, prefixes)), [3, 14, 1, 7, 14, 2, 5, 9, 1, 1, 1, 1], rows[1].ids[4]
-    forced = sum(rollout.sample(net, problems, codec, 3, 14, prefixes=prefixes, prompts=prompts), [])
+    for n, cut in enumerate((0, 9, 5, 1)):                      # of the n-th problem's (n % 3)-th sample
+        ids = groups[n][n % 3].ids
+        prefixes.append(ids[:min(cut, len(ids) - 1)])
+    before, limits, stop = repr((prompts, prefixes)), [3, 14, 1, 7], rows[1].ids[4]
+    forced = rollout.sample(net, problems, codec, 3, 14, prefixes=prefixes, prompts=prompts)
     assert before == repr((prompts, prefixes))
+    for n, prefix in enumerate(prefixes):
+        t, new, start = groups[n][n % 3], forced[n][n % 3], len(prefix)
+        assert new.ids == t.ids and new.prompt is t.prompt      # by the same random numbers
+        assert new.sampled == [0] * start + [1] * (len(t.ids) - start)
+        close(new.logps, [0.0] * start + t.logps[start:])
+        assert all(other.ids[:start] == prefix and not any(other.sampled[:start]) for other in forced[n])
     limited = sum(rollout.sample(net, problems, codec, 3, 14, limits=limits), [])
     stopped = sum(rollout.sample(net, problems, codec, 3, 14, stop_ids=(stop,)), [])
     for n, t in enumerate(rows):
-        start, end = len(prefixes[n]), t.ids.index(stop) + 1 if stop in t.ids else len(t.ids)
-        assert forced[n].ids == t.ids and forced[n].prompt is t.prompt  # by the same random numbers
-        assert forced[n].sampled == [0] * start + [1] * (len(t.ids) - start)
-        close(forced[n].logps, [0.0] * start + t.logps[start:])
-        assert limited[n].ids == t.ids[:limits[n]] and (limited[n].finished
-                                                        == (t.finished and len(t.ids) <= limits[n]))
+        limit, end = limits[n // 3], t.ids.index(stop) + 1 if stop in t.ids else len(t.ids)
+        assert limited[n].ids == t.ids[:limit]
+        assert limited[n].finished == (t.finished and len(t.ids) <= limit)
         assert stopped[n].ids == t.ids[:end] and stopped[n].finished == (t.finished and end == len(t.ids))
-    for bad, limits in (([[1]], None), ([[9] * 14] + [[]] * 11, None), ([[9] * 3] + [[]] * 11, [3] * 12)):
-        raises(ValueError, "prefixes must hold 12", rollout.sample, net, problems, codec, 3, 14,
+    for bad, limits in (([[1]], None), ([[9] * 14] + [[]] * 3, None), ([[9] * 3] + [[]] * 3, [3] * 4)):
+        raises(ValueError, "prefixes must hold 4", rollout.sample, net, problems, codec, 3, 14,
                prefixes=bad, limits=limits)
 
 
@@ -1409,10 +1413,8 @@ def test_answer_margins_are_the_uncached_forward():
         want.append(margins)
     for budget in (9999, 60):
         found = attribute.answer_margins(net, codec, chains, budget=budget)
-        last = attribute.answer_margins(net, codec, chains, last=True, budget=budget)
-        for row, end, margins in zip(found, last, want, strict=True):
+        for row, margins in zip(found, want, strict=True):
             close(row, margins, 1e-3)
-            close(end, margins[-1:], 1e-3)
     for margins, step in (([2.0, 1.5, -1.0, -1.2], 1), ([3.0, 2.0, 1.5], 0), ([-1.0, 1.0], 0),
                           ([0.0, 1.0, 3.0, 3.5], 2), ([2.0, 1.0, 0.0], 0)):     # of equal drops the first
         assert attribute.largest_margin_drop(margins) == step
@@ -1558,25 +1560,21 @@ def test_next_action_table():
         t.steps = options.get("steps", t.steps)
         r = repair(t, failures=failures, tokens=options.get("tokens", 0), edited_steps=list(edited),
                    confirmed=options.get("confirmed", set()))
-
-        def answer_margins(model, codec, trajectories, last=False):
-            return [margins[-1:] if last else margins]
-
-        with swapped(attribute, "answer_margins", answer_margins):
+        with swapped(attribute, "answer_margins", lambda model, codec, trajectories: [margins]):
             found = rereason.next_action(r, None, None, rereason.Rules(revise=options.get("revise", True)))
         assert [*found, r.failures, r.edited_steps] == want, (check, edited, failures, options, found)
 
 
 def replies(ids, asked):
-    """Stands for rereason.sample_one_each: each request is continued by `ids`, up to its limit."""
-    def sample_one_each(model, codec, requests, temperature=1.0, stop_ids=()):
+    """Stands for rereason.sample_on: each request is continued by `ids`, up to its limit."""
+    def sample_on(model, codec, requests, temperature=1.0, stop_ids=()):
         found = []
         for problem, prompt, key, prefix, limit in requests:
             asked.append((key, prefix, limit, temperature, stop_ids))
             new = ids[:limit - len(prefix)]
-            found.append(rollout.make_trajectory(problem, prompt, prefix, new, [-0.2] * len(new), codec))
+            found.append([rollout.make_trajectory(problem, prompt, prefix, new, [-0.2] * len(new), codec)])
         return found
-    return sample_one_each
+    return sample_on
 
 
 def test_revision_table():
@@ -1596,7 +1594,7 @@ def test_revision_table():
             text = codec.tokenizer.decode(t.ids[step.start + (token or 0):step.stop])
         r, asked, verified = repair(replace(t, checks=[GOOD] * k + [check] + [GOOD] * (4 - k))), [], []
         r.edited_steps, verifier = list(edited), attribute.Verifier(None, codec)
-        with (swapped(rereason, "sample_one_each", replies(rollout.token_ids(text, codec), asked)),
+        with (swapped(rereason, "sample_on", replies(rollout.token_ids(text, codec), asked)),
               swapped(attribute.Verifier, "__call__", lambda self, ts: verified.extend(ts)),
               swapped(rereason, "resume_points", lambda *args: args[2])):
             points = rereason.revise_steps(None, codec, [(r, k)], verifier, 7, rereason.Rules())
@@ -1753,12 +1751,13 @@ def test_accept_asks_again_where_an_answer_can_be_guessed():
             asked.append(rest)
             return [[t] * votes + [four_steps()] * (3 - votes)]
 
-        r = repair(four_steps(), trajectory=t, num_revisions=revisions, edited_steps=edited)
+        r = repair(four_steps(), trajectory=t, num_revisions=revisions, edited_steps=edited,
+                   answer_is_current=True)
         with swapped(rollout, "sample", sample), swapped(rereason, "log_weights", lambda *args: [[0.0] * 17]):
             rereason.accept(None, None, [r], 99, rereason.Rules())
         assert t.provenance == want and r.outcome == ("a lucky guess" if want == "policy" else "repaired")
         assert want == "policy" or t.source is r.source
-        assert asked == [(3, 99, 1.0, ["key/votes"], [t.ids[:13]] * 3, [None])] * (answer == "A")
+        assert asked == [(3, 99, 1.0, ["key/votes"], [t.ids[:13]], [None], (), [99])] * (answer == "A")
         assert r.tokens == 51 * len(asked)
 
 
@@ -1767,7 +1766,7 @@ def test_how_far_continue_sampling_samples():
     codec, t = tiny_codec(), planted(steps=5)
     for k, most in ((2, 200), (1, 200), (2, 12), (1, t.steps[1].start)):
         r, asked, start = repair(t), [], t.steps[k].start
-        with swapped(rereason, "sample_one_each", replies(t.ids[start:], asked)):
+        with swapped(rereason, "sample_on", replies(t.ids[start:], asked)):
             rereason.continue_sampling(None, codec, [(r, start)], most, 3, rereason.Rules())
         if start >= most:
             assert r.outcome == "too long" and not asked

@@ -146,7 +146,7 @@ def monte_carlo(model, codec, trajectories: list, max_new_tokens: int = 256, res
             problems.append(t.problem)
             prompts.append(t.prompt)
             keys.append(f"{key}/{t.problem.id}/{prefix}")
-            prefixes += [prefix] * restarts
+            prefixes.append(prefix)
         if not asked:
             return alive, tokens
         groups = rollout.sample(model, problems, codec, restarts, max_new_tokens, 1.0, keys, prefixes,

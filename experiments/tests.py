@@ -229,12 +229,12 @@ def test_monte_carlo_finds_where_success_dies():
         rollouts.append(written(replace(problem, id=str(n)), [f"red {k} 1" for k in range(steps)]))
 
     def planted(model, problems, codec, restarts, limit, temperature, keys, prefixes, prompts):
-        assert (restarts, limit, temperature) == (4, 99, 1.0) and len(prefixes) == 4 * len(problems)
+        assert (restarts, limit, temperature) == (4, 99, 1.0) and len(prefixes) == len(problems)
         groups = []
         for n, p in enumerate(problems):
-            t, prefix = rollouts[int(p.id)], prefixes[4 * n]
+            t, prefix = rollouts[int(p.id)], prefixes[n]
             k = codec.tokenizer.decode(prefix).count("\n")
-            assert prefixes[4 * n:4 * n + 4] == [t.ids[:t.steps[k].start]] * 4 and prompts[n] is t.prompt
+            assert prefix == t.ids[:t.steps[k].start] and prompts[n] is t.prompt
             assert keys[n] == f"monte carlo/{p.id}/{prefix}" and (p.id, k) not in asked
             asked.append((p.id, k))
             wrong = rollout.Trajectory(p, None, [5] * 9, [0, 0] + [1] * 7, [], True, "<answer>no</answer>")
