@@ -18,10 +18,9 @@ no instruction to follow and no reply to parse. The gold answer only scores (A2)
 (A3), Monte-Carlo restarts (A4), random and oracle localisers, all in experiments/localisers.py.
 
 Worked example: "blue 7 9" stands ninth in a chain. The policy wrote the 7 with probability 0.9. The reader,
-with image and question alone, gives it 0.05 after "blue", and 0.3 where the image is masked; by this its
-prediction moves by KL = 2 nats. Its gap is log 0.9 - log 0.05 = 2.9 > 0.5: suspect. The reader would have
-begun with "red", not "blue", but so it would without the image (KL = 0): which thing is read next is not the
-image's to say.
+with image and question alone, gives it 0.05 after "blue", and 0.3 where the image is masked: its prediction
+moves by KL = 2 nats, and the gap is log 0.9 - log 0.05 = 2.9 > 0.5: suspect. The reader would have begun with
+"red", but so it would without the image (KL = 0): which thing is read next is not the image's to say.
 """
 import bisect
 import re
@@ -285,33 +284,31 @@ def check_of(step: Step, t, readings: list[tuple]) -> Check:
 
 
 @torch.no_grad()
-def read_steps(reader, codec, claims: list[tuple], budget: int = 16384) -> list[list[tuple]]:
-    """A1's reading. claims: (prompt, tokens before the step, tokens of the step) -> for each token of each
-    step its log-prob under the reader with the image and with it masked, and KL(with || without) of the
+def read_steps(reader, codec, claims: list[tuple], budget: int = 16384) -> dict:
+    """A1's reading. claims: (prompt, tokens before the step, tokens of the step) -> by claim, for each token of
+    the step its log-prob under the reader with the image and with it masked, and KL(with || without) of the
     predictions there. Claims of a prompt share it, computed once; at most `budget` tokens go through the
     model together."""
-    found, masked = [None] * len(claims), {}
-    for prompt in dict.fromkeys(prompt for prompt, _, _ in claims):
-        masked[prompt] = rollout.mask_image(prompt)
+    masked, found = {}, {}
+    for prompt, _, _ in claims:
+        masked[prompt] = masked.get(prompt) or rollout.mask_image(prompt)
     place = {prompt: n for n, prompt in enumerate(masked)}              # neighbours share their prompt
-    order = sorted(range(len(claims)), key=lambda i: (place[claims[i][0]], len(claims[i][2])))
-    lengths = [len(claims[i][1]) + len(claims[i][2]) for i in order]
-    for batch in rollout.token_batches(lengths, budget):
-        part = [claims[order[n]] for n in batch]
+    claims = sorted(claims, key=lambda claim: (place[claim[0]], len(claim[2])))
+    for batch in rollout.token_batches([len(before) + len(step) for _, before, step in claims], budget):
+        part = claims[batch.start:batch.stop]
         prompts, rows = [prompt for prompt, _, _ in part], [before + step for _, before, step in part]
         seen, targets, mask = rollout.completion_hidden(reader, prompts, rows, codec.pad_id)     # (R, T, D)
         blind, _, _ = rollout.completion_hidden(reader, [masked[p] for p in prompts], rows, codec.pad_id)
         readings = []
         for hidden, other, target in zip(seen[mask].split(1024), blind[mask].split(1024),
                                          targets[mask].split(1024)):
-            both = [rollout.next_logps(reader, codec, h) for h in (hidden, other)]               # (N, V) each
-            say = (both[0].exp() * (both[0] - both[1])).sum(-1)
-            own = [logps.gather(1, target[:, None])[:, 0].tolist() for logps in both]
-            readings += zip(*own, say.tolist())
-        end = 0
-        for n, (_, before, step) in zip(batch, part):
-            end += len(before) + len(step)
-            found[order[n]] = readings[end - len(step):end]
+            logps = torch.stack([rollout.next_logps(reader, codec, h) for h in (hidden, other)])    # (2, N, V)
+            own = logps.gather(2, target.expand(2, -1)[:, :, None])[:, :, 0]                        # (2, N)
+            say = (logps[0].exp() * (logps[0] - logps[1])).sum(-1)                                  # (N,)
+            readings += zip(*own.tolist(), say.tolist())
+        for claim, row in zip(part, rows):
+            found[claim] = readings[len(row) - len(claim[2]):len(row)]
+            readings = readings[len(row):]
     return found
 
 
@@ -330,24 +327,24 @@ class Verifier:
         return opening + t.ids[t.steps[first].start:t.steps[k].start]
 
     def __call__(self, trajectories: list):
-        work = []
+        work, unknown = [], {}
         for t in trajectories:
             t.checks = [Check(0.0)] * len(t.steps)
-            work += [(t, k, claim) for k, claim in self.claims(t)]
-        unknown = list(dict.fromkeys(claim for *_, claim in work if claim not in self.known))
+            for k, step in enumerate(t.steps):
+                if not claims_nothing(step.text):
+                    claim = self.claim(t, k)
+                    work.append((t, k, claim))
+                    if claim not in self.known:
+                        unknown[claim] = None               # (a set that keeps its order)
         self.tokens += len(unknown)
-        self.known.update(zip(unknown, read_steps(self.reader, self.codec, unknown)))
+        self.known |= read_steps(self.reader, self.codec, list(unknown))
         for t, k, claim in work:
             t.checks[k] = check_of(t.steps[k], t, self.known[claim])
 
-    def claims(self, t) -> list[tuple]:
-        """(k, (prompt, tokens before, tokens)) of each step that claims something."""
-        found = []
-        for k, step in enumerate(t.steps):
-            stop = step.start + parts_of(step, t.ids, self.codec)[0]
-            if stop > step.start and not claims_nothing(step.text):
-                found.append((k, (t.prompt, tuple(self.context(t, k)), tuple(t.ids[step.start:stop]))))
-        return found
+    def claim(self, t, k: int) -> tuple:
+        """What is read of step k: the prompt, the tokens before, the tokens of its text."""
+        start, length = t.steps[k].start, parts_of(t.steps[k], t.ids, self.codec)[0]
+        return t.prompt, tuple(self.context(t, k)), tuple(t.ids[start:start + length])
 
 
 def choose_source(group: list):
@@ -380,8 +377,8 @@ def answer_margins(model, codec, trajectories: list, budget: int = 32768) -> lis
     """A2. For each trajectory the margins M_0 .. M_T: mean log-prob of the gold answer minus that of its own
     answer, teacher-forced after the first k steps and the cue that opens an answer. Positive: from there the
     policy would still prefer the right answer."""
-    work, margins = [], []                  # work: (trajectory, k, sign, tokens before, answer tokens)
-    for n, t in enumerate(trajectories):
+    margins, where, prompts, rows = [], [], [], []
+    for t in trajectories:
         cue = rollout.token_ids("</think><answer>" if "<think>" in t.text else "\nThe answer is ", codec)
         own = reward.extract_answer(t.text, t.problem.choices) or ""
         ends = [step.start for step in t.steps] + [t.steps[-1].stop]
@@ -389,15 +386,14 @@ def answer_margins(model, codec, trajectories: list, budget: int = 32768) -> lis
         for sign, text in ((1, t.problem.answer), (-1, own)):
             answer = rollout.token_ids(rollout.escape_special(text, codec), codec)
             for k, end in enumerate(ends):
-                work.append((n, k, sign, t.ids[:end] + cue, answer))
-    for batch in rollout.token_batches([len(before) + len(answer) for *_, before, answer in work], budget):
-        part = work[batch.start:batch.stop]
-        prompts = [trajectories[n].prompt for n, *_ in part]
-        rows = [before + answer for *_, before, answer in part]
-        logps, _, _ = rollout.completion_logps(model, codec, prompts, rows)
-        for (n, k, sign, before, answer), row in zip(part, logps.tolist()):
-            found = row[len(before):len(before) + len(answer)]
-            margins[n][k] += sign * sum(found) / max(1, len(found))
+                where.append((margins[-1], k, sign, len(answer)))
+                prompts.append(t.prompt)
+                rows.append(t.ids[:end] + cue + answer)
+    for batch in rollout.token_batches(list(map(len, rows)), budget):
+        part = slice(batch.start, batch.stop)
+        logps, _, mask = rollout.completion_logps(model, codec, prompts[part], rows[part])
+        for (own_margins, k, sign, n), row, length in zip(where[part], logps.tolist(), mask.sum(1).tolist()):
+            own_margins[k] += sign * sum(row[length - n:length]) / max(1, n)
     return margins
 
 

@@ -83,7 +83,6 @@ def tell_repair(r, trainer):
     """Where a failed rollout lost the image, and how it was repaired."""
     t, model, codec = r.source, trainer.model, trainer.codec
     margins, dependence = answer_margins(model, codec, [t])[0], visual_dependence(model, codec, [t])[0]
-    readings = {k: trainer.verifier.known[claim] for k, claim in trainer.verifier.claims(t)}
     print("\n4. A wrong rollout in steps. A1: the largest gap of its tokens, in nats, under the reader, who\n"
           f"   does not know the chain (above {DOUBT}: suspect). A2: margin of the right answer after it.\n"
           "   A3: how much its tokens depend on the image (localisers.py; not used in training)")
@@ -96,7 +95,8 @@ def tell_repair(r, trainer):
         print(f"   step {k + 1:2} {line(step.text, 40):42} A1 {check.gap:.3f}  "
               f"A2 {margins[k + 1]:+6.2f}  A3 {step_dependence(dependence, t.steps)[k]:.3f}{note}")
         if check.is_suspect:
-            (seen, masked, say), place = readings[k][check.token], step.start + check.token
+            readings, place = trainer.verifier.known[trainer.verifier.claim(t, k)], step.start + check.token
+            seen, masked, say = readings[check.token]
             print(f"           token {codec.tokenizer.decode([t.ids[place]])!r}: the policy wrote it with "
                   f"{math.exp(t.logps[place]):.3f}; the reader gives it {math.exp(seen):.3f}, without the image "
                   f"{math.exp(masked):.3f}; the image's say there is {say:.2f} nats")
