@@ -48,7 +48,6 @@ class EvalConfig:
     max_prompt_tokens: int = 16384  # a longer prompt is an error
     max_pixels: int = 0             # larger images are scaled down to this area (0 = the checkpoint's)
     batch: int = 32                 # prompts sampled together
-    show: int = 0                   # print so many completions
     seed: int = 0                   # random numbers of the samples
     device: str = "auto"            # cpu, cuda, cuda:1 ... (auto = cuda where there is one)
     dtype: str = "auto"             # float32, bfloat16 (auto = bfloat16 on cuda, float32 on cpu)
@@ -193,7 +192,7 @@ def known_rows(config: EvalConfig, rank: int) -> dict:
     import train                                            # here, since train.py imports this file
     out, saved, rows = Path(config.out), Path(f"{config.out}.config.json"), {}
     settings = asdict(config)
-    for name in ("problems", "greedy", "max_prompt_tokens", "batch", "show", "device", "out"):
+    for name in ("problems", "greedy", "max_prompt_tokens", "batch", "device", "out"):
         del settings[name]
     files = sorted(resolve(config.model).glob("*.safetensors"))
     settings["weights"] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -241,8 +240,6 @@ def run(config: EvalConfig, rank: int, world: int, device, dtype):
     if rank == 0:
         records = [r for r in rows.values() if r["id"] in ids and modes[r["mode"]]]
         print(report(records))
-        for r in records[:config.show]:
-            print(json.dumps(r, ensure_ascii=False, indent=1))
         if config.out:
             train.write_text(out, "".join(json.dumps(r) + "\n" for r in rows.values()))
             for part in out.parent.glob(glob.escape(out.name) + ".part[0-9]*"):

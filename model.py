@@ -606,22 +606,14 @@ def load_model(path_or_id: str, device="cpu", dtype=torch.float32) -> Qwen25VL:
             raise ValueError(f"{file}: not a readable safetensors file: {e}") from None
     # some tied checkpoints store the head as well
     head = stored.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
-
-    found = {name: f"shape {tuple(tensor.shape)}" for name, tensor in stored.items()}
-    expected = {name: f"shape {tuple(p.shape)}" for name, p in model.named_parameters()}
-    wrong = []
-    for name in expected | found:
-        in_files, in_model = found.get(name, "missing"), expected.get(name, "unexpected")
-        if in_files != in_model:
-            wrong.append(f"tensor {name}: {in_files} in the files, {in_model} by the config")
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{folder}: {'; '.join(wrong[:5])}{more}")
     # copies: where a tensor lies in the file decides its alignment, and so the last bits of a matmul
     state = {name: tensor.to(device, dtype, copy=True) for name, tensor in stored.items()}
-    if head is not None and not torch.equal(head.to(device, dtype), state["model.embed_tokens.weight"]):
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as e:                   # names tensors that are missing, too many or of other shapes
+        raise ValueError(f"{folder}: {' '.join(str(e).split())[:1000]}") from None
+    if head is not None and not torch.equal(head.to(device, dtype), model.head_weight):
         raise ValueError(f"{folder}: lm_head.weight differs from the embedding it is tied to")
-    model.load_state_dict(state, assign=True)
     return model.train()
 
 

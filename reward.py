@@ -306,13 +306,6 @@ def is_small(text: str) -> bool:
     return len(TOKEN.findall(text)) <= MAX_TOKENS and sum(map(text.count, "([{")) <= MAX_BRACKETS
 
 
-def number(text: str) -> Fraction | float | None:
-    r"""The value of an answer without variables ("\frac{3}{4}" is 3/4), or None."""
-    text = normalise(text) if len(text) <= MAX_LENGTH else ""
-    found = value_of(text, 0) if is_small(text) else None
-    return found[0] if found and not found[1] else None
-
-
 def equal(a: str, b: str) -> bool:
     """Whether two answers say the same: the same text, value, tuple, set or relation."""
     if a.strip() == b.strip() != "":

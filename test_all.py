@@ -43,7 +43,7 @@ import rereason
 import reward
 import rollout
 import train
-from reward import answers_match, declared_answer, extract_answer, format_ok, number, reward_parts
+from reward import answers_match, declared_answer, extract_answer, format_ok, reward_parts
 from tiny import shapes
 
 ROOT = Path(__file__).resolve().parent
@@ -252,9 +252,9 @@ def test_bad_checkpoints_are_named():
         fewer = dict(tensors)
         del fewer[name]
         cases = [(b"not tensors at all", "not a readable"), ("{broken", "not JSON"), ("[]", "JSON object"),
-                 (save(fewer), f"{name}: missing in the files"), (save({"stray": head}), " more"),
-                 (save({**tensors, "stray": head}), "unexpected by the config"),
-                 (save({**tensors, name: head}), f"{name}: shape {tuple(head.shape)} in the files"),
+                 (save(fewer), f'Missing key(s) in state_dict: "{name}"'),
+                 (save({**tensors, "stray": head}), 'Unexpected key(s) in state_dict: "stray"'),
+                 (save({**tensors, name: head}), f"size mismatch for {name}: copying a param with shape"),
                  (save({**tensors, "lm_head.weight": head + 1}), "lm_head.weight differs"),
                  (json.dumps({**config, "model_type": "qwen2_vl"}), "config.json: model_type is 'qwen2_vl'")]
         for part, field, value, words in (
@@ -873,11 +873,6 @@ def test_reward_match():
         assert answers_match(gold, prediction) is want, (gold, prediction)
     for nothing in ("", None, " ", "\n"):
         assert not any(answers_match(*p) for p in ((nothing, "7"), (nothing, nothing or ""), ("7", nothing)))
-
-
-def test_reward_number():
-    assert number("\\frac{3}{4}") == 0.75 and number("1,234") == 1234
-    assert [number(text) for text in ("x", "red", "", "7" * 3000, "(" * 90 + "7" + ")" * 90)] == [None] * 5
 
 
 def test_reward_verbatim_whatever_the_length():
@@ -2314,8 +2309,8 @@ def test_eval_command_resumes():
                 evaluation.main([*eval_flags(data, out), *more])
             return printed.getvalue(), sorted(out.read_text().splitlines())
 
-        printed, whole = run(out, "--show", "1")
-        assert "| greedy |" in printed and "avg@2" in printed and "completion" in printed and len(whole) == 12
+        printed, whole = run(out)
+        assert "| greedy |" in printed and "avg@2" in printed and len(whole) == 12
         assert run(folder / "alone.jsonl", "--batch", "1", "--problems", "3")[1] == whole[:9]
         assert len(list(out.parent.iterdir())) == 2                 # the rows and their settings
         lines, called, sample = out.read_text().splitlines(), [], rollout.sample

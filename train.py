@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -501,32 +502,28 @@ class Trainer:
         """What attribution and the Re-Reasoning Loop did, over all ranks; their tokens are counted here. With
         a step oracle also the shares found of wrong steps, doubted of right ones, of revisions that are
         true."""
-        names = ("sources repaired revisions repair_tokens check_tokens suspects wrong found right "
-                 "false_alarms judged true_revisions")
-        counts = dict.fromkeys(names.split(), 0)
-        counts["check_tokens"] = counts["repair_tokens"] = verifier.tokens
+        counts = Counter(sources=len(repairs), check_tokens=verifier.tokens, repair_tokens=verifier.tokens)
         for r in repairs:
-            counts["sources"] += 1
-            counts["repaired"] += r.outcome == "repaired"
-            counts["revisions"] += r.num_revisions
-            counts["repair_tokens"] += r.tokens
+            counts.update(repaired=r.outcome == "repaired", revisions=r.num_revisions, repair_tokens=r.tokens)
             for turn in r.turns if r.source.problem.oracle else ():
                 if turn["what"] == "revise" and turn["after"] != turn["before"]:
-                    counts["judged"] += 1
-                    counts["true_revisions"] += shapes.is_right(r.source.problem, turn["after"])
+                    counts.update(judged=1, true=shapes.is_right(r.source.problem, turn["after"]))
         for t in sum(groups, []):
             suspect = [check.is_suspect for check in t.checks or ()]
             counts["suspects"] += sum(suspect)
             if t.problem.oracle and suspect and t.provenance == "policy":
                 for verdict, doubted in zip(shapes.verdicts(t), suspect):
-                    counts["right" if verdict == "true" else "wrong"] += 1
-                    counts["false_alarms" if verdict == "true" else "found"] += doubted
-        totals = torch.tensor(all_gather([list(counts.values())])).sum(0).tolist()
-        metrics = dict(zip(counts, totals))
-        self.tokens += metrics["repair_tokens"]
-        for name, of in (("found", "wrong"), ("false_alarms", "right"), ("true_revisions", "judged")):
-            count = metrics.pop(of)
-            metrics[name] = metrics[name] / count if count else None
+                    right = verdict == "true"
+                    counts.update(right=right, wrong=not right, false=right and doubted,
+                                  found=doubted and not right)
+        totals = sum(all_gather([counts]), Counter())
+        self.tokens += totals["repair_tokens"]
+        metrics = {}
+        for name in ("sources", "repaired", "revisions", "repair_tokens", "check_tokens", "suspects"):
+            metrics[name] = totals[name]
+        for name, part, of in (("found", "found", "wrong"), ("false_alarms", "false", "right"),
+                               ("true_revisions", "true", "judged")):
+            metrics[name] = totals[part] / totals[of] if totals[of] else None
         return metrics
 
     def evaluate(self, short: bool = False) -> dict | None:

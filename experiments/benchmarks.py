@@ -317,8 +317,15 @@ def read_results(rows: Path, data: Path) -> tuple[dict, list[dict]]:
     return benches, found
 
 
+def number(text: str):
+    r"""The value of an answer without variables ("\frac{3}{4}" is 3/4), or None."""
+    text = reward.normalise(text) if len(text) <= reward.MAX_LENGTH else ""
+    found = reward.value_of(text, 0) if reward.is_small(text) else None
+    return found[0] if found and not found[1] else None
+
+
 def same_rounded(text: str, gold: str, digits: int) -> bool:
-    a, b = reward.number(text), reward.number(gold)
+    a, b = number(text), number(gold)
     return None not in (a, b) and round(float(a), digits) == round(float(b), digits)
 
 
