@@ -230,16 +230,6 @@ def test_parity_with_transformers():
         close(ours(text), reference(input_ids=text).logits)
 
 
-def test_smart_resize_like_transformers():
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-    r = random.Random(0)
-    for _ in range(500):
-        bounds = r.choice([(784, 12544), (3136, 1003520), (50176, 100352)])
-        case = r.randrange(5, 900), r.randrange(5, 900), 28, *bounds
-        assert m.smart_resize(*case) == smart_resize(*case), case
-    raises(ValueError, "aspect ratio", m.smart_resize, 1, 300, 28, 784, 10 ** 6)
-
-
 def test_transformers_opens_what_we_save():
     """In one file and in shards, tied and untied, and so do we: bit for bit."""
     for tied, limit in itertools.product((True, False), (40_000, 10 ** 9)):
@@ -334,30 +324,6 @@ def same_rows(found, expected):
         close(a.logps, b.logps)
 
 
-def test_training_forward_is_the_plain_one():
-    """A prompt computed once for its rows, however short they are, gives the log-probs of the uncached forward
-    and the gradients of a prompt computed for each row; so does checkpointing."""
-    net, codec, _, groups, _ = random_rollouts()
-    rng, owners, whole = random.Random(0), (0, 0, 0, 1, 1, 2, 3, 3), []
-    shared = [groups[owner][0].prompt for owner in owners]
-    plain = [replace(prompt) for prompt in shared]
-    for _ in owners:
-        whole.append([rng.randrange(5, 400) for _ in range(rng.randint(1, 9))])
-    for completions in (whole, [ids[:1] for ids in whole]):
-        want, found = [], []
-        for owner, ids in zip(owners, completions):
-            want += uncached_logps(net, codec, groups[owner][0].problem, ids)
-        for prompts, checkpointing in ((plain, False), (shared, False), (shared, True)):
-            with swapped(net, "activation_checkpointing", checkpointing):
-                logps, _, mask = rollout.completion_logps(net, codec, prompts, completions)
-                close(logps[mask].detach(), want)
-                weighted = torch.linspace(-1, 1, logps.numel()).view_as(logps) * logps * mask
-                found.append(torch.autograd.grad(weighted.sum(), list(net.parameters())))
-        for one, *others in zip(*found):
-            for other in others:
-                close(other, one, 1e-5 * max(1e-3, one.abs().max().item()))
-
-
 def test_rows_in_a_batch_are_what_they_are_alone():
     """Cached sampling of a ragged batch against the plain forward, whatever is sampled beside a row, and where
     groups end early and leave: a group, and a row of it. Greedy takes the likeliest tokens."""
@@ -383,6 +349,11 @@ def test_rows_in_a_batch_are_what_they_are_alone():
             assert t.finished == (t.ids[-1] in codec.eos_ids) and not set(t.ids[:-1]) & set(codec.eos_ids)
             assert (t.finished or len(t.ids) == 40) and t.sampled == [1] * len(t.ids)
             close(t.logps, uncached_logps(net, codec, t.problem, t.ids))
+    for length in (40, 1):                                  # and so does the training forward, of one token too
+        rows = [t for group in groups for t in group]
+        logps, _, mask = rollout.completion_logps(net, codec, [t.prompt for t in rows],
+                                                  [t.ids[:length] for t in rows])
+        close(logps[mask].detach(), sum([t.logps[:length] for t in rows], []))
 
 
 def test_rows_start_from_prefixes_and_end_at_limits_and_stop_tokens():
@@ -719,14 +690,6 @@ def test_token_batches_hold_what_fits():
             assert not after or (len(batch) + 1) * max(longest, lengths[after[0]]) > 10     # none ends early
 
 
-def test_pad():
-    for rows, left, padded, real in (([], False, [], []), ([[1], [2, 3], []], False, [[1, 9], [2, 3], [9, 9]],
-                                                           [[True, False], [True, True], [False, False]]),
-                                     ([[1], [2, 3]], True, [[9, 1], [2, 3]], [[False, True], [True, True]])):
-        values, mask = rollout.pad(rows, 9, left)
-        assert (values.tolist(), mask.tolist(), values.ndim) == (padded, real, 2)
-
-
 # ---- reward.py
 
 COLOURS, NUMBERS = ["red", "green", "blue", "yellow"], ["1", "12", "2", "21"]
@@ -844,6 +807,9 @@ HOSTILE = ["9^9^9^9^9", "3^6400000", "(" * 90 + "7" + ")" * 90, "2^(10^9)", "10^
            "((((9^64)^64)^64)^64)^64", "\\", "%", "!", "°", ".", "=", ",", "7.7.7", "²", "e^(e^(e^e^e))",
            "a" * 1999, "a," * 999, "ﷺ" * 1999, "'", "7_0", "7e", "\\text", "x_", "|7", "sin", "√",
            "\\frac{7}", "A," * 999 + "C", "(A)," * 499, "sin 2x" * 99, "sin^2" * 99, "sin^9^9^9 x"]
+PIECES = ["<think>", "</think>", "<answer>", "</answer>", "\\frac", "{", "}", "(", ")", "^", "\\boxed{", "|",
+          "9" * 40, ",", "\\sqrt", "π", "½", "\u202e", "\u200b", "\0", "\ud7ff", " and ", "-", "**", "(A)",
+          "=", "\n", "%", "°", "√", "1e9", "9^9^9^9^9", "eval(input())", "$$", "±", "<|im_end|>", "<image>"]
 
 
 def tags(text):
@@ -922,117 +888,37 @@ def test_reward_match_choices():
     assert not answers_match("D", "E", twice)           # empty texts are not one text
 
 
+def spliced(rng, pool):
+    """A text of the pool with pieces of others, and odd ones, put in at random."""
+    text = rng.choice(pool)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(text) + 1)
+        piece = rng.choice((rng.choice(PIECES) * rng.choice((1, 1, 40)), rng.choice(pool)[:200]))
+        text = (text[:at] + piece + text[at + rng.choice((0, 0, 5)):])[:6000]
+    return text
+
+
 def test_reward_hostile_text():
-    start = time.perf_counter()
+    """Whatever a completion holds: no exception, an answer of the right kind, little time."""
+    start, rng = time.perf_counter(), random.Random(time.time_ns())
+    pool = [tags(row[0]) for row in match_rows() + EXTRACT + CHOOSE + REWARD] + [t[:3000] for t in HOSTILE]
+    texts = [spliced(rng, pool) for _ in range(600)]
+    for text in ("<think>", "<answer>", "\\boxed{", "answer is ", " ", "1", "1,111", "a ", "\n"):
+        texts.append(text * (10 ** 6 // len(text)) + "</think><answer>7</answer>" * (text == "a "))
     for text in HOSTILE:
-        for wrapped in (text, f"<answer>{text}</answer>", f"\\boxed{{{text}}}", "The answer is " + text):
-            extract_answer(wrapped), extract_answer(wrapped, COLOURS)
-            format_ok(wrapped), reward_parts(wrapped, "7")
+        texts += [text, f"<answer>{text}</answer>", f"\\boxed{{{text}}}", "The answer is " + text]
         assert answers_match(text, "7") is False and answers_match("7", text) is False, text[:50]
         assert not answers_match(text, "B", COLOURS), text[:50]
-    for text in ("<think>", "<answer>", "\\boxed{", "answer is ", " ", "1", "1,111", "a ", "\n"):
-        text = text * (10 ** 6 // len(text)) + "</think><answer>7</answer>" * (text == "a ")
-        extract_answer(text), extract_answer(text, COLOURS), format_ok(text), reward_parts(text, "7")
-        answers_match(text, "7"), answers_match(text, text + "7"), answers_match(text, text[:-1] + "z")
+    for text in texts:
+        other, parts = rng.choice(pool)[:500], reward_parts(text, "7")
+        matches = {answers_match(text, other), answers_match(other, text, COLOURS), format_ok(text)}
+        matches |= {answers_match(text, text + "7"), answers_match(text, text[:-1] + "z")}
+        assert extract_answer(text) != "" and extract_answer(text, COLOURS) in [*"ABCD", None], text[:50]
+        assert matches | {*parts.values()} <= {0, 1, 0.1, 0.9}, (text[:50], parts)
     assert not answers_match("y=1e99*1e99*1e99*1e99*x", "y=πx")
     numbers = [str(n) for n in range(140)]                                  # 140 * 140 / 2 comparisons
     assert answers_match("{" + ",".join(numbers) + "}", "{" + ",".join(numbers[::-1]) + "}")
     assert time.perf_counter() - start < 60                                 # a hang, on any machine
-
-
-def random_expression(rng, depth):
-    """A random tree: a number, a variable, or (operator, left, right)."""
-    if depth == 0 or rng.random() < 0.15:
-        return rng.choice((rng.randint(1, 12), rng.randint(2, 9), "x", "y"))
-    op, inner = rng.choice("++--**/^r"), random_expression(rng, depth - 1)
-    if op == "^":
-        return op, inner, rng.choice((2, 3))
-    if op == "r":                                                           # a root of something positive
-        return op, ("+", ("^", inner, 2), rng.randint(1, 9)), 0
-    return op, inner, random_expression(rng, depth - 1)
-
-
-def ways_to_write(tree, rng):
-    """LaTeX or plain, factors turned round, implicit products, decimals; the last way is also Python."""
-    if not isinstance(tree, tuple):
-        return [f"{tree}.0", f"({tree})", str(tree)] if isinstance(tree, int) else [tree]
-    op, (a, b) = tree[0], (expression_text(part, rng) for part in tree[1:])
-    if rng and op in "+*" and rng.random() < 0.5:
-        a, b = b, a
-    return {"+": [f"\\left({a}+{b}\\right)", f"({a}-(-({b})))", f"({a} + {b})"],
-            "-": [f"({a} + (-1)*({b}))", f"(-({b})+{a})", f"({a}-{b})"],
-            "*": [f"({a}) \\cdot ({b})", f"({a})({b})", f"({a}) \\times ({b})", f"({a})*({b})"],
-            "/": [f"\\frac{{{a}}}{{{b}}}", f"({a})*({b})^{{-1}}", f"(({a})/({b}))"],
-            "^": [f"({a})^{b}", f"({a})^{{{b}}}", f"({a})**({b})"],
-            "r": [f"\\sqrt{{{a}}}", f"({a})^(1/2)", f"sqrt({a})", f"({a})**(1/2)"]}[op]
-
-
-def expression_text(tree, rng=None):
-    return rng.choice(ways_to_write(tree, rng)) if rng else ways_to_write(tree, None)[-1]
-
-
-def perturbed(tree, rng):
-    """One leaf or operator changed."""
-    if not isinstance(tree, tuple):
-        return tree + rng.choice((-1, 1, 10)) if isinstance(tree, int) else {"x": "y", "y": "x"}[tree]
-    op, a, b = tree
-    if op in "+-*/" and rng.random() < 0.3:
-        return rng.choice("+-*/".replace(op, "")), a, b
-    first = op in "^r" or rng.random() < 0.5
-    return (op, perturbed(a, rng), b) if first else (op, a, perturbed(b, rng))
-
-
-def values_at_points(tree, points=((1.37, 2.21), (0.83, 3.19), (2.71, 0.57))):
-    """Values at three points by Python itself, None if one is missing, tiny or large."""
-    try:
-        found = [eval(expression_text(tree), {"x": x, "y": y}) for x, y in points]
-    except ZeroDivisionError:
-        return None
-    return found if all(isinstance(v, (int, float)) and 1e-3 < abs(v) < 1e6 for v in found) else None
-
-
-def test_reward_random_expressions():
-    """An expression equals itself rewritten and differs from itself perturbed."""
-    rng, same, different = random.Random(0), 0, 0
-    while min(same, different) < 400:
-        tree = random_expression(rng, rng.choice((1, 2, 3)))
-        other = perturbed(tree, rng)
-        mine, its = values_at_points(tree), values_at_points(other)
-        if mine is None or its is None or not isinstance(tree, tuple):
-            continue
-        text = expression_text(tree, rng)
-        if len(text) < 200:
-            again, same = expression_text(tree, rng), same + 1
-            assert answers_match(text, again), (text, again)
-        if all(abs(a - b) > 1e-3 * abs(a) for a, b in zip(mine, its)):
-            changed, different = expression_text(other, rng), different + 1
-            assert not answers_match(text, changed), (text, changed)
-
-
-PIECES = ["<think>", "</think>", "<answer>", "</answer>", "\\frac", "{", "}", "(", ")", "^", "\\boxed{", "|",
-          "9" * 40, ",", "\\sqrt", "π", "½", "\u202e", "\u200b", "\0", "\ud7ff", " and ", "-", "**", "(A)",
-          "=", "\n", "%", "°", "√", "1e9", "9^9^9^9^9", "eval(input())", "$$", "±", "<|im_end|>", "<image>"]
-
-
-def test_reward_mutated_completions():
-    """Whatever a completion holds: no exception, answers of the right kind, little time."""
-    rng = random.Random(time.time_ns())
-    pool = [tags(row[0]) for row in match_rows() + EXTRACT + CHOOSE + REWARD] + [t[:3000] for t in HOSTILE]
-    for _ in range(600):
-        text, other, spent = rng.choice(pool), rng.choice(pool)[:500], []
-        for _ in range(rng.randint(1, 4)):
-            at = rng.randrange(len(text) + 1)
-            piece = rng.choice((rng.choice(PIECES) * rng.choice((1, 1, 40)), rng.choice(pool)[:200]))
-            text = (text[:at] + piece + text[at + rng.choice((0, 0, 5)):])[:6000]
-        while len(spent) < 3 and min(spent, default=1) > 0.5:               # the machine may be busy
-            start = time.thread_time()
-            answer, letter = extract_answer(text), extract_answer(text, COLOURS)
-            matches = {answers_match(text, other), answers_match(other, text, COLOURS)}
-            parts = reward_parts(text, other)
-            spent.append(time.thread_time() - start)
-        assert min(spent) < 0.5, (spent, text)
-        assert answer != "" and letter in [*"ABCD", None], text
-        assert matches | {*parts.values()} <= {0, 1, 0.1, 0.9}, (text, parts)
 
 
 def test_reward_parts_and_hacks():
@@ -1087,22 +973,12 @@ STEPS = [               # a completion, its steps; first in the ways of Qwen2.5-
      ["## The picture\nThree cats sit on a wall.", "## The question\nOne of them is black."]),
     ("**Triangle ABC**\nAB = 5 and BC = 12.\n\n**Pythagoras**\n\\[\nAC = \\sqrt{5^2 + 12^2}\n= 13\n\\]\n",
      ["**Triangle ABC**\nAB = 5 and BC = 12.", "**Pythagoras**\n\\[\nAC = \\sqrt{5^2 + 12^2}\n= 13\n\\]"]),
-    ("The slope is\n\\[\nm = \\frac{6 - 2}{3 - 1}\n= 2\n\\]\nand it crosses the axis at 0.",
-     ["The slope is", "\\[\nm = \\frac{6 - 2}{3 - 1}\n= 2\n\\]", "and it crosses the axis at 0."]),
-    ("- The red car is on the left.\n- The bus is behind it.\n- No bicycle is there.\n\nThe answer is a bus.",
-     ["- The red car is on the left.", "- The bus is behind it.", "- No bicycle is there."]),
-    ("The clock shows 3:45. The hand is near 4.", ["The clock shows 3:45.", "The hand is near 4."]),
-    ("The image shows a dog.", ["The image shows a dog."]),
     # R1-VL: a description, then headers
     ("### Image Description:\nA pie chart with 4 parts.\n### Rationales:\nThe parts add up to 100 %.\n"
      "### Let's think step by step.\n\n### Step 1:\nRed is 40 %.\n\n### Step 2:\nBlue is 25 %.\n\n"
      "### The final answer is: 35 %",
      ["### Image Description:\nA pie chart with 4 parts.", "### Rationales:\nThe parts add up to 100 %.",
       "### Let's think step by step.", "### Step 1:\nRed is 40 %.", "### Step 2:\nBlue is 25 %."]),
-    ("Step 1: The left pan holds 3 balls.\nStep 2: The right pan holds 5.\nStep 3: 5 - 3 = 2.\n",
-     ["Step 1: The left pan holds 3 balls.", "Step 2: The right pan holds 5.", "Step 3: 5 - 3 = 2."]),
-    ("First look.\n\n**Step 1: Count**\nThere are 6 chairs.\n\n**Step 2: Subtract**\n6 - 4 = 2\n\nAnswer: 2",
-     ["First look.", "**Step 1: Count**\nThere are 6 chairs.", "**Step 2: Subtract**\n6 - 4 = 2"]),
     ("<think>\nSee.\n**Step 1:** look\n3.\n\nStepping on.\n  STEP 2 -\n$$\n3 + 4\n$$\n## step 10.\n</think>",
      ["See.", "**Step 1:** look\n3.\n\nStepping on.", "STEP 2 -\n$$\n3 + 4\n$$", "## step 10."]),
     # Vision-R1: one long paragraph that talks to itself
@@ -1131,12 +1007,6 @@ STEPS = [               # a completion, its steps; first in the ways of Qwen2.5-
      "has 30 units.\n\nSo the difference is 50.\n\nThe final answer is 50.\n</think>\n<answer>50</answer>",
      ["The graph rises until 2014. It then falls.", "The peak is 80.",
       "The lowest point is 2018. It has 30 units.", "So the difference is 50."]),
-    ("<think>\n  The door is open.\n\n\n  Two people stand in it.\n</think>",
-     ["The door is open.", "Two people stand in it."]),
-    ("<think>$$\na + b = 7\n$$\n\n$$\nb = 3\n$$\n\nHence $a = 4$.</think>",
-     ["$$\na + b = 7\n$$", "$$\nb = 3\n$$", "Hence $a = 4$."]),
-    ("<think>The table has 3 rows:\n\n| red | 4 |\n| blue | 5 |\n\nThe sum is 9.</think>",
-     ["The table has 3 rows:", "| red | 4 |", "| blue | 5 |", "The sum is 9."]),
     (f"<think>See:\n{TABLE}\n\\[\n3\n\\]\nSo\n\\[ x \\]\nand \\[ y\n= 2 \\].\nEnd.</think>",
      ["See:", TABLE, "\\[\n3\n\\]", "So", "\\[ x \\]", "and \\[ y\n= 2 \\].", "End."]),
     # the tiny model, open and closing tags alone, and what is hardly a chain
@@ -1187,9 +1057,8 @@ def test_segmentation_of_hostile_texts():
                         ("é中\u202e\U0001f642\x00\r\u2028\ud7ff" * 1500, 1), ("<think>" * 3000, 1),
                         ("$$\n" * 3000, 1500), ("\\[" * 5000, 1), ("Step 1\n" * 3000, 3000),
                         ("### Step " * 2000, 1), ("</think>" * 3000, 0), ("A. " * 3000, 3000),
-                        ("1. a\n" * 2000, 2000),
-                        ("answer\n" * 2000, 0), ("\\(" * 4000, 1), ("\\boxed{ " * 3000, 0),
-                        ("$a. " * 3000, 1)):
+                        ("1. a\n" * 2000, 2000), ("answer\n" * 2000, 0), ("\\(" * 4000, 1),
+                        ("\\boxed{ " * 3000, 0), ("$a. " * 3000, 1)):
         cases.append((rollout.token_ids(text, codec), count))
     for _ in range(50):
         some = rng.choices(range(len(codec.tokenizer)), k=150) + rollout.token_ids("\n" * 50, codec)
@@ -1197,8 +1066,8 @@ def test_segmentation_of_hostile_texts():
     for ids, count in cases:
         started, end = time.process_time(), 0
         steps = attribute.split_steps(ids, codec)
-        assert len(steps) == count or count is None, (codec.tokenizer.decode(ids[:10]), len(steps))
         assert time.process_time() - started < 3, codec.tokenizer.decode(ids[:10])
+        assert len(steps) == count or count is None, (codec.tokenizer.decode(ids[:10]), len(steps))
         for step in steps:
             assert end <= step.start < step.stop <= len(ids) and step.text
             end = step.stop
@@ -1244,15 +1113,6 @@ def test_is_right_is_the_training_reward():
     assert attribute.is_right(t) and not attribute.is_right(replace(t, finished=False))
     for text in (t.text.replace(p.answer, "no"), t.text + "<answer>no</answer>"):   # two answers earn nothing
         assert not attribute.is_right(replace(t, text=text))
-
-
-def test_truth_tables_of_checks():
-    for gaps in itertools.product((0.0, 0.5, 0.51, 9.0), repeat=3):
-        first = next((k for k, gap in enumerate(gaps) if gap > 0.5), None)
-        assert attribute.first_suspect([attribute.Check(gap) for gap in gaps]) == first
-    step = attribute.Step(4, 8, "red 7 9")
-    for token, want in ((None, (4, 8)), (0, (4, 5)), (1, (5, 6)), (3, (7, 8))):
-        assert attribute.faulty_tokens(step, attribute.Check(1.0, token)) == want
 
 
 def test_reader_check_is_a_difference():
@@ -1386,7 +1246,8 @@ def test_answer_margins_are_the_uncached_forward():
 
 # ---- rereason.py
 
-GOOD, BAD = attribute.Check(0.0), attribute.Check(2.0, 1)
+GOOD = attribute.Check(0.5)               # a larger gap is suspect
+BAD = attribute.Check(2.0, 1)
 
 
 def planted(kind="tiles", steps=6, wrong=(1, 4), index=0):
@@ -1758,18 +1619,6 @@ def test_hostile_chains_do_not_stop_the_loop():
         assert all(r.outcome for r in rectified(failures, window=window, revise=revise))
 
 
-def test_restarts_only():
-    """The ablation: the new step is the policy's own, in the clean context."""
-    sources, restarted = loop_results()[0][6:], 0
-    for r in rectified(sources, revise=False, max_tokens_ratio=4.0):
-        assert r.num_revisions == 0
-        if r.outcome == "repaired" and len(r.edited_steps) == 1:
-            t, restarted = r.trajectory, restarted + 1
-            log_w = rereason.log_weights(tiny_model(), tiny_codec(), [t])[0][shared_prefix(r):]
-            close(log_w, [0.0] * len(log_w))
-    assert restarted
-
-
 def test_turns_and_company_of_a_repair():
     """What is not done after its turns is given up; what is repaired beside it changes nothing."""
     (sources, usual, policy), done = loop_results(), []
@@ -1781,22 +1630,6 @@ def test_turns_and_company_of_a_repair():
                 assert r.tokens == usual[n].tokens
         done.append(sum(r.outcome == "repaired" for r in repairs))
     assert 0 == done[0] < done[1]
-
-
-def test_restarts_follow_the_gradient_of_log_value():
-    """Verified restarts in a policy of three binary tokens: over the right y the mean of policy_loss has the
-    gradient -A grad log V."""
-    table = torch.randn(3, 2, dtype=torch.double, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    value = mean_loss = 0.0
-    for y in ((0, 1, 1), (1, 0, 1), (1, 1, 1)):
-        logps = table.log_softmax(-1)[[0, 1, 2], y][None]                       # (1, 3)
-        advantage, chance = torch.full_like(logps, 0.875), logps.sum().exp()
-        loss, _ = grpo.policy_loss(logps, logps.detach(), advantage, torch.ones_like(logps), 1.0,
-                                   rectified=torch.tensor([[True]]))
-        value, mean_loss = value + chance, mean_loss + chance.detach() * loss
-    want, = torch.autograd.grad(value.log(), table, retain_graph=True)
-    found, = torch.autograd.grad(mean_loss / value.detach(), table)
-    close(found, -0.875 * want, 1e-9)
 
 
 # ---- grpo.py, and which groups are rectified
@@ -1960,11 +1793,11 @@ def test_eq8_no_rectified_rows_is_grpo_and_diagnostics_are_of_the_others():
 def test_group_shares_and_advantages():
     shares = grpo.group_shares(torch.tensor([[1, 1], [0, 0], [1, 0], [0, 1]]))
     assert shares == {"all_right": 0.25, "all_wrong": 0.25, "mixed": 0.5}
-    mixed, same = [four_steps(rewards={"total": total}) for total in (1.0, 0.0, 0.0, 0.0)], four_steps()
-    same.rewards = {"total": 0.5}
-    for use_std, one, rest in ((False, 0.75, -0.25), (True, 1.4997, -0.4999)):
-        grpo.assign_advantages([mixed, [same, same]], use_std)
-        close([t.advantage for t in [*mixed, same]], [one, rest, rest, rest, 0])
+    groups = []
+    for totals in ((1.0, 0.0, 0.0, 0.0), (0.5, 0.5)):
+        groups.append([four_steps(rewards={"total": total}) for total in totals])
+    grpo.assign_advantages(groups)
+    close([t.advantage for t in sum(groups, [])], [0.75, -0.25, -0.25, -0.25, 0, 0])
 
 
 def test_assign_credit_table():
@@ -2065,19 +1898,14 @@ def step_with_repairs():
         return trainer, trainer.rl_step(), calls["encode_prompt"], calls["open_image"]
 
 
-def test_each_problem_is_encoded_once_a_step():
-    """Whatever is checked, revised or restarted."""
+def test_a_step_with_repairs():
+    """Each problem is encoded once, whatever is checked, revised or restarted. The group keeps its size and
+    the source; the rectified one is credited whole, of the source the tokens at fault; the entropy is that of
+    the policy's own tokens."""
     trainer, metrics, encoded, opened = step_with_repairs()
-    problems, _ = trainer.next_batch()
-    assert [problem.id for problem in encoded] == [problem.id for problem in problems]
-    assert len(opened) == len({id(image) for image in opened}) == len(problems)
+    assert [problem.id for problem in encoded] == [problem.id for problem in trainer.next_batch()[0]]
+    assert len(opened) == len({id(image) for image in opened}) == len(encoded)
     assert metrics["repaired"] >= 2 and metrics["revisions"] >= 2 and metrics["check_tokens"] > 6
-
-
-def test_rectified_groups_and_their_credit():
-    """The group keeps its size and the source; the rectified one is credited whole, of the source the tokens
-    at fault; the entropy is that of the policy's own tokens."""
-    trainer, metrics, _, _ = step_with_repairs()
     own, used = 0.0, 0
     for t in sum(metrics["groups"], []):
         if t.provenance == "policy" and grpo.has_gradient(t, beta=0.0):
@@ -2120,18 +1948,6 @@ def test_degenerate_groups():
 
 # ---- tiny/shapes.py
 
-def test_problems_are_reproducible_and_varied():
-    for kind, steps, form in itertools.product(shapes.KINDS, (1, 3, 20), shapes.FORMS):
-        a = shapes.make_problem(kind, steps, form, "train", 1, 2)
-        b = shapes.make_problem(kind, steps, form, "train", 1, 2)
-        assert (a.question, a.answer) == (b.question, b.answer)
-        assert np.array_equal(np.asarray(a.images[0]), np.asarray(b.images[0]))
-        assert len(a.key_steps) == steps and a.question.count("<image>") == 1
-    pictures = [shapes.make_problem("tiles", 5, index=i).images[0] for i in range(20)]
-    assert len({p.tobytes() for p in pictures}) == 20 and len({p.size for p in pictures}) > 3
-    raises(ValueError, "no such task", shapes.make_problem, "tiles", 3, split="heldot")
-
-
 def test_splits_share_no_image():
     """No content of a held-out picture is ever drawn in training, whatever the seed."""
     for kind in shapes.KINDS:
@@ -2142,15 +1958,21 @@ def test_splits_share_no_image():
         assert not seen["train"] & seen["heldout"] and min(map(len, seen.values())) > 50
 
 
-def test_true_chain_is_true_and_gives_the_answer():
-    for kind, steps, form in itertools.product(shapes.KINDS, (1, 5, 12), shapes.FORMS):
-        p = shapes.make_problem(kind, steps, form, "heldout", 3, steps)
+def test_problems_are_reproducible_varied_and_true():
+    """The same arguments make the same problem; its true chain leads to the answer."""
+    for kind, steps, form in itertools.product(shapes.KINDS, (1, 3, 20), shapes.FORMS):
+        p, again = (shapes.make_problem(kind, steps, form, "heldout", 3, steps) for _ in range(2))
+        assert (p.question, p.answer) == (again.question, again.answer) and p.question.count("<image>") == 1
+        assert p.images[0].tobytes() == again.images[0].tobytes()
         assert shapes.check_steps(p, p.key_steps) == ["true"] * steps
         text = shapes.demonstrate(p, (0.0, 0.0), random.Random(0))
         assert text == "<think>" + "\n".join(p.key_steps) + f"</think><answer>{p.answer}</answer>"
         if p.choices:
             assert p.choices["ABCD".index(p.answer)] == shapes.answer_from_steps(p.oracle, p.key_steps)
             assert len(set(p.choices)) == 4
+    pictures = [shapes.make_problem("tiles", 5, index=i).images[0] for i in range(20)]
+    assert len({p.tobytes() for p in pictures}) == 20 and len({p.size for p in pictures}) > 3
+    raises(ValueError, "no such task", shapes.make_problem, "tiles", 3, split="heldot")
 
 
 def test_oracle_names_what_is_wrong():
