@@ -196,14 +196,15 @@ def hub_batch(image_token_id, seed):
     """Rows with 1, 2, 0 and 1 images of odd sizes, padded on the right or, every third seed, on the left."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     r, noise, rows, pixels, grids = random.Random(seed), np.random.default_rng(seed), [], [], []
+    bounds = {"min_pixels": 3136, "max_pixels": r.choice((20_000, 10 ** 6))}
     for count in (1, 2, 0, 1):
         text = r.sample(range(256), 8)
         row = text[:r.randint(1, 8)]
         for _ in range(count):
             shape = (r.randrange(28, 200), r.randrange(28, 260), 3)
             image = Image.fromarray(noise.integers(0, 256, shape, dtype=np.uint8))
-            patches, grid = m.preprocess_image(image, m.ImageConfig())
-            expected = Qwen2VLImageProcessorPil()(images=[image], return_tensors="pt")
+            patches, grid = m.preprocess_image(image, m.ImageConfig(**bounds))
+            expected = Qwen2VLImageProcessorPil(**bounds)(images=[image], return_tensors="pt")
             assert tuple(expected.image_grid_thw[0].tolist()) == grid
             close(expected.pixel_values, patches)
             pixels.append(torch.from_numpy(patches))
@@ -254,8 +255,7 @@ def test_bad_checkpoints_are_named():
         m.save_model(m.load_model(source), bad, source)                 # one file, not shards
         config, tensors = m.read_json(bad / "config.json"), load_file(bad / "model.safetensors")
         name, head = "model.layers.0.self_attn.q_proj.weight", tensors["model.embed_tokens.weight"].clone()
-        fewer = dict(tensors)
-        del fewer[name]
+        fewer = {other: tensor for other, tensor in tensors.items() if other != name}
         cases = [(b"not tensors at all", "not a readable"), ("{broken", "not JSON"), ("[]", "JSON object"),
                  (save(fewer), f"{name}: missing in the files"), (save({"stray": head}), " more"),
                  (save({**tensors, "stray": head}), "unexpected by the config"),
@@ -281,8 +281,7 @@ def test_bad_checkpoints_are_named():
         assert torch.equal(m.load_model(bad).head_weight, head)         # a tied head may be stored as well
         (bad / "model.safetensors").unlink()
         raises(ValueError, ["model.safetensors", "missing"], m.load_model, bad)
-    for name in ("./no/such", "/no/such", "nothing", "a/b/c"):
-        raises(FileNotFoundError, ["no such folder", name], m.load_model, name)
+    raises(FileNotFoundError, ["no such folder", "a/b/c"], m.load_model, "a/b/c")
 
 
 def test_image_tokens_must_match_images():
@@ -564,11 +563,10 @@ def test_images_of_every_kind():
     deep, clear = Image.fromarray(ramp.astype(np.uint16) * 257), colour.copy()
     clear.putalpha(0)
     frames = {"save_all": True, "append_images": [colour]}
-    cases = [(colour, "PNG", {}, colour, 0), (colour, "JPEG", {"quality": 95}, colour, 8),
+    cases = [(colour, "JPEG", {"quality": 95}, colour, 8), (Image.fromarray(ramp), "PNG", {}, grey, 0),
              (deep, "PNG", {}, grey, 1), (Image.fromarray(ramp.astype(np.int32)), "TIFF", {}, grey, 0),
-             (Image.fromarray(ramp), "PNG", {}, grey, 0), (colour.convert("CMYK"), "TIFF", {}, colour, 2),
-             (colour.quantize(64), "PNG", {}, colour, 60), (clear, "PNG", {}, colour, 0),
-             (red, "GIF", frames, red, 0), (red, "PNG", frames, red, 0)]
+             (colour.convert("CMYK"), "TIFF", {}, colour, 2), (colour.quantize(64), "PNG", {}, colour, 60),
+             (clear, "PNG", {}, colour, 0), (red, "GIF", frames, red, 0)]
     turns = {1: colour, 3: colour.rotate(180), 6: colour.rotate(-90, expand=True),
              8: colour.rotate(90, expand=True), 9: colour}
     for (orientation, turned), kind in itertools.product(turns.items(), ("PNG", "TIFF")):
@@ -583,19 +581,19 @@ def test_images_of_every_kind():
         assert rollout.image_grid(out.getvalue(), config) == m.preprocess_image(found, config)[1]
 
 
-def rows_of_other_projects(png, name):
-    """source -> a row as its data set is laid out (an image is the bytes of a file, or its name a.png), the
-    number of images, the fields expected beyond "How many?" and "3"."""
+def rows_of_other_projects(png):
+    """source -> a row as its data set is laid out, the number of images, the fields that are not "How many?"
+    and "3"."""
     image, encoded = {"bytes": png, "path": None}, base64.b64encode(png).decode()
-    parts = [{"type": "image", "image": f"file://{name}"}, {"type": "text", "text": "How many?"}]
+    parts = [{"type": "image", "image": "file://a.png"}, {"type": "text", "text": "How many?"}]
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>How many?"}]
     human = [{"from": "human", "value": "<image>How many?"}, {"from": "gpt", "value": "3"}]
     asked, chat = {"problem": "How many?", "answer": 3}, [{"role": "user", "content": parts}]
     steps = "### Rationales: count. ### Step 1: two and one. ### The final answer is: 3"
     thoughts, key_steps = "<think>One, two.</think>\n\n<answer>3</answer>", ["two", ["3 dots", "three"]]
     return {
-        "plain": ({"images": ["a.png"], "problem": "<image>How many?", "answer": 3}, 1, {"id": "here"}),
-        "EasyR1": ({**asked, "images": [image], "choices": None, "ground_truth": "A", "id": None}, 1, {}),
+        "EasyR1": ({**asked, "images": [image], "choices": None, "ground_truth": "A", "id": None}, 1,
+                   {"id": "here"}),
         "EasyR1, text": ({**asked, "images": [], "problem": "<image>How many?"}, 0, {}),
         "verl": ({"data_source": "geometry3k", "images": [image], "prompt": turns, "ability": "math",
                   "reward_model": {"style": "rule", "ground_truth": "3"}}, 1, {"task": "geometry3k"}),
@@ -613,7 +611,6 @@ def rows_of_other_projects(png, name):
         "ViRL39K": ({"qid": "q1", "question": "<image><image>How many?", "answer": "\\boxed{3}",
                      "image": ["a.png", "a.png"], "category": "charts", "source": "x"}, 2,
                     {"id": "q1", "task": "charts"}),
-        "absolute": ({**asked, "image": str(name)}, 1, {}),
         "a dict of a path": ({**asked, "images": [{"image": "a.png"}]}, 1, {}),
         "a data url": ({**asked, "image": f"data:image/png;base64,{encoded}"}, 1, {}),
         "base64": ({**asked, "image": encoded}, 1, {}),
@@ -629,8 +626,7 @@ def test_rows_of_other_projects():
         noise = io.BytesIO()
         Image.effect_noise((60, 60), 90).save(noise, "PNG")
         write_rows(folder, [])
-        sources = rows_of_other_projects(noise.getvalue(), folder / "a.png")
-        for source, (row, images, expected) in sources.items():
+        for source, (row, images, expected) in rows_of_other_projects(noise.getvalue()).items():
             p = rollout.parse_row(row, "here", folder, "Think.")
             wanted = {"answer": "3", "question": "<image>" * images + "How many?\nThink.", **expected}
             assert {name: getattr(p, name) for name in wanted} == wanted, source
@@ -829,9 +825,6 @@ def test_reward_match():
         assert answers_match(gold, prediction) is want, (gold, prediction)
     for nothing in ("", None, " ", "\n"):
         assert not any(answers_match(*p) for p in ((nothing, "7"), (nothing, nothing or ""), ("7", nothing)))
-
-
-def test_reward_number():
     assert number("\\frac{3}{4}") == 0.75 and number("1,234") == 1234
     assert [number(text) for text in ("x", "red", "", "7" * 3000, "(" * 90 + "7" + ")" * 90)] == [None] * 5
 
@@ -1105,14 +1098,9 @@ def test_screening_leaves_out_what_cannot_be_located():
               chain(p, []), replace(good, text="<think>red 4\nblue 5</think><answer></answer>"),
               replace(good, text="<think>red 4\nblue 5"), replace(kept, text="<answer>F</answer>")):
         assert attribute.locatable_failures([good, t, kept]) == [good, kept], t.text
-
-
-def test_is_right_is_the_training_reward():
-    p = mixed_problems()[0]
-    t = chain(p, ["red 4"], p.answer)
-    assert attribute.is_right(t) and not attribute.is_right(replace(t, finished=False))
-    for text in (t.text.replace(p.answer, "no"), t.text + "<answer>no</answer>"):   # two answers earn nothing
-        assert not attribute.is_right(replace(t, text=text))
+    right = chain(p, ["red 4"], p.answer)
+    assert attribute.is_right(right) and not attribute.is_right(replace(right, finished=False))
+    assert not attribute.is_right(replace(right, text=right.text + "<answer>no</answer>"))     # two earn nothing
 
 
 def test_reader_check_is_a_difference():
