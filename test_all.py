@@ -829,32 +829,18 @@ def test_reward_match():
     assert [number(text) for text in ("x", "red", "", "7" * 3000, "(" * 90 + "7" + ")" * 90)] == [None] * 5
 
 
-def test_reward_verbatim_whatever_the_length():
+def test_reward_long_texts():
+    """They match verbatim; an answer is looked for in the last 4,000 characters, in passing in 300."""
     text = "It has 3 red dots (and 4 blue ones). " * 150
-    assert len(text) > 5000 and answers_match(text, text) and answers_match(f"  {text}\n", text)
-    assert reward_parts(f"<think>a</think><answer>{text}</answer>", text)["accuracy"] == 1.0
+    assert answers_match(f"  {text}\n", text) and reward_parts(f"<answer>{text}</answer>", text)["accuracy"]
     for other in (text[:-5], text.replace("3", "5", 1), text.upper(), "a" * 10 ** 6):
         assert not answers_match(text, other) and not answers_match(other, text)
     assert answers_match("1 " * 400, "1 " * 400) and not answers_match("1 " * 400, "1 " * 401)
-    assert answers_match("+", "+") and answers_match("°", "°") and not answers_match(" " * 3000, " " * 3000)
-
-
-def test_reward_declared_answer():
-    for text, want in ((" so <a>7</a>", "7"), ("\\boxed{7} b", "7"), ("<a>7", ""), ("b", None)):
-        text = tags(text)
-        assert declared_answer(text) == declared_answer("<think>a</think>" + text) == (text, want), text
-    assert declared_answer("<think>a \\boxed{7}") == ("", None)
-
-
-def test_reward_how_far_back_an_answer_is_looked_for():
-    for padding, want in ((297, "B"), (298, None)):                         # 300 characters in passing
+    for padding, want in ((297, "B"), (298, None)):
         assert extract_answer("So B,\n" + "z" * padding, ["red", "blue", "teal"]) == want
-    for padding, found in ((3998, True), (3999, False)):                    # 4,000 in all
+    for padding, found in ((3998, True), (3999, False)):
         text = "The answer is 7\n" + "so it goes\n" * (padding // 11) + "z" * (padding % 11)
         assert (extract_answer(text) == "7") is found
-    words = [f"word{a}{b}" for a in "ab" for b in map(chr, range(97, 123))][:30]
-    for place, letter in ((0, "A"), (25, "Z"), (26, None)):                 # letters end at Z
-        assert extract_answer(f"<answer>{words[place]}</answer>", words) == letter
 
 
 def test_reward_extract_and_choose():
@@ -1124,19 +1110,17 @@ def test_reader_check_is_a_difference():
 def test_reader_reads_a_step_without_its_chain():
     """read_steps against a plain forward of context and step, with the image and with it masked, in any order
     and any number at once; the context is the opening and the last `window` steps."""
-    net, codec, problems = random_model(spread=0.12), tiny_codec(), mixed_problems()
-    claims, want = [], []
+    net, codec, claims, want = random_model(spread=0.12), tiny_codec(), [], []
 
     def grey(image, config):
         values, grid = m.preprocess_image(image, config)
         return 0 * values, grid                             # the mean colour
 
-    for p in problems:
+    for p in mixed_problems():
         t = chain(p, ["red 4 6", "blue 1", *p.key_steps, "a longer step: red 4, so 12."])
         for k, window in ((0, 1), (2, 0), (2, 1), (3, 2), (3, 9)):
-            verifier = attribute.Verifier(net, codec, window)
             before = t.ids[:1] + t.ids[t.steps[max(0, k - window)].start:t.steps[k].start]
-            assert verifier.context(t, k) == before
+            assert attribute.Verifier(net, codec, window).context(t, k) == before
             step = t.ids[t.steps[k].start:t.steps[k].stop]
             claims.append((t.prompt, before, step))
             seen = uncached(net, codec, p, before + step)[len(before):]                             # (T, V)
@@ -1150,7 +1134,6 @@ def test_reader_reads_a_step_without_its_chain():
         found = attribute.read_steps(net, codec, [claims[i] for i in part], budget=budget)
         for readings, i in zip(found, part, strict=True):
             close(readings, want[i], 1e-3)
-    assert attribute.read_steps(net, codec, []) == []
 
 
 def test_reader_reads_each_claim_once():
@@ -1168,10 +1151,8 @@ def test_reader_reads_each_claim_once():
             assert codec.tokenizer.decode(claim[2]) == step.text
             (readings,) = attribute.read_steps(net, codec, [claim])
             close(t.checks[k].gap, attribute.check_of(step, t, readings).gap, 1e-4)
-    verifier.reader = None                                  # from here on nothing can be read
-    known = [list(t.checks) for t in texts]
+    known, verifier.reader = [list(t.checks) for t in texts], None      # from here on nothing can be read
     verifier(texts[::-1])
-    verifier([])
     assert [t.checks for t in texts] == known and verifier.tokens == 4
 
 
@@ -1179,20 +1160,16 @@ def test_reader_is_the_frozen_start():
     """start: the weights the run began with, whatever the policy learns, shared with the KL's reference;
     policy: the policy itself; a folder: that checkpoint, if its tokenizer is the same."""
     with scratch() as folder:
-        flags = {"rectify_below": 1.0, "lr": 1e-3}
         for beta in (0.0, 0.1):
-            trainer = small_trainer(folder / "a", beta=beta, **flags)
-            before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+            trainer = small_trainer(folder / "a", beta=beta, rectify_below=1.0, lr=1e-3)
+            before = [p.clone() for p in trainer.model.parameters()]
             for _ in range(2):
                 trainer.rl_step()
-            changed = 0
-            for name, p in trainer.reader.named_parameters():
-                assert torch.equal(p, before[name]) and not p.requires_grad
-                changed += not torch.equal(p, dict(trainer.model.named_parameters())[name])
-            assert changed and (trainer.reader is trainer.reference) == (beta > 0)
+            assert all(map(torch.equal, trainer.reader.parameters(), before))
+            assert not all(map(torch.equal, trainer.model.parameters(), before))
+            assert (trainer.reader is trainer.reference) == (beta > 0)
         trainer = small_trainer(folder / "b", reader="policy")
-        assert trainer.reader is trainer.model
-        assert small_trainer(folder / "c", algo="grpo").reader is None
+        assert trainer.reader is trainer.model and small_trainer(folder / "c", algo="grpo").reader is None
         other = folder / "other"
         shutil.copytree(TINY, other)
         assert small_trainer(folder / "d", reader=str(other)).reader is not None
@@ -1211,7 +1188,6 @@ def test_answer_margins_are_the_uncached_forward():
             (c, "red 4\nblue 5\n<answer>9 9</answer>", "9 9", plain, ("", "red 4\n", "blue 5\n")),
             (replace(a, answer="<|im_end|>"), "<think>x</think><answer>4</answer>", "4", tag,
              ("<think>", "x"))):
-        chains.append(chain(p, None, text=text))
         margins, read = [], []
         for piece in pieces:
             read, means = read + rollout.token_ids(piece, codec), []
@@ -1220,6 +1196,7 @@ def test_answer_margins_are_the_uncached_forward():
                 logps = uncached_logps(net, codec, p, read + rollout.token_ids(cue, codec) + ids)
                 means.append(sum(logps[-len(ids):]) / len(ids) if ids else 0.0)
             margins.append(means[0] - means[1])
+        chains.append(chain(p, None, text=text))
         want.append(margins)
     for budget in (9999, 60):
         found = attribute.answer_margins(net, codec, chains, budget=budget)
@@ -1227,9 +1204,8 @@ def test_answer_margins_are_the_uncached_forward():
         for row, end, margins in zip(found, last, want, strict=True):
             close(row, margins, 1e-3)
             close(end, margins[-1:], 1e-3)
-    for margins, step in (([2.0, 1.5, -1.0, -1.2], 1), ([3.0, 2.0, 1.5], 0), ([-1.0, 1.0], 0),
-                          ([0.0, 1.0, 3.0, 3.5], 2), ([2.0, 1.0, 0.0], 0)):     # of equal drops the first
-        assert attribute.largest_margin_drop(margins) == step
+    for margins, step in (([2.0, 1.5, -1.0, -1.2], 1), ([3.0, 2.0, 1.5], 0), ([-1.0, 1.0], 0)):
+        assert attribute.largest_margin_drop(margins) == step                   # of equal drops the first
 
 
 # ---- rereason.py
@@ -1300,7 +1276,6 @@ def test_revision_repairs_planted_errors_one_by_one():
     for r in done:
         t, source, first = r.trajectory, r.source, shared_prefix(r)
         assert attribute.is_right(t) and t.finished and codec.tokenizer.decode(t.ids[:-1]) == t.text
-        assert t.ids[:first] == source.ids[:first] and t.ids[first] != source.ids[first]
         assert len(t.ids) == len(t.logps) == len(t.sampled) and t.steps == attribute.split_steps(t.ids, codec)
         assert [step.text for step in t.steps] == shapes.true_steps(t.problem.oracle)
         assert len(source.logps) == len(source.ids) and not attribute.is_right(source), "it stays what it was"
@@ -1407,32 +1382,31 @@ def test_revision_table():
             (3, None, [3], "same\n", "nothing new"), (3, 1, [3], " 1 2", "nothing new"),
             (0, 1, [0], " 1 2 3", "nothing new")):
         check, step = attribute.Check(2.0 if token else 0.0, token), t.steps[k]
+        stem = step.start + (token or 0)
         if text == "same\n":
-            text = codec.tokenizer.decode(t.ids[step.start + (token or 0):step.stop])
+            text = codec.tokenizer.decode(t.ids[stem:step.stop])
         r, asked, verified = repair(replace(t, checks=[GOOD] * k + [check] + [GOOD] * (4 - k))), [], []
         r.edited_steps, verifier = list(edited), attribute.Verifier(None, codec)
         with (swapped(rereason, "sample_one_each", replies(rollout.token_ids(text, codec), asked)),
               swapped(attribute.Verifier, "__call__", lambda self, ts: verified.extend(ts)),
               swapped(rereason, "resume_points", lambda *args: args[2])):
             points = rereason.revise_steps(None, codec, [(r, k)], verifier, 7, rereason.Rules())
-        prefix = t.ids[:1] + t.ids[step.start:step.start + (token or 0)]
-        temperature = 0.0 if token and edited == [k] else 1.0
-        limit = len(prefix) + 16 + 2 * (step.stop - step.start)
+        prefix = t.ids[:1] + t.ids[step.start:stem]
+        limit, temperature = len(prefix) + 16 + 2 * (step.stop - step.start), float(not token or edited != [k])
         assert asked == [("key/revise/7", prefix, limit, temperature, codec.newline_ids)]
-        new = r.trajectory
+        new, back = r.trajectory, max(0, k - 1)
         if want == "changed":
-            assert verified == [new] and points == [(r, k)]
-            assert r.num_revisions == 1 and r.edited_steps == edited
-            stem = codec.tokenizer.decode(t.ids[step.start:step.start + (token or 0)])
-            lines_now = lines[:k] + [(stem + text).partition("\n")[0].partition("</")[0]] + lines[k + 1:]
+            assert verified == [new] and points == [(r, k)] and r.num_revisions == 1
+            whole = codec.tokenizer.decode(t.ids[step.start:stem]) + text
+            lines_now = lines[:k] + [whole.partition("\n")[0].partition("</")[0]] + lines[k + 1:]
             assert [s.text for s in new.steps] == lines_now and not r.answer_is_current
             assert len(new.ids) == len(new.logps) == len(new.sampled)
         else:
             assert new.ids == t.ids and not verified and r.num_revisions == 0
-            back = max(0, k - 1)
             assert points == ([(r, t.steps[back].start)] if want == "nothing new" else [])
-            assert r.edited_steps == (edited[:-1] if want == "confirmed" else edited[:-1] + [back])
             assert r.failures == (want == "nothing new") and len(r.confirmed) == (want == "confirmed")
+            edited = edited[:-1] + [back] * (want == "nothing new")
+        assert r.edited_steps == edited
 
 
 SEAM_ENDS = ("\n", "\n\n", ".\n", ".\n\n", "!\n\n", ".</", "</", ")\n", ")</", " \n", " cm.\n", "°\n", "\n  ")
@@ -2400,65 +2374,38 @@ def test_tokens_of_every_kind_are_counted():
     assert trainer.progress() == trainer.tokens / 10 ** 4
 
 
-def test_the_two_hooks():
-    """A reward and an attribution signal of one's own, with defaults; and a run that ends by tokens."""
-    class Doubts(attribute.Verifier):
-        def __call__(self, trajectories):
-            for t in trajectories:
-                t.checks = [attribute.Check(0.75)] * len(t.steps)
-
-    class Mine(train.Trainer):
-        verifier_class = Doubts
-
-        def score(self, t):
-            return {**super().score(t), "total": 0.01 * len(t.ids)}
-
+def test_defaults_and_flags():
+    """A caller's defaults; flags win over them, and a run may end by tokens."""
     with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
-        flags = small_flags(folder, max_tokens=1, show_every=1, data="tiny:steps=8", max_new_tokens=90)
-        train.start(flags, Mine, {"rectify_below": 1.0, "batch": 2})
-        row, = metrics(folder)
-        close(row["reward"], 0.01 * row["length"], 1e-6)
-        checks = sum([t["checks"] for t in train.read_jsonl(folder / "groups.jsonl")[0]["rollouts"]], [])
-        assert row["sources"] and not row["check_tokens"] and set(checks) == {0.75}
+        train.start(small_flags(folder, max_tokens=1), defaults={"rectify_below": 1.0, "batch": 2})
+        assert len(metrics(folder)) == 1
         c = train.parse_flags(train.TrainConfig, ["--no-freeze_vision"], m.read_json(folder / "config.json"))
-        assert (c.rectify_below, c.batch, c.max_tokens, c.freeze_vision) == (1.0, 4, 1, False)  # flags win
+        assert (c.rectify_below, c.batch, c.max_tokens, c.freeze_vision) == (1.0, 4, 1, False)
 
 
-def test_bf16_master_weights():
-    """In bfloat16 a small update would be lost in rounding; the fp32 masters keep it."""
-    net = random_model().to(torch.bfloat16)
-    optimizer = train.Optimizer(net, train.TrainConfig(max_grad_norm=1e9), 0, 1)
-    before = {name: p.detach().float() for name, p in net.named_parameters()}
-    for _ in range(3):
-        for part in (1.0, 2 ** -9):                         # two micro-batches; the sum is no bfloat16 number
-            for p in net.parameters():
-                p.grad = torch.full_like(p, part)
-            optimizer.accumulate()
-        assert all((grad == 1 + 2 ** -9).all() for grad in optimizer.grads.values())
-        optimizer.step(1e-6)
-    for name, p in net.named_parameters():
-        close(optimizer.masters[name].detach(), before[name] - 3e-6, 1e-6)
-        assert torch.equal(p, optimizer.masters[name].to(torch.bfloat16))
-
-
-def test_optimizer_state_is_sharded():
+def test_optimizer_shards_and_masters():
     """Each parameter has one owner, shares are even, and a rank takes its share out of the files of one rank
-    or of two; a gradient is clipped by its global norm."""
-    net, c = random_model(), train.TrainConfig(max_grad_norm=0.5, weight_decay=0.1)
+    or of two; a gradient is clipped by its global norm. In bfloat16 a small update would be lost in rounding
+    and the sum of two micro-batches is no such number: masters and sums are fp32."""
+    net, c = random_model().to(torch.bfloat16), train.TrainConfig(max_grad_norm=0.5, weight_decay=0.1)
     net.visual.requires_grad_(False)
     one, two, three = (train.Optimizer(net, c, *place) for place in ((0, 1), (0, 2), (1, 2)))
     assert sorted([*two.masters, *three.masters]) == sorted(one.masters)
     sizes = {name: p.numel() for name, p in one.params.items()}
     norm, half = math.sqrt(sum(sizes.values())), sum(sizes.values()) / 2
     assert abs(sum(sizes[name] for name in two.masters) - half) <= max(sizes.values()) / 2
-    before = {name: p.detach().clone() for name, p in one.params.items()}
-    for p in one.params.values():
-        p.grad = torch.ones_like(p)
-    one.accumulate()
-    close(one.step(1e-3), norm, 0.1)
+    before = {name: p.detach().float() for name, p in one.params.items()}
+    for part in (1.0, 2 ** -9):
+        for p in one.params.values():
+            p.grad = torch.full_like(p, part)
+        one.accumulate()
+    assert all((grad == 1 + 2 ** -9).all() for grad in one.grads.values())
+    close(one.step(1e-4), norm * (1 + 2 ** -9), 0.1)
     for name, p in one.params.items():                      # Adam's first step is lr, whatever the norm
-        close(p.detach(), before[name] * (1 - 1e-4 * (p.dim() > 1)) - 1e-3, 2e-5)
+        want = before[name] * (1 - 1e-5 * (p.dim() > 1)) - 1e-4
+        close(one.masters[name].detach(), want, 5e-7)
         close(one.state()[f"{name}/exp_avg"], 0.1 * 0.5 / norm, 1e-7)
+        assert torch.equal(p, one.masters[name].to(torch.bfloat16))
     with scratch() as folder:
         save_file(one.state(), folder / "whole")
         for name, shard in (("two", two), ("three", three)):
