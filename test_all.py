@@ -118,8 +118,8 @@ def mixed_problems(count=4, steps=3):
 
 @functools.lru_cache
 def qwen_like_tokenizer():
-    """A small vocabulary behind Qwen's own pre-tokenizer: ".\\n\\n", ".</" and "><" become single tokens, tags
-    fall into several."""
+    """A small vocabulary behind Qwen's own pre-tokenizer: ".\\n\\n", ".</" and "><" become single tokens,
+    tags fall into several."""
     tokenizer = Tokenizer(models.BPE())
     pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -324,8 +324,8 @@ def same_rows(found, expected):
 
 
 def test_rows_in_a_batch_are_what_they_are_alone():
-    """Cached sampling of a ragged batch against the plain forward, whatever is sampled beside a row, and where
-    groups end early and leave: a group, and a row of it. Greedy takes the likeliest tokens."""
+    """Cached sampling of a ragged batch against the plain forward, whatever is sampled beside a row, and
+    where groups end early and leave: a group, and a row of it. Greedy takes the likeliest tokens."""
     net, codec, problems, plain, rows = random_rollouts()
     assert len({len(t.prompt.ids) for t in rows}) == len(problems)
     same_rows(rollout.sample(net, problems[1:2], codec, 3, 14, keys=[problems[1].id])[0], plain[1])
@@ -348,7 +348,7 @@ def test_rows_in_a_batch_are_what_they_are_alone():
             assert t.finished == (t.ids[-1] in codec.eos_ids) and not set(t.ids[:-1]) & set(codec.eos_ids)
             assert (t.finished or len(t.ids) == 40) and t.sampled == [1] * len(t.ids)
             close(t.logps, uncached_logps(net, codec, t.problem, t.ids))
-    for length in (40, 1):                                  # and so does the training forward, of one token too
+    for length in (40, 1):                                  # the training forward says the same
         rows = [t for group in groups for t in group]
         logps, _, mask = rollout.completion_logps(net, codec, [t.prompt for t in rows],
                                                   [t.ids[:length] for t in rows])
@@ -926,9 +926,14 @@ def chain(problem, steps, answer="none", text=None):
     codec = tiny_codec()
     text = text or "<think>" + "\n".join(steps) + f"</think><answer>{answer}</answer>"
     ids = rollout.token_ids(rollout.escape_special(text, codec), codec) + [codec.eos_ids[0]]
-    return rollout.Trajectory(problem, rollout.encode_prompt(problem, codec), ids, [1] * len(ids),
-                              [-0.5] * len(ids), True, text, rewards={"accuracy": 0.0},
-                              steps=attribute.split_steps(ids, codec))
+    prompt = rollout.encode_prompt(problem, codec)
+    return replace(split_trajectory(ids, codec, problem, prompt), text=text, rewards={"accuracy": 0.0})
+
+
+def split_trajectory(ids, codec, problem=None, prompt=None):
+    t = rollout.make_trajectory(problem, prompt, [], ids, [-0.5] * len(ids), codec)
+    t.steps = attribute.split_steps(ids, codec)
+    return t
 
 
 TABLE = "$$\n\\begin{aligned} a &= b \\\\[4pt]\n\nc &= d \\end{aligned}\n$$"
@@ -1065,14 +1070,13 @@ def test_segmentation_gives_a_token_to_the_step_of_its_first_character():
         def decode(ids):
             return b"".join(pieces[i] for i in ids).decode("utf-8", "replace")
 
-        codec = SimpleNamespace(tokenizer=SimpleNamespace(decode=decode), eos_ids=(-1,))
-        steps = attribute.split_steps(list(range(len(pieces))), codec)
+        codec, ids = SimpleNamespace(tokenizer=SimpleNamespace(decode=decode), eos_ids=(-1,)), range(len(pieces))
+        steps = attribute.split_steps(list(ids), codec)
         assert [(step.start, step.stop, step.text) for step in steps] == want, steps
         for step in steps:                                  # the tokens that lie in the text as a whole
-            inner, rest, after = attribute.parts_of(step, list(range(len(pieces))), codec)
+            inner, rest, after = attribute.parts_of(step, list(ids), codec)
             assert step.text.endswith((decode(range(step.start, step.start + inner)) + rest).lstrip())
-            last = decode(range(step.start + inner, step.stop))
-            assert last == rest + after
+            assert decode(range(step.start + inner, step.stop)) == rest + after
 
 
 def test_screening_leaves_out_what_cannot_be_located():
@@ -1086,7 +1090,7 @@ def test_screening_leaves_out_what_cannot_be_located():
         assert attribute.locatable_failures([good, t, kept]) == [good, kept], t.text
     right = chain(p, ["red 4"], p.answer)
     assert attribute.is_right(right) and not attribute.is_right(replace(right, finished=False))
-    assert not attribute.is_right(replace(right, text=right.text + "<answer>no</answer>"))     # two earn nothing
+    assert not attribute.is_right(replace(right, text=right.text + "<answer>no</answer>"))
 
 
 def test_reader_check_is_a_difference():
@@ -1310,21 +1314,20 @@ def test_revision_logps_are_those_of_the_model_and_context_a_token_came_from():
 def test_revision_prompts_are_the_questions():
     """No prompt of the loop holds anything but the problem's own chat, and no forced prefix but a piece of
     the chain: nothing is asked, no answer can leak."""
-    seen, sample, sources = [], rollout.sample, loop_results()[0][:3]
+    seen, sample = [], rollout.sample
 
     def recording(model, problems, codec, *rest):
         seen.extend(zip(problems, rest[4], rest[5]))
         return sample(model, problems, codec, *rest)
 
     with swapped(rollout, "sample", recording):
-        rectified(sources)
+        rectified(loop_results()[0][:3])
     assert len(seen) > 4
     for p, prefix, prompt in seen:
         text = tiny_codec().tokenizer.decode(prefix)
         assert prompt.ids == rollout.encode_prompt(p, tiny_codec()).ids
         assert text.startswith("<think>") or not text
-        if "</think>" not in text:
-            assert p.answer not in " ".join(text.split())
+        assert "</think>" in text or p.answer not in " ".join(text.split())
 
 
 SOME, DROP = {"finished": False}, {"margins": [2.0, 1.5, -4.0, -5.0]}         # it drops in the second step
@@ -1392,7 +1395,8 @@ def test_revision_table():
               swapped(rereason, "resume_points", lambda *args: args[2])):
             points = rereason.revise_steps(None, codec, [(r, k)], verifier, 7, rereason.Rules())
         prefix = t.ids[:1] + t.ids[step.start:stem]
-        limit, temperature = len(prefix) + 16 + 2 * (step.stop - step.start), float(not token or edited != [k])
+        temperature = 0.0 if token and edited == [k] else 1.0
+        limit = len(prefix) + 16 + 2 * (step.stop - step.start)
         assert asked == [("key/revise/7", prefix, limit, temperature, codec.newline_ids)]
         new, back = r.trajectory, max(0, k - 1)
         if want == "changed":
@@ -1419,51 +1423,41 @@ def seams(codec, count: int) -> int:
     done, token_ids, decode = 0, functools.partial(rollout.token_ids, codec=codec), codec.tokenizer.decode
     for seed in range(count):
         rng = random.Random(seed)
-
-        def line():
-            what = f"The {rng.choice(('red tile', 'blue bar', 'cat'))} {rng.choice(('shows', 'is'))} "
-            what += f"{rng.randint(0, 120)}"
-            if between == " ":
-                return what + rng.choice((".", "!"))
-            return what + rng.choice(("", " cm", ")", "°")) + rng.choice((".", "!", ""))
-
         between = rng.choice(("\n", "\n\n", "\n  ", "\n\n\n", " "))      # blank lines, indentation, sentences
-        lines = [line() for _ in range(rng.randint(2, 5))]
+        in_lines, lines = between != " ", []
+        for _ in range(rng.randint(3, 6)):
+            what = f"The {rng.choice(('red tile', 'blue bar', 'cat'))} {rng.choice(('shows', 'is'))} "
+            what += f"{rng.randint(0, 120)}" + rng.choice(("", " cm", ")", "°")) * in_lines
+            lines.append(what + rng.choice((".", "!") + ("",) * in_lines))
+        new_line = lines.pop()
         head, tail = rng.choice(("<think>", "<think>\n", "")), rng.choice(("</think>", "\n</think>\n\n"))
-        text = head + between.join(lines) + tail + "<answer>7</answer>"
-        ids = token_ids(text) + [codec.eos_ids[0]]
-        steps, k = attribute.split_steps(ids, codec), rng.randrange(len(lines))
-        assert [step.text for step in steps] == lines
-        t = rollout.Trajectory(None, None, ids, [1] * len(ids), [-0.25] * len(ids), True, text, steps=steps,
-                               checks=[GOOD] * len(lines))
-        inner, _, _ = attribute.parts_of(steps[k], ids, codec)      # suspect is a token of the text
-        stem, new_line = rng.randrange(steps[k].start, steps[k].start + inner), line()
-        if between == " ":
-            end = rng.choice((" The cat", "</think>"))
-        else:
-            end = rng.choice(("\n", "\n\n", "</think>", "</", " \n", "<|im_end|>"))
-        gap, whole = " so ", decode(ids[steps[k].start:steps[k].stop])
-        if not decode(ids[steps[k].start:stem]).strip():    # with the white space that the step begins with
-            stem, gap = steps[k].start, whole[:len(whole) - len(whole.lstrip())]
+        ids = token_ids(head + between.join(lines) + tail + "<answer>7</answer>") + [codec.eos_ids[0]]
+        t, k = split_trajectory(ids, codec), rng.randrange(len(lines))
+        assert [step.text for step in t.steps] == lines
+        inner, _, _ = attribute.parts_of(t.steps[k], ids, codec)    # suspect is a token of the text
+        start, stop = t.steps[k].start, t.steps[k].stop
+        stem, gap, whole = rng.randrange(start, start + inner), " so ", decode(ids[start:stop])
+        if not decode(ids[start:stem]).strip():             # with the white space that the step begins with
+            stem, gap = start, whole[:len(whole) - len(whole.lstrip())]
+        ends = ("\n", "\n\n", "</think>", "</", " \n", "<|im_end|>") if in_lines else (" The cat", "</think>")
+        end = rng.choice(ends)
         written = token_ids(decode(ids[:stem]) + gap + new_line + end)
         if written[:stem] != ids[:stem]:                    # a model would not have gone on like this
             continue
-        new = attribute.replace_end(t, k, stem, written[stem:], [-0.5] * (len(written) - stem), codec)
+        new = attribute.replace_end(t, k, stem, written[stem:], [-0.75] * (len(written) - stem), codec)
         if new is None:
             continue
         done += 1
         assert new.ids == token_ids(new.text) + [codec.eos_ids[0]], (new.text, list(map(decode, new.ids)))
         for mu, is_sampled in zip(new.logps, new.sampled, strict=True):
-            assert mu in ((-0.25, -0.5) if is_sampled else (0.0,))
+            assert mu in ((-0.5, -0.75) if is_sampled else (0.0,))
         assert len(new.ids) == len(new.logps) and new.sampled.count(0) <= 8
-        expected = [step.text for step in steps]
-        expected[k] = new.steps[k].text
-        assert [step.text for step in new.steps] == expected
+        assert [step.text for step in new.steps] == lines[:k] + [new.steps[k].text] + lines[k + 1:]
         before, after = head + between.join(lines[:k] + [""]), between.join(["", *lines[k + 1:]])
         after = after if k + 1 < len(lines) else tail
         if end in ("\n", "\n\n", " \n") and after.startswith("\n"):
             after = end + after.lstrip("\n")                # the new step's own line break
-        assert new.text.startswith(before + expected[k] + after), (new.text, after)
+        assert new.text.startswith(before + new.steps[k].text + after), (new.text, after)
     return done
 
 
@@ -1474,27 +1468,24 @@ def test_seams_are_the_tokenizers_own():
 def test_seams_leave_what_a_model_sampled():
     """Unusual tokens elsewhere stay as they are; words that spell a control token stay words."""
     codec, ids = tiny_codec(), []
-    for piece in ("<think>", "red 4 6", "\n", "b", "lue", " 3 5", "\n", "teal 9 1", "</think>", "<answer>7</answer>"):
+    for piece in "<think>|red 4 6|\n|b|lue| 3 5|\n|teal 9 1|</think>|<answer>7</answer>".split("|"):
         ids += rollout.token_ids(piece, codec)
+    assert ids != rollout.token_ids(codec.tokenizer.decode(ids), codec)
     ids.append(codec.eos_ids[0])
-    text = codec.tokenizer.decode(ids[:-1])
-    assert ids[:-1] != rollout.token_ids(text, codec)
-    t = rollout.Trajectory(None, None, ids, [1] * len(ids), [-0.25] * len(ids), True, text,
-                           steps=attribute.split_steps(ids, codec), checks=[GOOD] * 3)
-    new_ids = rollout.token_ids(" 2 4\n", codec)
+    t, new_ids = split_trajectory(ids, codec), rollout.token_ids(" 2 4\n", codec)
     for k in (0, 2):
         stem = t.steps[k].start + 1
-        new = attribute.replace_end(t, k, stem, new_ids, [-0.5] * len(new_ids), codec)
+        new = attribute.replace_end(t, k, stem, new_ids, [-0.75] * len(new_ids), codec)
         want = ids[:stem] + new_ids[:2 + (k == 0)] + ids[stem + 2 + (k == 0):]
-        assert new.ids == want and new.logps.count(-0.5) == 2 + (k == 0)
+        assert new.ids == want and new.logps.count(-0.75) == 2 + (k == 0)
     codec, ids = qwen_like_codec(), []
     for piece in ("red 4", "<", "/", ">", " 6"):
         ids += rollout.token_ids(piece, codec)
-    assert rollout.token_ids("</>", codec) == [codec.tokenizer.convert_tokens_to_ids("</>")]
+    control, = rollout.token_ids("</>", codec)
     for place in range(1, len(ids)):
         mended = list(ids)
         attribute.mend_seam(mended, [-0.1] * len(ids), [1] * len(ids), place, codec)
-        assert codec.tokenizer.convert_tokens_to_ids("</>") not in mended
+        assert control not in mended
 
 
 def test_resume_points_table():
@@ -1890,9 +1881,8 @@ def test_degenerate_groups():
     keys, verifier = list("abcdef"), attribute.Verifier(trainer.model, trainer.codec)
     for right, finished in ((1.0, True), (0.0, True), (0.0, False)):
         rewards, groups = {"accuracy": right, "format": right, "total": right}, []
-        same = {"rewards": rewards, "finished": finished, "provenance": "policy"}
         for group in metrics["groups"]:
-            groups.append([replace(t, **same) for t in group])
+            groups.append([replace(t, rewards=rewards, finished=finished, provenance="policy") for t in group])
         hard = attribute.select_groups(groups, keys, trainer.config, 0.0)
         assert len(hard) == (0 if right else 6)
         if not finished:
@@ -1956,9 +1946,6 @@ def test_oracle_names_what_is_wrong():
     name, value, _ = s[1].split()
     astray = next(n for n in p.oracle["show"] if n not in s[1].split())
     assert shapes.check_steps(p, [s[0], f"{name} {value} {astray}", s[2]]) == ["true", "misread", "logic"]
-    p = shapes.make_problem("bars", 3, index=0)
-    name, value, verdict = p.key_steps[0].split()
-    assert shapes.check_steps(p, [f"{name} {value} {'no' if verdict == 'yes' else 'yes'}"]) == ["logic"]
 
 
 def test_erosion_reads_the_prior_the_deeper_the_more():
@@ -1994,18 +1981,14 @@ def test_stream_spec():
 # ---- eval.py
 
 
-def test_pass_at_k_by_counting():
+def test_intervals_are_wilsons_and_pass_at_k_is_counted():
     for n, right in ((4, 0), (4, 1), (6, 3), (5, 5)):
         for k in range(1, n + 1):
             draws = list(itertools.combinations(range(n), k))
             hits = sum(min(draw) < right for draw in draws)         # the first `right` samples are right
             assert abs(evaluation.pass_at_k(n, right, k) - hits / len(draws)) < 1e-9
-
-
-def test_interval_is_wilsons():
     close(evaluation.interval([1.0] * 8 + [0.0] * 2), (0.4902, 0.9433), 2e-4)       # a textbook's 8 of 10
     assert evaluation.interval([0.0] * 10)[0] == 0 and evaluation.interval([1.0] * 10)[1] == 1
-    close(evaluation.interval([0.0] * 10)[1], 0.2775, 1e-3)
     rng, hits = np.random.default_rng(0), 0                 # coverage, with 4 dependent samples a problem
     for _ in range(400):
         low, high = evaluation.interval((rng.binomial(4, rng.beta(1, 2, size=60)) / 4).tolist())
@@ -2026,17 +2009,15 @@ def test_summary_figures():
                 "pass@2": 0.5, "pass@4": 2 / 3, "sample format": 3 / 4, "sample parse fail": 7 / 12}
     assert found.pop("n") == 3 and list(found) == list(expected)
     close([found[name]["mean"] for name in expected], list(expected.values()), 1e-9)
-    close([found["avg@4"]["low"], found["avg@4"]["high"]], evaluation.interval([1.0, 0.25, 0.0]), 1e-9)
     table = {}
     for line in evaluation.report(rows).splitlines()[2:]:
         name, count, greedy, *_ = line.strip("| ").split(" | ")
         table[name.strip()] = count, greedy.partition(" [")[0]
     assert table == {"all": ("3", "33.3 %"), "task a": ("1", "100.0 %"), "task b": ("2", "0.0 %"),
                      "skill x": ("3", "33.3 %"), "skill y": ("1", "0.0 %")}
-    worked = evaluation.summarise(rows[:4] + rows[10:14])           # the example of eval.py's header
-    for name in ("avg@4", "pass@2", "pass@4"):
-        low, high = evaluation.interval([1.0, 0.0])
-        assert worked[name] == {"mean": 0.5, "low": low, "high": high}
+    low, high = evaluation.interval([1.0, 0.0])                     # the example of eval.py's header
+    worked = evaluation.summarise(rows[:4] + rows[10:14])
+    assert all(worked[f] == {"mean": 0.5, "low": low, "high": high} for f in ("avg@4", "pass@2", "pass@4"))
 
 
 def data_file(folder, count=4, **fields):
@@ -2286,8 +2267,9 @@ def test_a_run_resumed_from_an_earlier_checkpoint_equals_the_first():
                 assert t["rewards"]["accuracy"] == 1 > source["rewards"]["accuracy"] and repair["turns"]
 
 
-def test_damaged_checkpoints_are_passed_over():
-    """Each file of the last checkpoint in turn: missing, and cut."""
+def test_damaged_checkpoints_and_a_full_disk():
+    """The last whole checkpoint counts: each file of a later one missing, or cut; a limit on the size of files
+    stands for the full disk."""
     with scratch() as folder, contextlib.redirect_stderr(io.StringIO()) as said:
         small_run(folder, stage="sft", max_steps=1, save_every=1)
         before, last = sorted(folder.glob("checkpoint-*"))
@@ -2302,10 +2284,6 @@ def test_damaged_checkpoints_are_passed_over():
         for checkpoint in (before, last):
             (checkpoint / "trainer.json").unlink()
         raises(SystemExit, ["--resume", "no whole checkpoint"], train.start, ["--resume", str(folder)])
-
-
-def test_full_disk_leaves_the_last_checkpoint():
-    """A limit on the size of files stands for the full disk."""
     with scratch() as folder:
         trainer, limits = small_trainer(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
         trainer.save()
@@ -2519,9 +2497,6 @@ def test_folders_like_the_hubs_train_and_open_again():
             hub, data = hub_folder(folder / "Qwen2.5-VL-xB", tied), data_file(folder)
             small_run(folder / "run", model=str(hub), data=str(data), max_steps=1, max_new_tokens=8)
             saved = folder / "run" / "checkpoint-000001"
-            for file in hub.iterdir():
-                if not file.name.startswith(("model", "config")):
-                    assert (saved / file.name).read_bytes() == file.read_bytes(), file.name
             problem, codec = rollout.load_problems(data)[0], rollout.load_codec(str(saved))
             t = rollout.sample(m.load_model(saved).eval(), [problem], codec, 1, 8, 0.0)[0][0]
             ids = torch.tensor([t.prompt.ids])
