@@ -51,8 +51,7 @@ TINY = str(ROOT / "tiny")
 
 
 def raises(kind, text, f, *args, **kwargs):
-    """Assert that f(...) raises `kind` with every one of `text` (a string or several) in the message, which
-    is returned."""
+    """Assert that f(...) raises `kind` with `text`, or each of several, in the message; returns the message."""
     try:
         f(*args, **kwargs)
     except kind as e:
@@ -97,8 +96,7 @@ def tiny_model():
 
 
 def random_model(seed=0, spread=0.25):
-    """The tiny architecture with random weights large enough that nothing is nearly uniform or nearly
-    certain."""
+    """The tiny architecture with random weights so large that little is nearly uniform or certain."""
     config = m.Config.from_dict(m.read_json(Path(TINY) / "config.json"))
     return m.init_model(replace(config, initializer_range=spread), seed).eval()
 
@@ -404,22 +402,20 @@ def test_next_token_follows_the_distribution():
     for temperature in (1.0, 0.5):
         token, logp = rollout.next_token(logits.expand(10_000, -1), banned, temperature, grid)
         want = torch.tensor([0.2, 0.5, 0.0, 0.0]) ** (1 / temperature)
-        want /= want.sum()
-        close(torch.bincount(token, minlength=4) / 10_000, want, 2e-4)
-        close(logp.exp(), want[token])
+        close(torch.bincount(token, minlength=4) / 10_000, want / want.sum(), 2e-4)
+        close(logp.exp(), (want / want.sum())[token])
 
 
 def test_forbidden_tokens_never_come():
     net, codec, problems = random_model(), tiny_codec(), mixed_problems()
-    banned = set(torch.nonzero(codec.logit_mask < 0)[:, 0].tolist())
-    assert {codec.image_token_id, codec.pad_id} < banned and not banned & set(codec.eos_ids)
+    banned = torch.nonzero(codec.logit_mask < 0)[:, 0].tolist()
+    assert {codec.image_token_id, codec.pad_id} < {*banned} and not {*banned} & {*codec.eos_ids}
     with torch.no_grad():
-        net.head_weight[sorted(banned)] *= 20           # without the mask they would come all the time
+        net.head_weight[banned] *= 20                   # without the mask they would come all the time
     rows = sum(rollout.sample(net, problems, codec, 8, 20), [])
     with swapped(torch, "rand", lambda *shape, **_: torch.ones(shape)):         # the edge of the distribution
         rows += sum(rollout.sample(net, problems, codec, 2, 4), [])
-    for t in rows:
-        assert not banned & set(t.ids)
+    assert not any({*banned} & {*t.ids} for t in rows)
 
 
 def test_uniforms_belong_to_their_key():
@@ -657,14 +653,13 @@ def test_codecs_and_what_is_missing_in_them():
         codec = rollout.load_codec(str(folder))
         names = codec.tokenizer.get_vocab()
         assert codec.eos_ids == (names["<|im_end|>"], names["<|endoftext|>"])
-        banned = {*range(len(names), len(codec.logit_mask)), *map(names.get, codec.specials)}
-        banned -= set(codec.eos_ids)
-        assert set((codec.logit_mask < 0).nonzero()[:, 0].tolist()) == banned and len(banned) == 39 + 6
+        banned = {*range(len(names), len(names) + 39), *map(names.get, codec.specials)} - {*codec.eos_ids}
+        assert {*(codec.logit_mask < 0).nonzero()[:, 0].tolist()} == banned and len(banned) == 39 + 6
         assert rollout.token_ids("\n", codec)[0] in codec.newline_ids
         assert rollout.render_chat(p, codec).startswith("<|im_start|>system\nYou are a helpful")
         small = rollout.load_codec(str(folder), max_pixels=28 * 28 * 4)
-        few, many = rollout.encode_prompt(p, small).pixel_values, rollout.encode_prompt(p, codec).pixel_values
-        assert len(few) <= 16 < len(many)
+        few, many = (len(rollout.encode_prompt(p, c).pixel_values) for c in (small, codec))
+        assert few <= 16 < many
         for name, text, words in (("config.json", None, "config.json: file is missing"),
                                   ("tokenizer.json", "{", "no readable tokenizer"),
                                   ("config.json", {"image_token_id": 3}, "<|image_pad|> is not image_t"),
@@ -803,11 +798,6 @@ HOSTILE = ["9^9^9^9^9", "3^6400000", "(" * 90 + "7" + ")" * 90, "2^(10^9)", "10^
            "((((9^64)^64)^64)^64)^64", "\\", "%", "!", "°", ".", "=", ",", "7.7.7", "²", "e^(e^(e^e^e))",
            "a" * 1999, "a," * 999, "ﷺ" * 1999, "'", "7_0", "7e", "\\text", "x_", "|7", "sin", "√",
            "\\frac{7}", "A," * 999 + "C", "(A)," * 499, "sin 2x" * 99, "sin^2" * 99, "sin^9^9^9 x"]
-PIECES = ["<think>", "</think>", "<answer>", "</answer>", "\\frac", "{", "}", "(", ")", "^", "\\boxed{", "|",
-          "9" * 40, ",", "\\sqrt", "π", "½", "\u202e", "\u200b", "\0", "\ud7ff", " and ", "-", "**", "(A)",
-          "=", "\n", "%", "°", "√", "1e9", "9^9^9^9^9", "eval(input())", "$$", "±", "<|im_end|>", "<image>"]
-
-
 def tags(text):
     return text.replace("t>", "think>").replace("a>", "answer>")
 
@@ -867,21 +857,11 @@ def test_reward_match_choices():
     assert not answers_match("D", "E", twice)           # empty texts are not one text
 
 
-def spliced(rng, pool):
-    """A text of the pool with pieces of others, and odd ones, put in at random."""
-    text = rng.choice(pool)
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(text) + 1)
-        piece = rng.choice((rng.choice(PIECES) * rng.choice((1, 1, 40)), rng.choice(pool)[:200]))
-        text = (text[:at] + piece + text[at + rng.choice((0, 0, 5)):])[:6000]
-    return text
-
-
 def test_reward_hostile_text():
     """Whatever a completion holds: no exception, an answer of the right kind, little time."""
     start, rng = time.perf_counter(), random.Random(time.time_ns())
     pool = [tags(row[0]) for row in match_rows() + EXTRACT + CHOOSE + REWARD] + [t[:3000] for t in HOSTILE]
-    texts = [spliced(rng, pool) for _ in range(600)]
+    texts = [rng.choice(pool) + rng.choice(pool) + rng.choice(pool) for _ in range(600)]
     for text in ("<think>", "<answer>", "\\boxed{", "answer is ", " ", "1", "1,111", "a ", "\n"):
         texts.append(text * (10 ** 6 // len(text)) + "</think><answer>7</answer>" * (text == "a "))
     for text in HOSTILE:
@@ -1555,8 +1535,7 @@ def test_how_far_continue_sampling_samples():
         limit = min(most, start + max(8, 2 * (t.steps[-1].stop // 5)))
         new, end = r.trajectory, min(limit, len(t.ids))
         assert asked == [("key/go on/3", t.ids[:start], limit, 1.0, ())] and r.tokens == end - start
-        assert new.steps[:k] == t.steps[:k] and new.ids == t.ids[:end]
-        assert new.logps[:start] == t.logps[:start]
+        assert new.steps[:k] == t.steps[:k] and new.ids == t.ids[:end] and new.logps[:start] == t.logps[:start]
         assert r.answer_is_current == new.finished == (end == len(t.ids))
 
 
@@ -2245,16 +2224,17 @@ def test_a_run_resumed_from_an_earlier_checkpoint_equals_the_first():
     """What was later is set aside, a row cut off by a kill is made again, and pruning never takes the
     checkpoint just written. groups.jsonl holds all that is known of rollouts and repairs."""
     with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
-        small_run(folder / "whole", **KINDS["ivr"], max_steps=3, save_every=1, keep=9, show_every=1)
-        shutil.copytree(folder / "whole", folder / "again")
-        with open(folder / "again" / "metrics.jsonl", "a") as file:
+        whole, again = folder / "whole", folder / "again"
+        small_run(whole, **KINDS["ivr"], max_steps=3, save_every=1, keep=9, show_every=1)
+        shutil.copytree(whole, again)
+        with open(again / "metrics.jsonl", "a") as file:
             file.write('{"step": 4, "lo')
-        train.start(["--resume", f"{folder}/again/checkpoint-000001", "--keep", "1"])
-        same_runs(folder / "whole", folder / "again")
-        assert sorted(found.name for found in (folder / "again").glob("*checkpoint*")) == [
+        train.start(["--resume", f"{again}/checkpoint-000001", "--keep", "1"])
+        same_runs(whole, again)
+        assert sorted(found.name for found in again.glob("*checkpoint*")) == [
             "abandoned-checkpoint-000002", "abandoned-checkpoint-000003", "checkpoint-000003"]
-        rows = train.read_jsonl(folder / "whole" / "groups.jsonl")
-        assert rows == train.read_jsonl(folder / "again" / "groups.jsonl") and len(rows) == 3
+        rows = train.read_jsonl(whole / "groups.jsonl")
+        assert rows == train.read_jsonl(again / "groups.jsonl") and len(rows) == 3
         assert rows[0]["repairs"] and rows[0]["step"] == 1
         for row in rows:
             for t in row["rollouts"]:
@@ -2263,8 +2243,8 @@ def test_a_run_resumed_from_an_earlier_checkpoint_equals_the_first():
                 assert {len(t["sampled"]), len(t["logps"]), len(t["weights"] or t["ids"])} == {len(t["ids"])}
             for repair in row["repairs"]:
                 t, source = row["rollouts"][repair["trajectory"]], row["rollouts"][repair["source"]]
-                assert t["source"] == repair["source"] and t["ids"] != source["ids"]
-                assert t["rewards"]["accuracy"] == 1 > source["rewards"]["accuracy"] and repair["turns"]
+                assert t["source"] == repair["source"] and t["ids"] != source["ids"] and repair["turns"]
+                assert t["rewards"]["accuracy"] == 1 > source["rewards"]["accuracy"]
 
 
 def test_damaged_checkpoints_and_a_full_disk():
@@ -2443,7 +2423,7 @@ def test_collapse_is_warned_of():
 
 
 def test_supervised_stage_learns_from_a_file():
-    """A JSONL file of demonstrations: the loss falls, and their tokens are counted."""
+    """The loss falls, and tokens of demonstrations are counted."""
     with scratch() as folder:
         text = "<think>black 1</think><answer>black</answer>"
         data, length = data_file(folder, demonstration=text), len(rollout.token_ids(text, tiny_codec())) + 1
@@ -2453,8 +2433,6 @@ def test_supervised_stage_learns_from_a_file():
         assert losses[-1] < 0.3 * losses[0] and state["tokens"] == 8 * 4 * length, losses
         flags = small_flags(folder / "new", stage="sft", data=data, max_new_tokens=length - 1)
         raises(SystemExit, ["data.jsonl:4", f"has {length} tokens"], train.start, flags)
-        data_file(folder)
-        raises(SystemExit, ["data.jsonl:1", "demonstration", "missing"], train.start, flags)
 
 
 def test_bad_input_ends_with_one_line():
@@ -2473,20 +2451,19 @@ def test_bad_input_ends_with_one_line():
                  ("--stage ppo", "--stage rl sft"), ("--algo ppo", "--algo"), ("--credit all", "--credit"),
                  ("--reader nowhere", "--reader"), ("--anneal -1", "--anneal"), ("--dtype int4", "--dtype"),
                  ("--device gpu", "--device"), ("--batch 0", "--batch"), ("--group_size 1", "--group_size"),
-                 ("--batch 4 --updates_per_batch 3", "--batch 4"), ("--save_every -1", "--save_every"),
-                 ("--max_prompt_tokens 4", "--max_prompt_tokens"))
+                 ("--batch 4 --updates_per_batch 3", "--batch 4"), ("--save_every -1", "--save_every"))
         evaluated = ((f"--data {data}", "data.jsonl:1"), ("--batch 0", "--batch"), ("--sample 3", "--sample"),
                      ("--samples -1", "--samples"), ("--data tiny:kinds=maze", "maze"),
                      ("--max_prompt_tokens 4", "--max_prompt_tokens"))
-        for main, table in ((train.start, cases), (evaluation.main, evaluated)):
-            for flags, words in table:
-                given = ["--model", TINY, "--device", "cpu", "--out", f"{folder}/new", *flags.split()]
-                with contextlib.redirect_stderr(io.StringIO()) as said:
-                    message = raises(SystemExit, "", main, given)
-                if message == "2":                          # argparse's, after the usage
-                    message = said.getvalue().splitlines()[-1]
-                assert "\n" not in message and all(word in message for word in words.split()), message
-                assert not (folder / "new").exists(), flags
+        tried = [(train.start, *case) for case in cases] + [(evaluation.main, *case) for case in evaluated]
+        for main, flags, words in tried:
+            given = ["--model", TINY, "--device", "cpu", "--out", f"{folder}/new", *flags.split()]
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                message = raises(SystemExit, "", main, given)
+            if message == "2":                              # argparse's, after the usage
+                message = said.getvalue().splitlines()[-1]
+            assert "\n" not in message and all(word in message for word in words.split()), message
+            assert not (folder / "new").exists(), flags
 
 
 def test_folders_like_the_hubs_train_and_open_again():
