@@ -29,8 +29,8 @@ from experiments import (benchmarks, localisers, preview, qwen_folder, stepgrpo,
                          walkthrough)
 from experiments.stepgrpo import step_rar, step_reward_parts, step_rvr  # noqa: E402
 from reward import format_ok  # noqa: E402
-from test_all import (TINY, chain, close, main, raises, scratch, seams, segmentation, swapped,  # noqa: E402
-                      tiny_codec, tiny_model)
+from test_all import (TINY, chain, close, data_file, main, raises, scratch, seams,  # noqa: E402
+                      segmentation, small_run, swapped, tiny_codec, tiny_model)
 from tiny import shapes  # noqa: E402
 
 
@@ -42,10 +42,10 @@ def ours(steps, answer="7", between="\n", after=""):
 
 def theirs(headers, **bodies):
     """R1-VL's form from its headers in short: "i", "r", "1", "2", "a". Bodies: "x", the answer 7."""
-    names = {"i": "Image Description", "r": "Rationales", "a": "The final answer is"}
-    bodies, sections = {"a": "7", **bodies}, []
+    names, sections = {"i": "Image Description", "r": "Rationales", "a": "The final answer is"}, []
     for h in headers:
-        sections.append(f"### {names.get(h, 'Step ' + h)}:\n{bodies.get(h, bodies.get('s' + h, 'x'))}")
+        body = bodies.get(h, bodies.get("s" + h, "7" if h == "a" else "x"))
+        sections.append(f"### {names.get(h, 'Step ' + h)}:\n{body}")
     return "\n\n".join(sections)
 
 
@@ -111,8 +111,8 @@ def test_step_reward_parts():
 
 def test_step_reward_hostile_text():
     key_steps = [[f"red {k} 7", "1" * 200, "a " * 90 + "b"] for k in range(20)]
-    pieces = "a|a | |\n|1|1,|.|\\|### |\n###|step |\nstep 1|<think>|</think>|\t |İ|\n### Step 1:"
-    for piece in [*pieces.split("|"), "\n   step  1 ", "Step 1:\n", "\n### The final answer is:7"]:
+    pieces = "a|a | |\n|1|1,|.|\\|### |\n###|step |\nstep 1|<think>|</think>|\t |İ|\n### Step 1:|Step 1:\n"
+    for piece in pieces.split("|"):
         text = piece * (30000 if len(piece) < 9 else 3000)
         for whole in (text, text + "Step 1:", ours(text), theirs("ir12a", s1=text), theirs("ir12a", a=text)):
             start = time.thread_time()
@@ -173,10 +173,10 @@ def test_visual_dependence_is_the_divergence_of_full_logits():
         drawn.setdefault(id(prompt), []).append(drop(prompt, *args))
         return drawn[id(prompt)][-1]
 
+    @torch.no_grad()
     def logps(prompt, ids):
         row, grids = torch.tensor([prompt.ids + ids]), torch.tensor(prompt.grids) if prompt.grids else None
-        with torch.no_grad():
-            return net(row, None, prompt.pixel_values, grids)[0, -1].log_softmax(-1)
+        return net(row, None, prompt.pixel_values, grids)[0, -1].log_softmax(-1)
 
     with swapped(localisers, "drop_patches", dropping):
         found = localisers.visual_dependence(net, codec, rollouts, masks=2)
@@ -284,25 +284,23 @@ HOSTILE = "</script><img src=x onerror=\"document.title=1\"><script>document.tit
 
 
 def traced_run(folder, *flags):
-    """A run of two steps, and a third group whose texts are hostile -> the run, its rows, page, data."""
+    """A run of two steps, and a third group whose texts are hostile -> its rows, its page."""
     run, ids = folder / "run", rollout.token_ids(HOSTILE, tiny_codec())
-    config = train.TrainConfig(model=TINY, data="tiny:steps=5,kinds=tiles+bars", out=str(run), max_steps=2,
-                               batch=4, group_size=4, eval_problems=0, show_every=1, device="cpu")
     with contextlib.redirect_stdout(io.StringIO()):
-        train.train(train.Trainer(config))
+        small_run(run, data="tiny:steps=5,kinds=tiles+bars", max_new_tokens=128, show_every=1)
         rows = train.read_jsonl(run / "groups.jsonl")
         row = {**rows[0], "step": 3, "question": HOSTILE, "gold": HOSTILE, "id": HOSTILE}
         change = {"ids": ids, "text": HOSTILE, "provenance": HOSTILE, "steps": [], "logps": [math.nan, 9.0]}
         row["rollouts"] = [{**r, **change} for r in row["rollouts"]]
         train.write_text(run / "groups.jsonl", "\n".join(map(json.dumps, [*rows, row])))
         trace.main([str(run), *flags])
-    page = (run / "trace.html").read_text()
-    return run, rows, page, page.partition('id="data">')[2].partition("</script>")[0]
+    return rows, (run / "trace.html").read_text()
 
 
 def test_trace_holds_the_run_and_no_markup_of_others():
     with scratch() as folder:
-        _, rows, page, data = traced_run(folder, "--signals")
+        rows, page = traced_run(folder, "--signals")
+    data = page.partition('id="data">')[2].partition("</script>")[0]
     assert not re.search(r"[^\x20-;=-~]", data) and page.count("<script") == 2
     assert not re.search("(?:src|href)=.?http", page) and "NaN" not in data and "Infinity" not in data
     *groups, last = json.loads(data)["groups"]
@@ -330,9 +328,9 @@ def test_trace_in_a_browser():
       document.body.replaceChildren(JSON.stringify(seen)); </script></body>"""
     flags = "--headless --no-sandbox --dump-dom --disable-background-networking --enable-logging=stderr"
     with scratch() as folder:
-        run, rows, page, _ = traced_run(folder)
-        (run / "act.html").write_text(page.replace("</body>", acts))
-        command = [browser, *flags.split(), f"--user-data-dir={folder}/x", f"file://{run}/act.html"]
+        rows, page = traced_run(folder)
+        (folder / "act.html").write_text(page.replace("</body>", acts))
+        command = [browser, *flags.split(), f"--user-data-dir={folder}/x", f"file://{folder}/act.html"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert "CONSOLE" not in done.stderr, done.stderr
     seen = json.loads(html.unescape(re.search(r'\{"charts.*\}', done.stdout)[0]))
@@ -408,8 +406,8 @@ BENCHMARKS = {
 
 
 def write_tsv(path, rows):
-    names = dict.fromkeys(name for row in rows for name in row)
     with open(path, "w", encoding="utf-8", newline="") as file:
+        names = dict.fromkeys(name for row in rows for name in row)
         writer = csv.DictWriter(file, names, delimiter="\t", restval="")
         writer.writeheader()
         writer.writerows(rows)
@@ -431,7 +429,7 @@ def done(path, completions):
 
 def test_benchmarks_from_file_to_prediction():
     """convert, what eval.py reads of it, score and export of every gold; and of hostile completions."""
-    hostile = ["(" * 20000, "9" * 100000, "is " * 20000, "\\boxed{" * 3000, "", "[" * 9000, "\0\u202e\r\t\"\ud800"]
+    hostile = ["(" * 20000, "9" * 100000, "is " * 20000, "\\boxed{" * 3000, "", "\0\u202e\r\t\"\ud800"]
     for name, cases in BENCHMARKS.items():
         with scratch() as folder:
             rows = [{"index": n, "image": RED, **cells} for n, (cells, *_) in enumerate(cases)]
@@ -548,26 +546,22 @@ def test_real_vocabulary_from_files_to_transformers():
     """Random weights behind Qwen's real vocabulary: steps, seams, a supervised step, a step of ivr, an
     evaluation; transformers opens what was saved."""
     if not qwen_folder.has_ranks():
-        print("skipped: pip install --no-deps dashscope")
-        return
+        return print("skipped: pip install --no-deps dashscope")
     from transformers import AutoModelForImageTextToText
     with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
         qwen_folder.main([str(folder / "qwen")])
         codec = rollout.load_codec(str(folder / "qwen"))
         segmentation(codec)
         assert seams(codec, 300) > 150
-        preview.write_problems(folder, 2, 3, "train")
-        rows = train.read_jsonl(folder / "problems.jsonl")
-        for row in rows:
-            row["demonstration"] = "<think>\nThe red tile is 4.\n\nSo it is 6.\n</think>\n<answer>6</answer>"
-        train.write_text(folder / "problems.jsonl", "\n".join(map(json.dumps, rows)))
-        flags = f"--data {folder}/problems.jsonl --batch 2 --group_size 2 --max_steps 1 --device cpu --out {folder}"
-        train.start(f"--stage sft --model {folder}/qwen {flags}/sft --max_new_tokens 60".split())
-        train.start(f"--model {folder}/sft/checkpoint-000001 {flags}/ivr --max_new_tokens 24".split())
-        evaluation.main(f"--model {folder}/ivr/checkpoint-000001 --data {folder}/problems.jsonl --greedy "
-                        f"--max_new_tokens 8 --device cpu --out {folder}/rows.jsonl".split())
+        text = "<think>\nThe red tile is 4.\n\nSo it is 6.\n</think>\n<answer>6</answer>"
+        data, sft, ivr = data_file(folder, 2, demonstration=text), folder / "sft", folder / "ivr"
+        changes = {"data": str(data), "batch": 2, "group_size": 2, "max_steps": 1}
+        small_run(sft, model=str(folder / "qwen"), stage="sft", max_new_tokens=60, **changes)
+        small_run(ivr, model=f"{sft}/checkpoint-000001", max_new_tokens=24, **changes)
+        evaluation.main(f"--model {ivr}/checkpoint-000001 --data {data} --greedy --max_new_tokens 8 "
+                        f"--device cpu --out {folder}/rows.jsonl".split())
         assert len(train.read_jsonl(folder / "rows.jsonl")) == 2
-        AutoModelForImageTextToText.from_pretrained(folder / "ivr" / "checkpoint-000001")
+        AutoModelForImageTextToText.from_pretrained(ivr / "checkpoint-000001")
 
 
 # ---- tables.py
