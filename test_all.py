@@ -190,41 +190,37 @@ def reference_model(folder):
     return net.eval()
 
 
-def hub_batch(image_token_id, seed):
-    """Rows with 1, 2, 0 and 1 images of odd sizes, padded on the right or, every third seed, on the left."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    r, noise, rows, pixels, grids = random.Random(seed), np.random.default_rng(seed), [], [], []
-    bounds = {"min_pixels": 3136, "max_pixels": r.choice((20_000, 10 ** 6))}
-    for count in (1, 2, 0, 1):
-        text = r.sample(range(256), 8)
-        row = text[:r.randint(1, 8)]
-        for _ in range(count):
-            shape = (r.randrange(28, 200), r.randrange(28, 260), 3)
-            image = Image.fromarray(noise.integers(0, 256, shape, dtype=np.uint8))
-            patches, grid = m.preprocess_image(image, m.ImageConfig(**bounds))
-            expected = Qwen2VLImageProcessorPil(**bounds)(images=[image], return_tensors="pt")
-            assert tuple(expected.image_grid_thw[0].tolist()) == grid
-            close(expected.pixel_values, patches)
-            pixels.append(torch.from_numpy(patches))
-            grids.append(grid)
-            row += [image_token_id] * (grid[1] * grid[2] // 4) + text[-r.randint(1, 8):]
-        rows.append(row)
-    ids, mask = rollout.pad(rows, 0, left=seed % 3 == 0)
-    return ids, mask.long(), torch.cat(pixels), torch.tensor(grids)
-
-
 @torch.no_grad()
 def test_parity_with_transformers():
-    """12 random configurations: logits and image patches to 1e-4; text alone, too."""
+    """12 random configurations: logits and image patches to 1e-4; text alone, too. Rows have 1, 2, 0 and 1
+    images of odd sizes and are padded on the right or, every third time, on the left."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     for seed in range(12):
         with scratch() as scratched:
             folder = hub_folder(scratched / "hub", seed % 2 == 0, seed)
             ours, reference = m.load_model(folder), reference_model(folder)
-        ids, mask, pixels, grids = hub_batch(ours.config.image_token_id, seed)
-        expected = reference(input_ids=ids, attention_mask=mask, pixel_values=pixels, image_grid_thw=grids,
-                             mm_token_type_ids=(ids == ours.config.image_token_id).int()).logits[mask == 1]
+        r, noise, rows, pixels, grids = random.Random(seed), np.random.default_rng(seed), [], [], []
+        bounds = {"min_pixels": 3136, "max_pixels": r.choice((20_000, 10 ** 6))}
+        for count in (1, 2, 0, 1):
+            text = r.sample(range(256), 8)
+            row = text[:r.randint(1, 8)]
+            for _ in range(count):
+                shape = (r.randrange(28, 200), r.randrange(28, 260), 3)
+                image = Image.fromarray(noise.integers(0, 256, shape, dtype=np.uint8))
+                patches, grid = m.preprocess_image(image, m.ImageConfig(**bounds))
+                expected = Qwen2VLImageProcessorPil(**bounds)(images=[image], return_tensors="pt")
+                assert tuple(expected.image_grid_thw[0].tolist()) == grid
+                close(expected.pixel_values, patches)
+                pixels.append(torch.from_numpy(patches))
+                grids.append(grid)
+                row += [ours.config.image_token_id] * (grid[1] * grid[2] // 4) + text[-r.randint(1, 8):]
+            rows.append(row)
+        ids, mask = rollout.pad(rows, 0, left=seed % 3 == 0)
+        images = {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.tensor(grids)}
+        expected = reference(input_ids=ids, attention_mask=mask.long(), **images,
+                             mm_token_type_ids=(ids == ours.config.image_token_id).int()).logits[mask]
         assert expected.abs().max() > 1, "a reference near zero would agree with anything"
-        close(ours(ids, mask, pixels, grids)[mask == 1], expected)
+        close(ours(ids, mask.long(), *images.values())[mask], expected)
         text = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(seed))
         close(ours(text), reference(input_ids=text).logits)
 
@@ -908,16 +904,11 @@ STEPS = [               # a completion, its steps; first in the ways of Qwen2.5-
      ["To find the total, look at each shelf.", "1. **Top shelf**: There are 3 books.",
       "2. **Middle shelf**: There are 5 books.", "3. **Bottom shelf**: 4 books.",
       "Adding them gives 3 + 5 + 4 = 12."]),
-    (ANGLE + "\n\n2. The angle at B is 60°.\n3. So the angle at C is 80°.\n\n**Answer:** 80°",
-     [ANGLE, "2. The angle at B is 60°.", "3. So the angle at C is 80°."]),
-    ("1) The bar for May reaches 7.\n2) The bar for June reaches 9.\n3) The difference is 2.\n\nTherefore, "
-     "the answer is \\boxed{2}.",
-     ["1) The bar for May reaches 7.", "2) The bar for June reaches 9.", "3) The difference is 2."]),
+    (ANGLE + "\n\n2) The angle at B is 60°.\n3) So the angle at C is 80°.\n\nTherefore, the answer is \\boxed{80}.",
+     [ANGLE, "2) The angle at B is 60°.", "3) So the angle at C is 80°."]),
     ("### Step 1: Read the legend\nBlue stands for rain.\n\n### Step 2: Read the bar\nIt is 12 mm high.\n\n"
      "### Final Answer\n\\boxed{12}",
      ["### Step 1: Read the legend\nBlue stands for rain.", "### Step 2: Read the bar\nIt is 12 mm high."]),
-    ("## The picture\nThree cats sit on a wall.\n## The question\nOne of them is black.\n",
-     ["## The picture\nThree cats sit on a wall.", "## The question\nOne of them is black."]),
     ("**Triangle ABC**\nAB = 5 and BC = 12.\n\n**Pythagoras**\n\\[\nAC = \\sqrt{5^2 + 12^2}\n= 13\n\\]\n",
      ["**Triangle ABC**\nAB = 5 and BC = 12.", "**Pythagoras**\n\\[\nAC = \\sqrt{5^2 + 12^2}\n= 13\n\\]"]),
     # R1-VL: a description, then headers
@@ -1803,19 +1794,11 @@ def step_with_repairs():
 
 def test_a_step_with_repairs():
     """Each problem is encoded once, whatever is checked, revised or restarted. The group keeps its size and
-    the source; the rectified one is credited whole, of the source the tokens at fault; the entropy is that of
-    the policy's own tokens."""
+    the source; the rectified one is credited whole, of the source the tokens at fault."""
     trainer, metrics, encoded, opened = step_with_repairs()
     assert [problem.id for problem in encoded] == [problem.id for problem in trainer.next_batch()[0]]
     assert len(opened) == len({id(image) for image in opened}) == len(encoded)
     assert metrics["repaired"] >= 2 and metrics["revisions"] >= 2 and metrics["check_tokens"] > 6
-    own, used = 0.0, 0
-    for t in sum(metrics["groups"], []):
-        if t.provenance == "policy" and grpo.has_gradient(t, beta=0.0):
-            _, entropy, _ = rollout.completion_logps(trainer.model, trainer.codec, [t.prompt], [t.ids], True)
-            on = torch.tensor(t.weights or t.sampled) > 0
-            own, used = own + entropy[0][on].sum().item(), used + on.sum().item()
-    close(metrics["entropy"], own / used)
     for r in metrics["repairs"]:
         t, source, (group,) = r.trajectory, r.source, [g for g in metrics["groups"] if r.source in g]
         assert len(group) == 4 and (t in group) == (r.outcome == "repaired")
@@ -1851,18 +1834,8 @@ def test_degenerate_groups():
 
 # ---- tiny/shapes.py
 
-def test_splits_share_no_image():
-    """No content of a held-out picture is ever drawn in training, whatever the seed."""
-    for kind in shapes.KINDS:
-        seen = {"train": set(), "heldout": set()}
-        for split, seed, i in itertools.product(seen, (0, 1), range(100)):
-            facts = shapes.make_problem(kind, 2, "free", split, seed, i).oracle
-            seen[split].add(json.dumps([facts["show"], facts.get("next")], sort_keys=True))
-        assert not seen["train"] & seen["heldout"] and min(map(len, seen.values())) > 50
-
-
 def test_problems_are_reproducible_varied_and_true():
-    """The same arguments make the same problem; its true chain leads to the answer."""
+    """The true chain leads to the answer; no held-out picture is ever drawn in training, whatever the seed."""
     for kind, steps, form in itertools.product(shapes.KINDS, (1, 3, 20), shapes.FORMS):
         p, again = (shapes.make_problem(kind, steps, form, "heldout", 3, steps) for _ in range(2))
         assert (p.question, p.answer) == (again.question, again.answer) and p.question.count("<image>") == 1
@@ -1873,8 +1846,12 @@ def test_problems_are_reproducible_varied_and_true():
         if p.choices:
             assert p.choices["ABCD".index(p.answer)] == shapes.answer_from_steps(p.oracle, p.key_steps)
             assert len(set(p.choices)) == 4
-    pictures = [shapes.make_problem("tiles", 5, index=i).images[0] for i in range(20)]
-    assert len({p.tobytes() for p in pictures}) == 20 and len({p.size for p in pictures}) > 3
+    for kind in shapes.KINDS:
+        seen = {"train": set(), "heldout": set()}
+        for split, seed, i in itertools.product(seen, (0, 1), range(100)):
+            facts = shapes.make_problem(kind, 2, "free", split, seed, i).oracle
+            seen[split].add(json.dumps([facts["show"], facts.get("next")], sort_keys=True))
+        assert not seen["train"] & seen["heldout"] and min(map(len, seen.values())) > 50
     raises(ValueError, "no such task", shapes.make_problem, "tiles", 3, split="heldot")
 
 
@@ -2178,18 +2155,13 @@ def test_interrupted_runs_continue_bit_for_bit():
 
 def test_examples_of_the_readme_run():
     """Every block of Python, as it stands, in a folder of its own."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    env, jobs = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, []
-    with scratch() as folder:
-        for n, block in enumerate(blocks):
-            place = folder / f"{n}"
-            place.mkdir()
-            (place / "tiny").symlink_to(TINY)
-            jobs.append(subprocess.Popen([sys.executable, "-c", block], cwd=place, env=env, text=True,
-                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-        for job, block in zip(jobs, blocks):
-            said = job.communicate(timeout=300)[0]
-            assert job.returncode == 0, block + said[-2000:]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S):
+        with scratch() as folder:
+            (folder / "tiny").symlink_to(TINY)
+            done = subprocess.run([sys.executable, "-c", block], cwd=folder, env=env, text=True, timeout=300,
+                                  capture_output=True)
+            assert done.returncode == 0, block + done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def test_a_run_resumed_from_an_earlier_checkpoint_equals_the_first():
@@ -2260,7 +2232,7 @@ def test_ivr_without_repairs_is_grpo_whatever_the_micro_batches():
 
 def test_first_update_is_the_plain_policy_gradient():
     """Against autograd on uncached log-probs: -sum A_i log pi(y_i) / (B G L_max). The entropy is that of the
-    policy's tokens, and forced tokens and those without weight have no gradient."""
+    policy's own tokens."""
     with swapped(train, "load_model", lambda *given: random_model(spread=0.2)):
         trainer = small_trainer(batch=3, group_size=3, max_new_tokens=24)
     net, codec, optimizer, entropy = trainer.model, trainer.codec, trainer.optimizer, 0.0
@@ -2281,12 +2253,6 @@ def test_first_update_is_the_plain_policy_gradient():
     close(stats["entropy"], entropy / sum(len(t.ids) for t in rows[1:]), 1e-4)
     for name, p in net.named_parameters():
         close(optimizer.grads[name], p.grad, 1e-4 * max(1.0, p.grad.abs().max().item()))
-    for t.sampled, t.weights, learns in (([0] * size, None, False), ([1] * size, [0.0] * size, False),
-                                         ([0] * size, [1.0] * size, False), ([1] * size, None, True)):
-        net.zero_grad()
-        optimizer.grads = {}
-        trainer.backward([t], 1.0)
-        assert any(grad.any() for grad in optimizer.grads.values()) == learns
 
 
 def test_tokens_of_every_kind_are_counted():
@@ -2302,15 +2268,6 @@ def test_tokens_of_every_kind_are_counted():
     assert found["repair_tokens"] == len(asked) + sum(sizes[4 * 4:])
     assert found["generated_tokens"] == trainer.tokens == len(asked) + sum(sizes)
     assert trainer.progress() == trainer.tokens / 10 ** 4
-
-
-def test_defaults_and_flags():
-    """A caller's defaults; flags win over them, and a run may end by tokens."""
-    with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
-        train.start(small_flags(folder, max_tokens=1), defaults={"rectify_below": 1.0, "batch": 2})
-        assert len(metrics(folder)) == 1
-        c = train.parse_flags(train.TrainConfig, ["--no-freeze_vision"], m.read_json(folder / "config.json"))
-        assert (c.rectify_below, c.batch, c.max_tokens, c.freeze_vision) == (1.0, 4, 1, False)
 
 
 def test_optimizer_shards_and_masters():
@@ -2396,14 +2353,14 @@ def test_collapse_is_warned_of():
 
 
 def test_supervised_stage_learns_from_a_file():
-    """The loss falls, and tokens of demonstrations are counted."""
+    """The loss falls; tokens of demonstrations are counted, and may end the run."""
     with scratch() as folder:
         text = "<think>black 1</think><answer>black</answer>"
         data, length = data_file(folder, demonstration=text), len(rollout.token_ids(text, tiny_codec())) + 1
-        small_run(folder / "run", stage="sft", data=str(data), max_steps=8, lr=3e-3, micro_rows=3)
+        small_run(folder / "run", stage="sft", data=str(data), max_steps=99, max_tokens=8 * 4 * length, lr=3e-3,
+                  micro_rows=3)
         losses = [row["loss"] for row in metrics(folder / "run")]
-        state = m.read_json(folder / "run" / "checkpoint-000008" / "trainer.json")
-        assert losses[-1] < 0.3 * losses[0] and state["tokens"] == 8 * 4 * length, losses
+        assert len(losses) == 8 and losses[-1] < 0.3 * losses[0], losses
         flags = small_flags(folder / "new", stage="sft", data=data, max_new_tokens=length - 1)
         raises(SystemExit, ["data.jsonl:4", f"has {length} tokens"], train.start, flags)
 

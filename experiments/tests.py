@@ -314,31 +314,6 @@ def test_trace_holds_the_run_and_no_markup_of_others():
     assert "".join(last["rollouts"][0]["tokens"]) == last["question"] == HOSTILE
 
 
-def test_trace_in_a_browser():
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if not browser:
-        return print("skipped: no chromium")
-    acts = """<script>
-      const many = what => document.querySelectorAll(what).length, seen = { charts: many(".chart polyline") };
-      const press = key => document.dispatchEvent(new KeyboardEvent("keydown", { key }));
-      $("right").value = "0"; refilter(); seen.wrong = many(".rollout") > 0 && !many(".rollout.right");
-      $("right").value = ""; refilter(); go(-9); press("t"); seen.tokens = many("table tr");
-      press("ArrowRight"); seen.at = at; go(9); seen.images = many("img"); seen.scripts = many("script");
-      seen.text = document.querySelector("#problem pre").textContent; seen.title = document.title;
-      document.body.replaceChildren(JSON.stringify(seen)); </script></body>"""
-    flags = "--headless --no-sandbox --dump-dom --disable-background-networking --enable-logging=stderr"
-    with scratch() as folder:
-        rows, page = traced_run(folder)
-        (folder / "act.html").write_text(page.replace("</body>", acts))
-        command = [browser, *flags.split(), f"--user-data-dir={folder}/x", f"file://{folder}/act.html"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    seen = json.loads(html.unescape(re.search(r'\{"charts.*\}', done.stdout)[0]))
-    assert seen.pop("charts") > 8 and seen.pop("tokens") == len(rows[0]["rollouts"][0]["ids"]) + 1
-    assert seen == {"wrong": True, "at": 1, "images": 0, "scripts": 3, "title": "Training trace",
-                    "text": HOSTILE[:-3] + "\\u001b\\u202e\\u0000"}
-
-
 def test_walkthrough_tells_one_step():
     with contextlib.redirect_stdout(io.StringIO()) as told:
         walkthrough.main(f"--model {TINY} --data tiny:steps=9,kinds=tiles --batch 8 --device cpu".split())
