@@ -2,14 +2,11 @@
 import base64
 import contextlib
 import csv
-import html
 import io
 import itertools
 import json
 import math
 import re
-import shutil
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -53,19 +50,19 @@ def test_step_rar():
     for key_steps, want in [
             (["red 4 7", "blue 2 3"], 1), (["red 4 7", "blue 3"], 0.5), (["BLUE 2 3", "red 5"], 0.5),
             ([["four", "red 4"], "two"], 0.5), (["green 1"], 0), (["5"], 0), (["3.5"], 1), (["15"], 1),
-            (["ed 4"], 0), (["re"], 0), (["red 4", "red  4", "no"], 0.5),
-            (["it is 15", "7 , then", "nought"], 2 / 3), (["red 4", "x" * 201], 1),
-            (["red 4", "x" * 200], 0.5), ([f"no {k}" for k in range(199)] + ["red 4"], 1 / 200),
-            ([f"no {k}" for k in range(200)] + ["red 4"], 0), ([["no"] * 9 + ["red 4"]], 1),
-            ([["no"] * 10 + ["red 4"]], 0), (["red 4", 7, None, {"red": 4}, [], "", ["red 4", None]], 1),
+            (["ed 4"], 0), (["re"], 0), (["red 4", "red  4", "no"], 0.5), (["red 4", "x" * 200], 0.5),
+            (["red 4", "x" * 201], 1), (["it is 15", "7 , then", "nought"], 2 / 3),
+            ([f"no {k}" for k in range(199)] + ["red 4"], 1 / 200), ([["no"] * 9 + ["red 4"]], 1),
+            ([f"no {k}" for k in range(200)] + ["red 4"], 0), ([["no"] * 10 + ["red 4"]], 0),
+            (["red 4", 7, None, {"red": 4}, [], "", ["red 4", None]], 1),
             (None, 0), ({}, 0), ("red 4", 0), ([7, {}, ["red 4", 7]], 0), ([["", "\n"]], 0)]:
         text = ours("Red 4\n  7, then\tblue  2 3.\nIt is 15, or 3.5; x=9", answer="green 1")
         assert step_rar(text, key_steps) == want, (key_steps, step_rar(text, key_steps))
     for text, want in [                                 # only the steps count, of one form, 20,000 characters
-            (ours("a " * 9997 + "red 4"), 1), (ours("a " * 9998 + "red 4"), 0), ("red 4", 0),
-            ("red 4 <think>a</think> red 4 <answer>red 4</answer>", 0), ("<think>red 4", 0),
-            ("<think>a</think><think>red 4</think>", 0), ("<think>a</think>" + theirs("ir12a", s1="red 4"), 0),
-            (theirs("ir12a", s2="so red 4"), 1), (theirs("ir12a", s1="so red", s2="4"), 1),
+            (ours("a " * 9997 + "red 4"), 1), (ours("a " * 9998 + "red 4"), 0), ("<think>red 4", 0),
+            ("red 4 <think>a</think> red 4 <answer>red 4</answer>", 0), (theirs("ir12a", s2="so red 4"), 1),
+            ("<think>a</think><think>red 4</think>", 0), (theirs("ir12a", s1="so red", s2="4"), 1),
+            ("<think>a</think>" + theirs("ir12a", s1="red 4"), 0),
             (theirs("ir12a", i="red 4", r="red 4", a="red 4"), 0)]:
         assert step_rar(text, ["red 4"]) == want, text[:80]
 
@@ -94,7 +91,7 @@ def test_step_reward_parts():
             (ours(both), 1, 1, 1, 2.1), (ours("red 4"), 1, 0.5, 1, 2.05), (ours("a"), 1, 0, 1, 2),
             (ours("red 4", "8"), 0, 0.5, 1, 1.05), (ours(both, "7", " so "), 1, 1, 0, 1.1), ("", 0, 0, 0, 0),
             (ours(both, "8", " so "), 0, 1, 0, 0.1), (think + "\\boxed{7}", 1, 1, 0, 1.1),
-            (think, 0, 1, 0, 0), (think + " It is 7.", 0, 1, 0, 0), (think + "<answer> </answer>", 0, 1, 0, 0),
+            (think, 0, 1, 0, 0), (think + " It is 7.", 0, 1, 0, 0), (think + "<answer></answer>", 0, 1, 0, 0),
             ("<think>\\boxed{7}" + think[7:], 0, 1, 0, 0), (theirs("ir12a", a="8"), 0, 0, 1, 1),
             (theirs("ir12a", s1=both, a="\\boxed{7}"), 1, 1, 1, 2.1), (theirs("air1", s1=both), 1, 1, 0, 1.1),
             (theirs("ir1", s1=both), 0, 1, 0, 0), (theirs("ir1a", s1=both, a=""), 0, 1, 0, 0),
@@ -153,18 +150,6 @@ def test_no_return_is_where_no_margin_follows():
             assert localisers.no_return(list(margins)) == want, margins
 
 
-def test_drop_patches_takes_whole_blocks():
-    merge, rng, shares = tiny_codec().image_config.merge_size, torch.Generator().manual_seed(1), []
-    prompt = three_rollouts()[2].prompt
-    for _ in range(60):
-        pixels = localisers.drop_patches(prompt, merge, 0.6, rng).pixel_values
-        gone = (pixels == 0).all(1).view(-1, merge ** 2)
-        assert torch.equal(gone.any(1), gone.all(1))
-        assert torch.equal(pixels[~gone.view(-1)], prompt.pixel_values[~gone.view(-1)])
-        shares.append(gone.float().mean().item())
-    assert abs(np.mean(shares) - 0.6) < 0.05 and len(set(shares)) > 3
-
-
 def test_visual_dependence_is_the_divergence_of_full_logits():
     """Token by token against uncached forwards, with the two masks that were drawn; alone as in company."""
     net, codec, rollouts, drawn = tiny_model(), tiny_codec(), three_rollouts(), {}
@@ -187,6 +172,9 @@ def test_visual_dependence_is_the_divergence_of_full_logits():
             close(values[n], (parts[0] + parts[1]) / 2, 1e-3)
         close(localisers.visual_dependence(net, codec, [t], masks=2, budget=1)[0], values, 1e-3)
     assert max(found[0]) > 0.1 and max(map(abs, found[1])) < 1e-5
+    for masked in drawn[id(rollouts[2].prompt)]:            # whole blocks of patches are dropped
+        gone = (masked.pixel_values == 0).all(1).view(-1, codec.image_config.merge_size ** 2)
+        assert torch.equal(gone.any(1), gone.all(1)) and 0.3 < gone.float().mean() < 0.9
 
 
 def test_step_dependence_and_erosion_by_hand():
@@ -283,23 +271,17 @@ def test_study_of_a_few_rollouts():
 HOSTILE = "</script><img src=x onerror=\"document.title=1\"><script>document.title=1</script>\x1b\u202e\x00"
 
 
-def traced_run(folder, *flags):
-    """A run of two steps, and a third group whose texts are hostile -> its rows, its page."""
-    run, ids = folder / "run", rollout.token_ids(HOSTILE, tiny_codec())
-    with contextlib.redirect_stdout(io.StringIO()):
+def test_trace_holds_the_run_and_no_markup_of_others():
+    """Of a run of two steps, and a third group whose texts are hostile."""
+    with scratch() as run, contextlib.redirect_stdout(io.StringIO()):
         small_run(run, data="tiny:steps=5,kinds=tiles+bars", max_new_tokens=128, show_every=1)
-        rows = train.read_jsonl(run / "groups.jsonl")
+        rows, ids = train.read_jsonl(run / "groups.jsonl"), rollout.token_ids(HOSTILE, tiny_codec())
         row = {**rows[0], "step": 3, "question": HOSTILE, "gold": HOSTILE, "id": HOSTILE}
         change = {"ids": ids, "text": HOSTILE, "provenance": HOSTILE, "steps": [], "logps": [math.nan, 9.0]}
         row["rollouts"] = [{**r, **change} for r in row["rollouts"]]
         train.write_text(run / "groups.jsonl", "\n".join(map(json.dumps, [*rows, row])))
-        trace.main([str(run), *flags])
-    return rows, (run / "trace.html").read_text()
-
-
-def test_trace_holds_the_run_and_no_markup_of_others():
-    with scratch() as folder:
-        rows, page = traced_run(folder, "--signals")
+        trace.main([str(run), "--signals"])
+        page = (run / "trace.html").read_text()
     data = page.partition('id="data">')[2].partition("</script>")[0]
     assert not re.search(r"[^\x20-;=-~]", data) and page.count("<script") == 2
     assert not re.search("(?:src|href)=.?http", page) and "NaN" not in data and "Infinity" not in data
@@ -495,9 +477,9 @@ def test_benchmarks_broken_files():
         tsv.write_text(header + line)
         data, said = converted(tsv)[0], done(folder / "said", {"0": "B"})
         raises(rollout.DataError, "--out", benchmarks.export, said, data, tsv, tsv)
+        raises(rollout.DataError, "field 'benchmark'", benchmarks.score, said, said)
         for completions, words in (({"9": "A"}, "'9' is no"), ({"0": None}, "other:1"), ({}, "no rows")):
             raises(rollout.DataError, words, benchmarks.score, done(folder / "other", completions), data)
-        raises(rollout.DataError, "field 'benchmark'", benchmarks.score, said, said)
         other = write_tsv(folder / "b.tsv", [{"question": "", "answer": ""}])
         raises(SystemExit, ["error: --tsv", "0 rows"], benchmarks.main,
                ["export", str(said), "--data", str(data), "--tsv", str(other), "--out", "c.tsv"])
