@@ -137,8 +137,7 @@ def qwen_like_tokenizer():
 
 def hub_folder(folder, tied=True, seed=1):
     """A folder laid out like Qwen2.5-VL-3B-Instruct (tied) or 7B (not): bf16 shards with an index, spare rows
-    in the embedding, two end tokens, a flat config.json (for every third seed nested, as transformers 5 has
-    it). Small, with random weights; the seed turns every architectural knob."""
+    in the embedding, two end tokens, a flat config.json (every third time a nested one), random weights."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.py", "*.safetensors", "__pycache__"))
     qwen_like_tokenizer().save(str(folder / "tokenizer.json"))
@@ -192,8 +191,7 @@ def reference_model(folder):
 
 @torch.no_grad()
 def test_parity_with_transformers():
-    """12 random configurations: logits and image patches to 1e-4; text alone, too. Rows have 1, 2, 0 and 1
-    images of odd sizes and are padded on the right or, every third time, on the left."""
+    """12 random configurations, rows with 1, 2, 0 and 1 images: logits and image patches to 1e-4."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     for seed in range(12):
         with scratch() as scratched:
@@ -347,8 +345,8 @@ def test_rows_start_from_prefixes_and_end_at_limits_and_stop_tokens():
         assert forced[n].ids == t.ids and forced[n].prompt is t.prompt  # by the same random numbers
         assert forced[n].sampled == [0] * start + [1] * (len(t.ids) - start)
         close(forced[n].logps, [0.0] * start + t.logps[start:])
-        assert limited[n].ids == t.ids[:limits[n]] and (limited[n].finished
-                                                        == (t.finished and len(t.ids) <= limits[n]))
+        assert limited[n].ids == t.ids[:limits[n]]
+        assert limited[n].finished == (t.finished and len(t.ids) <= limits[n])
         assert stopped[n].ids == t.ids[:end] and stopped[n].finished == (t.finished and end == len(t.ids))
     for bad, limits in (([[1]], None), ([[9] * 14] + [[]] * 11, None), ([[9] * 3] + [[]] * 11, [3] * 12)):
         raises(ValueError, "prefixes must hold 12", rollout.sample, net, problems, codec, 3, 14,
@@ -866,7 +864,6 @@ def test_reward_parts_and_hacks():
 
 # ---- attribute.py
 
-
 def chain(problem, steps, answer="none", text=None):
     """A finished, wrong rollout of the given steps (or of a whole text)."""
     codec = tiny_codec()
@@ -904,7 +901,8 @@ STEPS = [               # a completion, its steps; first in the ways of Qwen2.5-
      "### The final answer is: 35 %",
      ["### Image Description:\nA pie chart with 4 parts.", "### Rationales:\nThe parts add up to 100 %.",
       "### Let's think step by step.", "### Step 1:\nRed is 40 %.", "### Step 2:\nBlue is 25 %."]),
-    ("<think>\nSee.\n**Step 1:** look\n3.\n\nStepping on.\n  STEP 2 -\n$$\n3 + 4\n$$\n## step 10.\n</think>",
+    ("<think>\nSee.\n**Step 1:** look\n3.\n\nStepping on.\n  STEP 2 -\n$$\n3 + 4\n$$\n## step 10."
+     "\n\nAnswer: 7</think>",
      ["See.", "**Step 1:** look\n3.\n\nStepping on.", "STEP 2 -\n$$\n3 + 4\n$$", "## step 10."]),
     # Vision-R1: one long paragraph that talks to itself
     ("<think>Okay, let's see. The triangle has a right angle at B. Wait, is it B? Yes, the little square is "
@@ -1035,8 +1033,7 @@ def test_screening_leaves_out_what_cannot_be_located():
 
 
 def test_reader_check_is_a_difference():
-    """Suspect is what the policy (first case) or language (second) found easy and the reader, with the image,
-    does not, at a place where the image has a say; never a forced token. Numbers by hand."""
+    """Suspect is what policy or language found easy and the reader does not, where the image has a say."""
     easy, hard, rare = -0.1, -3.1, -4.0
     for mu, seen, masked, say, sampled, gap, token in (
             ([easy] * 3, [-0.2, hard, -2.1], [easy, hard, -5.0], [9, 9, 9], [1, 1, 1], 3.0, 1),
@@ -1252,8 +1249,7 @@ def test_revision_logps_are_those_of_the_model_and_context_a_token_came_from():
 
 
 def test_revision_prompts_are_the_questions():
-    """No prompt of the loop holds anything but the problem's own chat, and no forced prefix but a piece of
-    the chain: nothing is asked, no answer can leak."""
+    """A prompt is the problem's own chat, a forced prefix a piece of the chain: no answer leaks."""
     seen, sample = [], rollout.sample
 
     def recording(model, problems, codec, *rest):
@@ -1355,9 +1351,8 @@ SEAM_ENDS = ("\n", "\n\n", ".\n", ".\n\n", "!\n\n", ".</", "</", ")\n", ")</", "
 
 
 def seams(codec, count: int) -> int:
-    """Random chains in which a step is rewritten: the ids are those that the tokenizer gives the new text,
-    what models wrote keeps its log-prob and the forced rest has none; texts, blank lines and indentation of
-    the others survive. Returns how many were rewritten."""
+    """Of random chains a step is rewritten: the ids are those that the tokenizer gives the new text, what
+    models wrote keeps its log-prob, the forced rest has none, other steps survive. Returns how many were."""
     done, token_ids, decode = 0, functools.partial(rollout.token_ids, codec=codec), codec.tokenizer.decode
     for seed in range(count):
         rng = random.Random(seed)
@@ -1523,7 +1518,6 @@ def test_turns_and_company_of_a_repair():
 
 
 # ---- grpo.py, and which groups are rectified
-
 
 def test_eq1_group_advantages():
     close(grpo.group_advantages(torch.tensor([[1.0, 0, 0, 0]])), [[0.75, -0.25, -0.25, -0.25]], 1e-6)
@@ -1778,8 +1772,8 @@ def step_with_repairs():
 
 
 def test_a_step_with_repairs():
-    """Each problem is encoded once, whatever is checked, revised or restarted. The group keeps its size and
-    the source; the rectified one is credited whole, of the source the tokens at fault."""
+    """Each problem is encoded once. The group keeps its size and the source; the rectified one is credited
+    whole, of the source the tokens at fault."""
     trainer, metrics, encoded, opened = step_with_repairs()
     assert [problem.id for problem in encoded] == [problem.id for problem in trainer.next_batch()[0]]
     assert len(opened) == len({id(image) for image in opened}) == len(encoded)
@@ -1892,7 +1886,6 @@ def test_stream_spec():
 
 
 # ---- eval.py
-
 
 def test_intervals_are_wilsons_and_pass_at_k_is_counted():
     for n, right in ((4, 0), (4, 1), (6, 3), (5, 5)):
@@ -2034,8 +2027,7 @@ def fresh(call, *launcher):
 
 
 def two_ranks(folder):
-    """What each rank does under torchrun. The first time rank 1 is killed in a run, which continues when
-    torchrun has started both again. In the end it raises."""
+    """What each rank does. Rank 1 is killed in a run, which both continue; in the end it raises."""
     folder, rank, restarts = Path(folder), os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
     train.init_distributed = functools.lru_cache(train.init_distributed)        # one group for all the runs
     train.leave = functools.partial(train.all_gather, [])
@@ -2138,7 +2130,7 @@ def test_interrupted_runs_continue_bit_for_bit():
 
 
 def test_examples_of_the_readme_run():
-    """Every block of Python, as it stands, in a folder of its own."""
+    """Each in a folder of its own."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for block in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S):
         with scratch() as folder:
@@ -2176,8 +2168,7 @@ def test_a_run_resumed_from_an_earlier_checkpoint_equals_the_first():
 
 
 def test_damaged_checkpoints_and_a_full_disk():
-    """The last whole checkpoint counts: each file of a later one is missing, or cut; or the disk is full, for
-    which a limit on the size of files stands."""
+    """The last whole checkpoint counts. For a full disk stands a limit on the size of files."""
     with scratch() as folder, contextlib.redirect_stderr(io.StringIO()) as said:
         small_run(folder, stage="sft", max_steps=1, save_every=1)
         before, last = sorted(folder.glob("checkpoint-*"))
@@ -2376,8 +2367,7 @@ def test_bad_input_ends_with_one_line():
 
 
 def test_folders_like_the_hubs_train_and_open_again():
-    """A step of IVR-R1 on a folder laid out like the hub's; transformers opens the checkpoint, in one file
-    and in shards, bit for bit, and its greedy answer is ours."""
+    """transformers opens a checkpoint of such a run, in one file and in shards; its greedy answer is ours."""
     for tied in (True, False):
         with scratch() as folder:
             hub, data = hub_folder(folder / "Qwen2.5-VL-xB", tied), data_file(folder)
@@ -2420,7 +2410,6 @@ def test_the_main_job_improves():
 # ---- experiments/
 
 def test_experiments():
-    """The tests of that folder; nothing here imports from it."""
     done = subprocess.run([sys.executable, ROOT / "experiments" / "tests.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 

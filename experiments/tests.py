@@ -500,8 +500,7 @@ def test_preview_of_problems_that_are_hard_to_guess():
 # ---- qwen_folder.py
 
 def test_real_vocabulary_from_files_to_transformers():
-    """Random weights behind Qwen's real vocabulary: steps, seams, a supervised step, a step of ivr, an
-    evaluation; transformers opens what was saved."""
+    """Random weights behind Qwen's real vocabulary: steps, seams, a step of each stage, an evaluation."""
     if not qwen_folder.has_ranks():
         return print("skipped: pip install --no-deps dashscope")
     from transformers import AutoModelForImageTextToText
