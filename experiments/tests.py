@@ -120,7 +120,8 @@ def test_step_reward_hostile_text():
 def test_stepgrpo_is_r1_vls():
     flags = "--data tiny:steps=3 --batch 2 --group_size 4 --eval_problems 0 --device cpu".split()
     raises(SystemExit, "--algo ivr", stepgrpo.main, [*flags, "--algo", "ivr"])
-    assert train.parse_flags(train.TrainConfig, ["--beta", "0"], stepgrpo.PRESET).beta == 0.0      # flags win
+    given = train.parse_flags(train.TrainConfig, ["--beta", "0", "--no-freeze_vision"], stepgrpo.PRESET)
+    assert given.beta == 0.0 and not given.freeze_vision        # flags win over defaults
     config = train.parse_flags(train.TrainConfig, flags, stepgrpo.PRESET)
     assert (config.algo, config.use_std, config.beta) == ("grpo", True, 0.04)
     for group in stepgrpo.StepGRPO(config).rl_step()["groups"]:
