@@ -791,11 +791,15 @@ def test_reward_long_texts():
     for other in (text[:-5], text.replace("3", "5", 1), text.upper(), "a" * 10 ** 6):
         assert not answers_match(text, other) and not answers_match(other, text)
     assert answers_match("1 " * 400, "1 " * 400) and not answers_match("1 " * 400, "1 " * 401)
+    assert answers_match("+", "+") and answers_match("°", "°") and not answers_match(" " * 3000, " " * 3000)
     for padding, want in ((297, "B"), (298, None)):
         assert extract_answer("So B,\n" + "z" * padding, ["red", "blue", "teal"]) == want
     for padding, found in ((3998, True), (3999, False)):
         text = "The answer is 7\n" + "so it goes\n" * (padding // 11) + "z" * (padding % 11)
         assert (extract_answer(text) == "7") is found
+    words = [f"word{a}{b}" for a in "ab" for b in map(chr, range(97, 123))][:30]
+    for place, letter in ((0, "A"), (25, "Z"), (26, None)):                 # letters end at Z
+        assert extract_answer(f"<answer>{words[place]}</answer>", words) == letter
 
 
 def test_reward_extract_and_choose():
@@ -1179,12 +1183,6 @@ def repair(t, **changes):
     return rereason.Repair(**{"source": t, "trajectory": t, "key": "key", "median_length": 50.0, **changes})
 
 
-def shared_prefix(r):
-    """How many first tokens a rectified trajectory has of its source."""
-    pairs = zip(r.trajectory.ids, r.source.ids)
-    return next(n for n, (a, b) in enumerate(pairs) if a != b)
-
-
 def rectified(sources, policy=None, window=0, **rules):
     verifier, repairs = attribute.Verifier(tiny_model(), tiny_codec(), window), []
     for t in sources:
@@ -1233,7 +1231,8 @@ def test_revision_logps_are_those_of_the_model_and_context_a_token_came_from():
     for r in repairs:
         if r.outcome == "repaired" and len(r.edited_steps) == r.num_revisions == 1:
             t, source, k = r.trajectory, r.source, r.edited_steps[0]
-            first, revised = shared_prefix(r), revised + 1
+            first = next(n for n, (a, b) in enumerate(zip(t.ids, source.ids)) if a != b)
+            revised += 1
             assert t.steps[k].start < first < t.steps[k].stop and t.logps[:first] == source.logps[:first]
             before = attribute.Verifier(tiny_model(), codec).context(t, k)
             stop = t.steps[k].stop - 1                      # the line break may be the old one
