@@ -879,6 +879,7 @@ def chain(problem, steps, answer="none", text=None):
 
 
 def split_trajectory(ids, codec, problem=None, prompt=None):
+    """The rollout of these tokens, with its steps."""
     t = rollout.make_trajectory(problem, prompt, [], ids, [-0.5] * len(ids), codec)
     t.steps = attribute.split_steps(ids, codec)
     return t
