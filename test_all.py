@@ -43,7 +43,7 @@ import rereason
 import reward
 import rollout
 import train
-from reward import answers_match, declared_answer, extract_answer, format_ok, reward_parts
+from reward import answers_match, extract_answer, format_ok, reward_parts
 from tiny import shapes
 
 ROOT = Path(__file__).resolve().parent
@@ -51,8 +51,7 @@ TINY = str(ROOT / "tiny")
 
 
 def raises(kind, text, f, *args, **kwargs):
-    """Assert that f(...) raises `kind` with every one of `text` (a string or several) in the message, which
-    is returned."""
+    """Assert that f(...) raises `kind` with `text` (a string or several) in the message; return it."""
     try:
         f(*args, **kwargs)
     except kind as e:
@@ -97,8 +96,7 @@ def tiny_model():
 
 
 def random_model(seed=0, spread=0.25):
-    """The tiny architecture with random weights large enough that nothing is nearly uniform or nearly
-    certain."""
+    """The tiny architecture with random weights so large that little is nearly uniform or certain."""
     config = m.Config.from_dict(m.read_json(Path(TINY) / "config.json"))
     return m.init_model(replace(config, initializer_range=spread), seed).eval()
 
@@ -116,32 +114,40 @@ def mixed_problems(count=4, steps=3):
 
 # ---- model.py
 
-def hub_tokenizer(folder):
-    """Write a byte-level tokenizer and its chat template in Qwen's layout; return the id of every token."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    vocab = {c: n for n, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "the"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("h", "e"), ("t", "he")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+@functools.lru_cache
+def qwen_like_tokenizer():
+    """A small vocabulary behind Qwen's own pre-tokenizer: ".\\n\\n", ".</" and "><" become single tokens,
+    tags fall into several."""
+    tokenizer = Tokenizer(models.BPE())
+    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"):
+    texts = [text for text, _ in STEPS] + [f"The red tile shows 4{end}The" for end in SEAM_ENDS] * 3
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(show_progress=False, initial_alphabet=alphabet,
+                                                             vocab_size=900))
+    for name in "endoftext im_start im_end vision_start vision_end image_pad video_pad".split():
         tokenizer.add_special_tokens([AddedToken(f"<|{name}|>", special=True, normalized=False)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer.model.save(str(folder))                                   # vocab.json and merges.txt
+    tokenizer.add_special_tokens([AddedToken("</>", special=True, normalized=False)])
+    return tokenizer
+
+
+def hub_folder(folder, tied=True, seed=1):
+    """A folder laid out like Qwen2.5-VL-3B-Instruct (tied) or 7B (not): bf16 shards with an index, spare rows
+    in the embedding, two end tokens, a flat config.json (every third time a nested one), random weights."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.py", "*.safetensors", "__pycache__"))
+    qwen_like_tokenizer().save(str(folder / "tokenizer.json"))
+    qwen_like_tokenizer().model.save(str(folder))                       # vocab.json and merges.txt
     settings = m.read_json(folder / "tokenizer_config.json")
     template = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + settings["chat_template"]
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     settings |= {"tokenizer_class": "Qwen2Tokenizer", "chat_template": "a template that knows no images"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return tokenizer.get_vocab()
-
-
-def hub_folder(folder, tied=True, seed=1):
-    """A folder laid out like Qwen2.5-VL-3B-Instruct (tied) or 7B (not): bf16 shards with an index, spare rows
-    in the embedding, two end tokens, a flat config.json (for every third seed nested, as transformers 5 has
-    it). Small, with random weights; the seed turns every architectural knob."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.py", "*.safetensors", "__pycache__"))
-    ids, r, file = hub_tokenizer(folder), random.Random(seed), folder / "config.json"
+    ids, r, file = qwen_like_tokenizer().get_vocab(), random.Random(seed), folder / "config.json"
     heads, size, v_heads, depth = r.choice([2, 4]), r.choice([16, 32]), r.choice([2, 4]), r.randint(1, 4)
     section = r.choice([[4, 2, 2], [2, 3, 3]] if size == 16 else [[8, 4, 4], [4, 6, 6]])
     config = m.read_json(file) | {
@@ -169,6 +175,12 @@ def hub_folder(folder, tied=True, seed=1):
     return folder
 
 
+@functools.lru_cache
+def qwen_like_codec():
+    with scratch() as folder:
+        return rollout.load_codec(str(hub_folder(folder / "hub")))
+
+
 def reference_model(folder):
     """transformers' own model of a folder, in fp32: it must find all its tensors there, and no other."""
     from transformers import Qwen2_5_VLForConditionalGeneration as Reference
@@ -177,69 +189,38 @@ def reference_model(folder):
     return net.eval()
 
 
-def hub_batch(image_token_id, seed):
-    """Rows with 1, 2, 0 and 1 images of odd sizes, padded on the right or, every third seed, on the left."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    r, noise, rows, pixels, grids = random.Random(seed), np.random.default_rng(seed), [], [], []
-    for count in (1, 2, 0, 1):
-        text = r.sample(range(256), 8)
-        row = text[:r.randint(1, 8)]
-        for _ in range(count):
-            shape = (r.randrange(28, 200), r.randrange(28, 260), 3)
-            image = Image.fromarray(noise.integers(0, 256, shape, dtype=np.uint8))
-            patches, grid = m.preprocess_image(image, m.ImageConfig())
-            expected = Qwen2VLImageProcessorPil()(images=[image], return_tensors="pt")
-            assert tuple(expected.image_grid_thw[0].tolist()) == grid
-            close(expected.pixel_values, patches)
-            pixels.append(torch.from_numpy(patches))
-            grids.append(grid)
-            row += [image_token_id] * (grid[1] * grid[2] // 4) + text[-r.randint(1, 8):]
-        rows.append(row)
-    ids, mask = rollout.pad(rows, 0, left=seed % 3 == 0)
-    return ids, mask.long(), torch.cat(pixels), torch.tensor(grids)
-
-
 @torch.no_grad()
 def test_parity_with_transformers():
-    """12 random configurations: logits and image patches to 1e-4; text alone, too."""
+    """12 random configurations, rows with 1, 2, 0 and 1 images: logits and image patches to 1e-4."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     for seed in range(12):
         with scratch() as scratched:
             folder = hub_folder(scratched / "hub", seed % 2 == 0, seed)
             ours, reference = m.load_model(folder), reference_model(folder)
-        ids, mask, pixels, grids = hub_batch(ours.config.image_token_id, seed)
-        expected = reference(input_ids=ids, attention_mask=mask, pixel_values=pixels, image_grid_thw=grids,
-                             mm_token_type_ids=(ids == ours.config.image_token_id).int()).logits[mask == 1]
+        r, noise, rows, pixels, grids = random.Random(seed), np.random.default_rng(seed), [], [], []
+        bounds = {"min_pixels": 3136, "max_pixels": r.choice((20_000, 10 ** 6))}
+        for count in (1, 2, 0, 1):
+            text = r.sample(range(256), 8)
+            row = text[:r.randint(1, 8)]
+            for _ in range(count):
+                shape = (r.randrange(28, 200), r.randrange(28, 260), 3)
+                image = Image.fromarray(noise.integers(0, 256, shape, dtype=np.uint8))
+                patches, grid = m.preprocess_image(image, m.ImageConfig(**bounds))
+                expected = Qwen2VLImageProcessorPil(**bounds)(images=[image], return_tensors="pt")
+                assert tuple(expected.image_grid_thw[0].tolist()) == grid
+                close(expected.pixel_values, patches)
+                pixels.append(torch.from_numpy(patches))
+                grids.append(grid)
+                row += [ours.config.image_token_id] * (grid[1] * grid[2] // 4) + text[-r.randint(1, 8):]
+            rows.append(row)
+        ids, mask = rollout.pad(rows, 0, left=seed % 3 == 0)
+        images = {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.tensor(grids)}
+        expected = reference(input_ids=ids, attention_mask=mask.long(), **images,
+                             mm_token_type_ids=(ids == ours.config.image_token_id).int()).logits[mask]
         assert expected.abs().max() > 1, "a reference near zero would agree with anything"
-        close(ours(ids, mask, pixels, grids)[mask == 1], expected)
+        close(ours(ids, mask.long(), *images.values())[mask], expected)
         text = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(seed))
         close(ours(text), reference(input_ids=text).logits)
-
-
-def test_smart_resize_like_transformers():
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-    r = random.Random(0)
-    for _ in range(500):
-        bounds = r.choice([(784, 12544), (3136, 1003520), (50176, 100352)])
-        case = r.randrange(5, 900), r.randrange(5, 900), 28, *bounds
-        assert m.smart_resize(*case) == smart_resize(*case), case
-    raises(ValueError, "aspect ratio", m.smart_resize, 1, 300, 28, 784, 10 ** 6)
-
-
-def test_transformers_opens_what_we_save():
-    """In one file and in shards, tied and untied, and so do we: bit for bit."""
-    for tied, limit in itertools.product((True, False), (40_000, 10 ** 9)):
-        with scratch() as scratched:
-            source, folder = hub_folder(scratched / "hub", tied), scratched / "saved"
-            m.save_model(m.load_model(source), folder, source, max_shard_bytes=limit)
-            assert (folder / "model.safetensors.index.json").is_file() == (limit < 10 ** 9)
-            for file in source.iterdir():
-                assert "safetensors" in file.name or (folder / file.name).read_bytes() == file.read_bytes()
-            for load in (m.load_model, reference_model):
-                for (name, a), b in zip(load(source).named_parameters(), load(folder).parameters()):
-                    assert torch.equal(a, b), name
-            m.save_model(m.load_model(folder), folder, folder, torch.bfloat16)      # what was there is gone
-            assert len(list(folder.glob("model*"))) == 1
-            assert m.load_model(folder, dtype=torch.bfloat16).head_weight.dtype == torch.bfloat16
 
 
 def test_bad_checkpoints_are_named():
@@ -249,8 +230,7 @@ def test_bad_checkpoints_are_named():
         m.save_model(m.load_model(source), bad, source)                 # one file, not shards
         config, tensors = m.read_json(bad / "config.json"), load_file(bad / "model.safetensors")
         name, head = "model.layers.0.self_attn.q_proj.weight", tensors["model.embed_tokens.weight"].clone()
-        fewer = dict(tensors)
-        del fewer[name]
+        fewer = {other: tensor for other, tensor in tensors.items() if other != name}
         cases = [(b"not tensors at all", "not a readable"), ("{broken", "not JSON"), ("[]", "JSON object"),
                  (save(fewer), f'Missing key(s) in state_dict: "{name}"'),
                  (save({**tensors, "stray": head}), 'Unexpected key(s) in state_dict: "stray"'),
@@ -276,8 +256,6 @@ def test_bad_checkpoints_are_named():
         assert torch.equal(m.load_model(bad).head_weight, head)         # a tied head may be stored as well
         (bad / "model.safetensors").unlink()
         raises(ValueError, ["model.safetensors", "missing"], m.load_model, bad)
-    for name in ("./no/such", "/no/such", "nothing", "a/b/c"):
-        raises(FileNotFoundError, ["no such folder", name], m.load_model, name)
 
 
 def test_image_tokens_must_match_images():
@@ -319,53 +297,16 @@ def same_rows(found, expected):
         close(a.logps, b.logps)
 
 
-def test_sampled_logps_are_the_models():
-    """Cached sampling of a ragged batch against the plain forward; greedy takes the likeliest tokens."""
-    net, codec, problems, _, rows = random_rollouts()
-    for t in rows:
-        assert t.sampled == [1] * len(t.ids) and len(t.logps) == len(t.ids) <= 14
-        close(t.logps, uncached_logps(net, codec, t.problem, t.ids))
+def test_rows_in_a_batch_are_what_they_are_alone():
+    """Cached sampling of a ragged batch against the plain forward, whatever is sampled beside a row, and
+    where groups end early and leave: a group, and a row of it. Greedy takes the likeliest tokens."""
+    net, codec, problems, plain, rows = random_rollouts()
     assert len({len(t.prompt.ids) for t in rows}) == len(problems)
+    same_rows(rollout.sample(net, problems[1:2], codec, 3, 14, keys=[problems[1].id])[0], plain[1])
     for t, in rollout.sample(net, problems, codec, 1, 6, temperature=0):
         highest, token = uncached(net, codec, t.problem, t.ids).max(-1)
         assert t.ids == token.tolist()
         close(t.logps, highest)
-
-
-def test_training_logps_are_the_sampled_ones():
-    """What the update computes again (prompts shared, rows padded, in any order) is what the sampler stored;
-    also of one token, where the forward has no row tokens to run."""
-    for length in (14, 1):
-        net, codec, _, _, rows = random_rollouts(length)
-        rows = rows[::2] + rows[1::3]
-        prompts, completions = [t.prompt for t in rows], [t.ids for t in rows]
-        logps, _, mask = rollout.completion_logps(net, codec, prompts, completions)
-        assert mask.sum(1).tolist() == list(map(len, completions)) and not logps[~mask].any()
-        close(logps[mask].detach(), sum([t.logps for t in rows], []))
-
-
-def test_training_gradients_are_the_plain_ones():
-    """A prompt computed once for its rows gives those of one computed for each; so does checkpointing."""
-    net, codec, _, groups, _ = random_rollouts()
-    rng, shared, completions, found = random.Random(0), [], [], []
-    for owner in (0, 0, 0, 1, 1, 2, 3, 3):
-        shared.append(groups[owner][0].prompt)
-        completions.append([rng.randrange(5, 400) for _ in range(rng.randint(1, 9))])
-    plain = [replace(prompt) for prompt in shared]
-    for prompts, checkpointing in ((plain, False), (shared, False), (shared, True)):
-        with swapped(net, "activation_checkpointing", checkpointing):
-            logps, _, mask = rollout.completion_logps(net, codec, prompts, completions)
-            weighted = torch.linspace(-1, 1, logps.numel()).view_as(logps) * logps * mask
-            found.append(torch.autograd.grad(weighted.sum(), list(net.parameters())))
-    for one, *others in zip(*found):
-        for other in others:
-            close(other, one, 1e-5 * max(1e-3, one.abs().max().item()))
-
-
-def test_rows_in_a_batch_are_what_they_are_alone():
-    """Whatever is sampled beside them, and where groups end early and leave: a group, and a row of it."""
-    net, codec, problems, plain, _ = random_rollouts()
-    same_rows(rollout.sample(net, problems[1:2], codec, 3, 14, keys=[problems[1].id])[0], plain[1])
     codec = replace(codec, logit_mask=codec.logit_mask.clone())
     codec.logit_mask[codec.eos_ids[0]] += 6                             # each row may end at any moment
     keys, sizes, forward = ["x", "y", "x", "train/3"], [], net.next_hidden
@@ -379,8 +320,13 @@ def test_rows_in_a_batch_are_what_they_are_alone():
             with swapped(rollout, "uniforms", lambda *_: numbers[n:n + 1]):
                 same_rows(rollout.sample(net, [problem], codec, 1, 40)[0], [t])
             assert t.finished == (t.ids[-1] in codec.eos_ids) and not set(t.ids[:-1]) & set(codec.eos_ids)
-            assert t.finished or len(t.ids) == 40
-            close(t.logps, uncached_logps(net, codec, problem, t.ids))
+            assert (t.finished or len(t.ids) == 40) and t.sampled == [1] * len(t.ids)
+            close(t.logps, uncached_logps(net, codec, t.problem, t.ids))
+    for length in (40, 1):                                  # the training forward says the same
+        rows = [t for group in groups for t in group]
+        logps, _, mask = rollout.completion_logps(net, codec, [t.prompt for t in rows],
+                                                  [t.ids[:length] for t in rows])
+        close(logps[mask].detach(), sum([t.logps[:length] for t in rows], []))
 
 
 def test_rows_start_from_prefixes_and_end_at_limits_and_stop_tokens():
@@ -418,12 +364,12 @@ def test_prompts_and_images_are_computed_once():
     visual, decoder = net.visual.forward, net.model.forward
     with (swapped(net.visual, "forward", lambda x, *rest: patches.append(len(x)) or visual(x, *rest)),
           swapped(net.model, "forward", lambda x, *rest: tokens.append(x.shape[:2]) or decoder(x, *rest))):
-        rollout.sample(net, problems, codec, 1, 2)
+        rollout.sample(net, problems, codec, 1, 1)
         rollout.sample(net, problems, codec, 16, 2)
         rollout.completion_logps(net, codec, prompts * 2, [[5, 6, 7]] * 8)
     once = sum(len(p.pixel_values) for p in prompts if p.grids)
     whole = (4, max(len(p.ids) for p in prompts))
-    assert patches == [once] * 3 and tokens == [whole, (4, 1), whole, (64, 1), whole, (8, 2)]
+    assert patches == [once] * 3 and tokens == [whole, whole, (64, 1), whole, (8, 2)]
 
 
 def test_next_token_follows_the_distribution():
@@ -436,22 +382,20 @@ def test_next_token_follows_the_distribution():
     for temperature in (1.0, 0.5):
         token, logp = rollout.next_token(logits.expand(10_000, -1), banned, temperature, grid)
         want = torch.tensor([0.2, 0.5, 0.0, 0.0]) ** (1 / temperature)
-        want /= want.sum()
-        close(torch.bincount(token, minlength=4) / 10_000, want, 2e-4)
-        close(logp.exp(), want[token])
+        close(torch.bincount(token, minlength=4) / 10_000, want / want.sum(), 2e-4)
+        close(logp.exp(), (want / want.sum())[token])
 
 
 def test_forbidden_tokens_never_come():
     net, codec, problems = random_model(), tiny_codec(), mixed_problems()
-    banned = set(torch.nonzero(codec.logit_mask < 0)[:, 0].tolist())
-    assert {codec.image_token_id, codec.pad_id} < banned and not banned & set(codec.eos_ids)
+    banned = torch.nonzero(codec.logit_mask < 0)[:, 0].tolist()
+    assert {codec.image_token_id, codec.pad_id} < {*banned} and not {*banned} & {*codec.eos_ids}
     with torch.no_grad():
-        net.head_weight[sorted(banned)] *= 20           # without the mask they would come all the time
+        net.head_weight[banned] *= 20                   # without the mask they would come all the time
     rows = sum(rollout.sample(net, problems, codec, 8, 20), [])
     with swapped(torch, "rand", lambda *shape, **_: torch.ones(shape)):         # the edge of the distribution
         rows += sum(rollout.sample(net, problems, codec, 2, 4), [])
-    for t in rows:
-        assert not banned & set(t.ids)
+    assert not any({*banned} & {*t.ids} for t in rows)
 
 
 def test_uniforms_belong_to_their_key():
@@ -498,17 +442,15 @@ def test_token_logps_in_chunks_equal_plain():
 GOOD_ROW = {"images": ["a.png"], "problem": "<image>Find x.", "answer": "48"}
 BAD_ROWS = [        # what differs from GOOD_ROW, or a whole row, or the text of its line; words of the error
     ({"images": "none.png"}, "none.png: no such file"), ({"images": "cut.png"}, "cut.png: not readable"),
-    ({"images": "cut.jpg"}, "cut.jpg: not readable"), ({"images": "text.png"}, "text.png: not readable"),
-    ({"images": "bomb.png"}, "bomb.png: not readable"), ({"images": "../a.png"}, "../a.png lies outside"),
-    ({"images": "x/../../a.png"}, "--image_dir"), ({"images": "file:///a.png"}, "file:///a.png lies outside"),
-    ({"images": "data:image/png;base64,%%%"}, "can not be decoded"), ({"images": "A" * 2001}, "data: image"),
+    ({"images": "text.png"}, "text.png: not readable"), ({"images": "bomb.png"}, "bomb.png: not readable"),
+    ({"images": "../a.png"}, "../a.png lies outside"), ({"images": "x/../../a.png"}, "--image_dir"),
+    ({"images": "file:///a.png"}, "file:///a.png lies outside"), ({"images": "A" * 2001}, "data: image"),
     ({"images": [3]}, "'images' must hold"), ({"images": {"path": ""}}, "'images' must hold"),
     ({"problem": "<image><image>x"}, "2 <image> tags, field 'images' has 1 images"),
     ({"problem": "<image> "}, "'problem' is empty"), ({"problem": None}, "'problem' is missing"),
     ({"problem": [{"role": "user", "content": [{"type": "image_url"}]}]}, "type 'image_url'"),
     ({"problem": [{"role": "system", "content": "x"}]}, "'problem' is empty"),
-    ({"answer": None}, "'answer' is missing"), ({"answer": " "}, "'answer' is empty"),
-    ({"answer": math.nan}, "'answer' is empty"), ({"answer": True}, "'answer' is empty"),
+    ({"answer": None}, "'answer' is missing"), ({"answer": math.nan}, "'answer' is empty"),
     ({"answer": {"style": "rule"}}, "'answer' is empty"), ({"choices": ["1", "2"]}, "no option"),
     ({"answer": None, "conversations": [{"from": "human", "value": "x"}]}, "'answer' is empty"),
     ({"choices": "AB"}, "'choices' must be a list"), ({"key_steps": "one"}, "'key_steps' must be a list"),
@@ -525,19 +467,13 @@ def write_rows(folder, rows):
     return folder / "data.jsonl"
 
 
-def write_bad_images(folder):
-    """cut.png, cut.jpg: truncated; text.png: no image; bomb.png: small, of 225 million pixels."""
-    for name in ("cut.png", "cut.jpg"):
-        Image.effect_noise((90, 90), 90).save(folder / name)
-        (folder / name).write_bytes((folder / name).read_bytes()[:-400])
-    Image.new("1", (15_000, 15_000)).save(folder / "bomb.png")
-    (folder / "text.png").write_text("no image")
-
-
 def test_bad_rows_among_ten_thousand():
     """All are named at once, with file and line, by --check; a run names 20 of them and writes nothing."""
     with scratch() as folder:
-        write_bad_images(folder)
+        Image.effect_noise((90, 90), 90).save(folder / "cut.png")
+        (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:-400])
+        Image.new("1", (15_000, 15_000)).save(folder / "bomb.png")      # a small file of 225 million pixels
+        (folder / "text.png").write_text("no image")
         rows = [{**GOOD_ROW, "id": f"row {n}"} for n in range(10_000)]
         for n, (row, _) in enumerate(BAD_ROWS):
             rows.insert(300 * n + 10, {**GOOD_ROW, **row} if isinstance(row, dict) else row)
@@ -575,7 +511,6 @@ def test_other_files_than_lines():
                                   ("a.jsonl", '{"\xb0": 1}', "a.jsonl:1: "), ("a.jsonl", "\n\n", "no rows")):
             (folder / name).write_bytes(text.encode("latin-1"))
             raises(rollout.DataError, words, rollout.load_problems, folder / name)
-        raises(rollout.DataError, "no such file", rollout.load_problems, folder / "none.jsonl")
         (folder / "elsewhere").mkdir()
         path = write_rows(folder / "elsewhere", [{**GOOD_ROW, "images": str(folder / "a.png")}])
         raises(rollout.DataError, "outside", rollout.load_problems, path)
@@ -595,19 +530,17 @@ def test_other_files_than_lines():
 
 
 def test_images_of_every_kind():
-    """16-bit, CMYK, palette, transparent, animated and turned images become the RGB picture a viewer shows,
-    and their headers tell the size it has."""
+    """They become the RGB picture a viewer shows, and their headers tell the size it has."""
     ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (28, 1))                   # (H 28, W 64)
     colour = Image.fromarray(np.stack((ramp, ramp[:, ::-1], 255 - ramp), axis=-1))
     grey, red = Image.fromarray(ramp).convert("RGB"), Image.new("RGB", (64, 28), "red")
     deep, clear = Image.fromarray(ramp.astype(np.uint16) * 257), colour.copy()
     clear.putalpha(0)
     frames = {"save_all": True, "append_images": [colour]}
-    cases = [(colour, "PNG", {}, colour, 0), (colour, "JPEG", {"quality": 95}, colour, 8),
+    cases = [(colour, "JPEG", {"quality": 95}, colour, 8), (Image.fromarray(ramp), "PNG", {}, grey, 0),
              (deep, "PNG", {}, grey, 1), (Image.fromarray(ramp.astype(np.int32)), "TIFF", {}, grey, 0),
-             (Image.fromarray(ramp), "PNG", {}, grey, 0), (colour.convert("CMYK"), "TIFF", {}, colour, 2),
-             (colour.quantize(64), "PNG", {}, colour, 60), (clear, "PNG", {}, colour, 0),
-             (red, "GIF", frames, red, 0), (red, "PNG", frames, red, 0)]
+             (colour.convert("CMYK"), "TIFF", {}, colour, 2), (colour.quantize(64), "PNG", {}, colour, 60),
+             (clear, "PNG", {}, colour, 0), (red, "GIF", frames, red, 0)]
     turns = {1: colour, 3: colour.rotate(180), 6: colour.rotate(-90, expand=True),
              8: colour.rotate(90, expand=True), 9: colour}
     for (orientation, turned), kind in itertools.product(turns.items(), ("PNG", "TIFF")):
@@ -622,19 +555,18 @@ def test_images_of_every_kind():
         assert rollout.image_grid(out.getvalue(), config) == m.preprocess_image(found, config)[1]
 
 
-def rows_of_other_projects(png, name):
-    """source -> a row as its data set is laid out (an image is the bytes of a file, or its name a.png), the
-    number of images, the fields expected beyond "How many?" and "3"."""
+def rows_of_other_projects(png):
+    """source -> a row as its data set is laid out, the number of images, the fields that differ."""
     image, encoded = {"bytes": png, "path": None}, base64.b64encode(png).decode()
-    parts = [{"type": "image", "image": f"file://{name}"}, {"type": "text", "text": "How many?"}]
+    parts = [{"type": "image", "image": "file://a.png"}, {"type": "text", "text": "How many?"}]
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>How many?"}]
     human = [{"from": "human", "value": "<image>How many?"}, {"from": "gpt", "value": "3"}]
     asked, chat = {"problem": "How many?", "answer": 3}, [{"role": "user", "content": parts}]
     steps = "### Rationales: count. ### Step 1: two and one. ### The final answer is: 3"
     thoughts, key_steps = "<think>One, two.</think>\n\n<answer>3</answer>", ["two", ["3 dots", "three"]]
     return {
-        "plain": ({"images": ["a.png"], "problem": "<image>How many?", "answer": 3}, 1, {"id": "here"}),
-        "EasyR1": ({**asked, "images": [image], "choices": None, "ground_truth": "A", "id": None}, 1, {}),
+        "EasyR1": ({**asked, "images": [image], "choices": None, "ground_truth": "A", "id": None}, 1,
+                   {"id": "here"}),
         "EasyR1, text": ({**asked, "images": [], "problem": "<image>How many?"}, 0, {}),
         "verl": ({"data_source": "geometry3k", "images": [image], "prompt": turns, "ability": "math",
                   "reward_model": {"style": "rule", "ground_truth": "3"}}, 1, {"task": "geometry3k"}),
@@ -652,7 +584,6 @@ def rows_of_other_projects(png, name):
         "ViRL39K": ({"qid": "q1", "question": "<image><image>How many?", "answer": "\\boxed{3}",
                      "image": ["a.png", "a.png"], "category": "charts", "source": "x"}, 2,
                     {"id": "q1", "task": "charts"}),
-        "absolute": ({**asked, "image": str(name)}, 1, {}),
         "a dict of a path": ({**asked, "images": [{"image": "a.png"}]}, 1, {}),
         "a data url": ({**asked, "image": f"data:image/png;base64,{encoded}"}, 1, {}),
         "base64": ({**asked, "image": encoded}, 1, {}),
@@ -668,8 +599,7 @@ def test_rows_of_other_projects():
         noise = io.BytesIO()
         Image.effect_noise((60, 60), 90).save(noise, "PNG")
         write_rows(folder, [])
-        sources = rows_of_other_projects(noise.getvalue(), folder / "a.png")
-        for source, (row, images, expected) in sources.items():
+        for source, (row, images, expected) in rows_of_other_projects(noise.getvalue()).items():
             p = rollout.parse_row(row, "here", folder, "Think.")
             wanted = {"answer": "3", "question": "<image>" * images + "How many?\nThink.", **expected}
             assert {name: getattr(p, name) for name in wanted} == wanted, source
@@ -688,7 +618,6 @@ def test_prompt_is_the_chat_template():
     hostile = rollout.encode_prompt(replace(p, question="<image>say <|im_end|> and <|image_pad|>"), codec).ids
     for special in (codec.image_token_id, codec.eos_ids[0]):
         assert hostile.count(special) == prompt.ids.count(special)
-    raises(rollout.DataError, ["tiles-4", "--max_prompt_tokens is 5"], rollout.encode_prompt, p, codec, 5)
     thin = replace(p, images=[Image.new("RGB", (1, 300))], where="data.jsonl:1")
     raises(rollout.DataError, ["data.jsonl:1: field 'images'", "aspect"], rollout.encode_prompt, thin, codec)
 
@@ -700,14 +629,13 @@ def test_codecs_and_what_is_missing_in_them():
         codec = rollout.load_codec(str(folder))
         names = codec.tokenizer.get_vocab()
         assert codec.eos_ids == (names["<|im_end|>"], names["<|endoftext|>"])
-        banned = {*range(len(names), len(codec.logit_mask)), *map(names.get, codec.specials)}
-        banned -= set(codec.eos_ids)
-        assert set((codec.logit_mask < 0).nonzero()[:, 0].tolist()) == banned and len(banned) == 39 + 5
+        banned = {*range(len(names), len(names) + 39), *map(names.get, codec.specials)} - {*codec.eos_ids}
+        assert {*(codec.logit_mask < 0).nonzero()[:, 0].tolist()} == banned and len(banned) == 39 + 6
         assert rollout.token_ids("\n", codec)[0] in codec.newline_ids
         assert rollout.render_chat(p, codec).startswith("<|im_start|>system\nYou are a helpful")
         small = rollout.load_codec(str(folder), max_pixels=28 * 28 * 4)
-        few, many = rollout.encode_prompt(p, small).pixel_values, rollout.encode_prompt(p, codec).pixel_values
-        assert len(few) <= 16 < len(many)
+        few, many = (len(rollout.encode_prompt(p, c).pixel_values) for c in (small, codec))
+        assert few <= 16 < many
         for name, text, words in (("config.json", None, "config.json: file is missing"),
                                   ("tokenizer.json", "{", "no readable tokenizer"),
                                   ("config.json", {"image_token_id": 3}, "<|image_pad|> is not image_t"),
@@ -720,6 +648,7 @@ def test_codecs_and_what_is_missing_in_them():
 
 
 def test_token_batches_hold_what_fits():
+    assert rollout.pad([], 0)[0].shape == (0, 0)
     for lengths in ([], [5], [3, 3, 3, 3], [1, 9, 1, 1], [50, 1, 1], [5, 5, 1, 10, 4, 4], list(range(20))):
         found = list(rollout.token_batches(lengths, 10))
         assert sum(map(list, found), []) == list(range(len(lengths)))
@@ -727,14 +656,6 @@ def test_token_batches_hold_what_fits():
             longest = max(lengths[n] for n in batch)
             assert len(batch) == 1 or len(batch) * longest <= 10
             assert not after or (len(batch) + 1) * max(longest, lengths[after[0]]) > 10     # none ends early
-
-
-def test_pad():
-    for rows, left, padded, real in (([], False, [], []), ([[1], [2, 3], []], False, [[1, 9], [2, 3], [9, 9]],
-                                                           [[True, False], [True, True], [False, False]]),
-                                     ([[1], [2, 3]], True, [[9, 1], [2, 3]], [[False, True], [True, True]])):
-        values, mask = rollout.pad(rows, 9, left)
-        assert (values.tolist(), mask.tolist(), values.ndim) == (padded, real, 2)
 
 
 # ---- reward.py
@@ -791,7 +712,7 @@ x \approx 5 == 5   x ∈ [0,2) == [0,2)   \angle A == ∠ A   \triangle ABC == �
 """
 EXTRACT = [                                             # <t> is <think>, <a> is <answer>
     ("<t>a</t><a> 7 </a>", "7"), ("<a>6</a> no: <a>7</a>", "7"), ("<t>It is 6", None),
-    ("<t>a</t><t><a>7</a>", None), ("<a></a>", None), ("<a>  </a>", None), ("<a>7", None), ("7</a>", None),
+    ("<t>a</t><t><a>7</a>", None), ("<a></a>", None), ("<a>7", None), ("7</a>", None),
     ("<a>6</a> or <a>7", None), ("<a><a>7</a></a>", None), ("<a><t>a</t>7</a>", None), ("<a><t>7</a>", None),
     ("<t><a>7</a></t>", None), ("", None), ("<t>\\boxed{6}</t> it is \\boxed{7}", "7"),
     ("\\boxed{6}, rather \\boxed{7}", "7"), ("\\boxed{7", None), ("\\boxed{\\frac{1}{2}} cm", "\\frac{1}{2}"),
@@ -801,27 +722,22 @@ EXTRACT = [                                             # <t> is <think>, <a> is
     ("It costs $2.50 today.", "2.50"), ("Hence $x = 4$ and so on", "x = 4"),
     ("It is 1,250 altogether", "1,250"), ("The final answer is:\n7", "7"), ("**Answer:** 7", "7"),
     ("<a>5 and 7</a>", "5 and 7"), ("blue", "blue"),
-    ("The area is 16-8\\pi here", "The area is 16-8\\pi here"),
-    ("mm " * 100, None),
-    ("a</t>7", "7"), ("The answer is (1, 2).", "(1, 2)"), ("It is $5 and $6", "6"),
+    ("The area is 16-8\\pi here", "The area is 16-8\\pi here"), ("mm " * 100, None), ("a</t>7", "7"),
+    ("The answer is (1, 2).", "(1, 2)"), ("It is $5 and $6", "6"),
     ("So \\(\\frac{3}{4}\\) is it", "\\(\\frac{3}{4}\\)"), ("The answer is y > 3.", "y > 3"),
-    ("<t>a</t>The answer is seven.", "seven"), ("<t>a</t><t>b</t>7", "7"), ("<a>5</a><a>6</a><a>7</a>", "7"),
-    ("<a>5</a><a><a>7</a>", None), ("\\boxed{ 7 }", "7"), ("so\n7\n", "7"),
+    ("<t>a</t><t>b</t>7", "7"), ("<a>5</a><a><a>7</a>", None), ("\\boxed{ 7 }", "7"), ("so\n7\n", "7"),
     ("The answer is 7. It has 3 sides.", "7"), ("The answer is the sum of 3 and 4, so 7 dots", "7"),
-    ("4 dots and then 3 dots", "3"), ("The answer is 7\nas it has 3 sides", "7"),
-]
+    ("4 dots and then 3 dots", "3"), ("The answer is 7\nas it has 3 sides", "7")]
 CHOOSE = [                                              # of COLOURS
     ("B", "B"), ("(B)", "B"), ("B.", "B"), ("B) green", "B"), ("**B**", "B"), ("Option B", "B"),
     ("The answer is (C).", "C"), ("<a>b</a>", "B"), ("<a>green</a>", "B"), ("<a>Green.</a>", "B"), ("Ｂ", "B"),
     ("<a>E</a>", None), ("<a>A. red B. green</a>", None), ("<a>A, B</a>", None), ("<a>A or B</a>", None),
-    ("red or green", None), ("It is the green one.", "B"), ("It is not green.", None),
-    ("<a>B. red</a>", None), ("I do not know.", None), ("A red car", "A"), ("A car", None),
-    ("greenish", None), ("Answer: C since A is too dark.", "C"), ("<t>B</t>C", "C"),
-    ("\\boxed{\\text{D}}", "D"), ("purple", None), ("$\\boxed{(D)}$", "D"), ("5 A", None),
+    ("red or green", None), ("It is the green one.", "B"), ("<a>B. red</a>", None), ("I do not know.", None),
+    ("A red car", "A"), ("A car", None), ("greenish", None), ("Answer: C since A is too dark.", "C"),
+    ("<t>B</t>C", "C"), ("\\boxed{\\text{D}}", "D"), ("purple", None), ("$\\boxed{(D)}$", "D"), ("5 A", None),
     ("B. It is that one", "B"), ("Neither A nor B", None), ("A is out, B is out\nSo D.", "D"),
     ("The answer is A or B.", None), ("A is wrong. B is right.", "B"), ("(A) is not right, so (B).", "B"),
-    ("A and B are wrong. So C", "C"), ("B is right. A is wrong.", "B"), ("A is incorrect.", None),
-]
+    ("A and B are wrong. So C", "C"), ("B is right. A is wrong.", "B"), ("A is incorrect.", None)]
 REWARD = [                                              # the gold is 7: accuracy, format
     ("<t>a</t><a>7</a>", 1, 1), ("<t>a</t><a>8</a>", 0, 1), ("<a>7</a>", 1, 0), ("<t>a</t>\\boxed{7}", 1, 0),
     ("<t>a</t><a>\\boxed{7}</a>", 1, 1), ("<t>a</t><a>6</a><a>7</a>", 0, 0),
@@ -829,21 +745,18 @@ REWARD = [                                              # the gold is 7: accurac
     ("<t>\\boxed{7}</t>", 0, 0), ("The answer is 7", 0, 0), ("<t>a</t>\\boxed{6}\\boxed{7}", 0, 0),
     ("<t>a</t><a>\\boxed{6} \\boxed{7}</a>", 0, 1), ("<t>a</t><a>6, 7</a>", 0, 1),
     ("<t>a</t><a>6 or 7</a>", 0, 1), ("<t>a</t><a>How many? 6 7 8</a>", 0, 1), ("<t>a</t><a>6 = 7</a>", 0, 1),
-    ("", 0, 0), ("a</t><a>7</a>", 1, 0), ("<t>a<a>7</a>", 0, 0), ("<a>7</a></a>", 0, 0),
-]
+    ("", 0, 0), ("a</t><a>7</a>", 1, 0), ("<t>a<a>7</a>", 0, 0), ("<a>7</a></a>", 0, 0)]
 REWARD_CHOICES = [                                      # the gold is B of COLOURS
     ("<t>a</t><a>(B)</a>", 1, 1), ("<t>a</t><a>green</a>", 1, 1), ("<t>a</t><a>B. red</a>", 0, 1),
     ("<t>a</t><a>Which colour? A. red B. green C. blue D. yellow</a>", 0, 1),
     ("<t>a</t><a>A B C D</a>", 0, 1), ("<t>a</t><a>B or green or blue</a>", 0, 1), ("<t>B</t>", 0, 0),
     ("<a>B. It is that one</a>", 0, 0), ("<t>a</t>\\boxed{B}", 1, 0), ("<a>\\boxed{A} \\boxed{B}</a>", 0, 0),
-    ("<a>A</a><a>B</a>", 0, 0),
-]
+    ("<a>A</a><a>B</a>", 0, 0)]
 WELL_FORMED = ["<t>a</t><a>b</a>", "<t>a\nb</t>\n\n<a>c</a>"]
 MALFORMED = [
     "<t></t><a>b</a>", "<t>a</t><a> </a>", "x<t>a</t><a>b</a>", "<t>a</t><a>b</a>x", "<t>a</t>x<a>b</a>",
     "<a>b</a><t>a</t>", "<t>a<a>b</a></t>", "<t>a</t><a>b</a><a>b</a>", "<t><t>a</t><a>b</a>", "<t>a</t><a>b",
-    "", "<t>a<a></t>b</a>", "<t>a</a></t><a>b</a>",
-]
+    "", "<t>a<a></t>b</a>", "<t>a</a></t><a>b</a>"]
 HOSTILE = ["9^9^9^9^9", "3^6400000", "(" * 90 + "7" + ")" * 90, "2^(10^9)", "10^{400}",
            "(" * 900 + "7" + ")" * 900, "(" * 10 ** 6, "{" * 1999, "-" * 1999 + "7", "|" * 1500,
            "\\frac" * 400, "\\sqrt{" * 300 + "7" + "}" * 300, "7" * 1900, "1" * 10 ** 6, "7\0", "\0",
@@ -854,8 +767,6 @@ HOSTILE = ["9^9^9^9^9", "3^6400000", "(" * 90 + "7" + ")" * 90, "2^(10^9)", "10^
            "((((9^64)^64)^64)^64)^64", "\\", "%", "!", "°", ".", "=", ",", "7.7.7", "²", "e^(e^(e^e^e))",
            "a" * 1999, "a," * 999, "ﷺ" * 1999, "'", "7_0", "7e", "\\text", "x_", "|7", "sin", "√",
            "\\frac{7}", "A," * 999 + "C", "(A)," * 499, "sin 2x" * 99, "sin^2" * 99, "sin^9^9^9 x"]
-
-
 def tags(text):
     return text.replace("t>", "think>").replace("a>", "answer>")
 
@@ -875,27 +786,17 @@ def test_reward_match():
         assert not any(answers_match(*p) for p in ((nothing, "7"), (nothing, nothing or ""), ("7", nothing)))
 
 
-def test_reward_verbatim_whatever_the_length():
+def test_reward_long_texts():
+    """They match verbatim; an answer is looked for in the last 4,000 characters, in passing in 300."""
     text = "It has 3 red dots (and 4 blue ones). " * 150
-    assert len(text) > 5000 and answers_match(text, text) and answers_match(f"  {text}\n", text)
-    assert reward_parts(f"<think>a</think><answer>{text}</answer>", text)["accuracy"] == 1.0
+    assert answers_match(f"  {text}\n", text) and reward_parts(f"<answer>{text}</answer>", text)["accuracy"]
     for other in (text[:-5], text.replace("3", "5", 1), text.upper(), "a" * 10 ** 6):
         assert not answers_match(text, other) and not answers_match(other, text)
     assert answers_match("1 " * 400, "1 " * 400) and not answers_match("1 " * 400, "1 " * 401)
     assert answers_match("+", "+") and answers_match("°", "°") and not answers_match(" " * 3000, " " * 3000)
-
-
-def test_reward_declared_answer():
-    for text, want in ((" so <a>7</a>", "7"), ("\\boxed{7} b", "7"), ("<a>7", ""), ("b", None)):
-        text = tags(text)
-        assert declared_answer(text) == declared_answer("<think>a</think>" + text) == (text, want), text
-    assert declared_answer("<think>a \\boxed{7}") == ("", None)
-
-
-def test_reward_how_far_back_an_answer_is_looked_for():
-    for padding, want in ((297, "B"), (298, None)):                         # 300 characters in passing
+    for padding, want in ((297, "B"), (298, None)):
         assert extract_answer("So B,\n" + "z" * padding, ["red", "blue", "teal"]) == want
-    for padding, found in ((3998, True), (3999, False)):                    # 4,000 in all
+    for padding, found in ((3998, True), (3999, False)):
         text = "The answer is 7\n" + "so it goes\n" * (padding // 11) + "z" * (padding % 11)
         assert (extract_answer(text) == "7") is found
     words = [f"word{a}{b}" for a in "ab" for b in map(chr, range(97, 123))][:30]
@@ -928,116 +829,26 @@ def test_reward_match_choices():
 
 
 def test_reward_hostile_text():
-    start = time.perf_counter()
+    """Whatever a completion holds: no exception, an answer of the right kind, little time."""
+    start, rng = time.perf_counter(), random.Random(time.time_ns())
+    pool = [tags(row[0]) for row in match_rows() + EXTRACT + CHOOSE + REWARD] + [t[:3000] for t in HOSTILE]
+    texts = [rng.choice(pool) + rng.choice(pool) + rng.choice(pool) for _ in range(600)]
+    for text in ("<think>", "<answer>", "\\boxed{", "answer is ", " ", "1", "1,111", "a ", "\n"):
+        texts.append(text * (10 ** 6 // len(text)) + "</think><answer>7</answer>" * (text == "a "))
     for text in HOSTILE:
-        for wrapped in (text, f"<answer>{text}</answer>", f"\\boxed{{{text}}}", "The answer is " + text):
-            extract_answer(wrapped), extract_answer(wrapped, COLOURS)
-            format_ok(wrapped), reward_parts(wrapped, "7")
+        texts += [text, f"<answer>{text}</answer>", f"\\boxed{{{text}}}", "The answer is " + text]
         assert answers_match(text, "7") is False and answers_match("7", text) is False, text[:50]
         assert not answers_match(text, "B", COLOURS), text[:50]
-    for text in ("<think>", "<answer>", "\\boxed{", "answer is ", " ", "1", "1,111", "a ", "\n"):
-        text = text * (10 ** 6 // len(text)) + "</think><answer>7</answer>" * (text == "a ")
-        extract_answer(text), extract_answer(text, COLOURS), format_ok(text), reward_parts(text, "7")
-        answers_match(text, "7"), answers_match(text, text + "7"), answers_match(text, text[:-1] + "z")
+    for text in texts:
+        other, parts = rng.choice(pool)[:500], reward_parts(text, "7")
+        matches = {answers_match(text, other), answers_match(other, text, COLOURS), format_ok(text),
+                   answers_match(text, text + "7"), answers_match(text, text[:-1] + "z")}
+        assert extract_answer(text) != "" and extract_answer(text, COLOURS) in [*"ABCD", None], text[:50]
+        assert matches | {*parts.values()} <= {0, 1, 0.1, 0.9}, (text[:50], parts)
     assert not answers_match("y=1e99*1e99*1e99*1e99*x", "y=πx")
     numbers = [str(n) for n in range(140)]                                  # 140 * 140 / 2 comparisons
     assert answers_match("{" + ",".join(numbers) + "}", "{" + ",".join(numbers[::-1]) + "}")
     assert time.perf_counter() - start < 60                                 # a hang, on any machine
-
-
-def random_expression(rng, depth):
-    """A random tree: a number, a variable, or (operator, left, right)."""
-    if depth == 0 or rng.random() < 0.15:
-        return rng.choice((rng.randint(1, 12), rng.randint(2, 9), "x", "y"))
-    op, inner = rng.choice("++--**/^r"), random_expression(rng, depth - 1)
-    if op == "^":
-        return op, inner, rng.choice((2, 3))
-    if op == "r":                                                           # a root of something positive
-        return op, ("+", ("^", inner, 2), rng.randint(1, 9)), 0
-    return op, inner, random_expression(rng, depth - 1)
-
-
-def ways_to_write(tree, rng):
-    """LaTeX or plain, factors turned round, implicit products, decimals; the last way is also Python."""
-    if not isinstance(tree, tuple):
-        return [f"{tree}.0", f"({tree})", str(tree)] if isinstance(tree, int) else [tree]
-    op, (a, b) = tree[0], (expression_text(part, rng) for part in tree[1:])
-    if rng and op in "+*" and rng.random() < 0.5:
-        a, b = b, a
-    return {"+": [f"\\left({a}+{b}\\right)", f"({a}-(-({b})))", f"({a} + {b})"],
-            "-": [f"({a} + (-1)*({b}))", f"(-({b})+{a})", f"({a}-{b})"],
-            "*": [f"({a}) \\cdot ({b})", f"({a})({b})", f"({a}) \\times ({b})", f"({a})*({b})"],
-            "/": [f"\\frac{{{a}}}{{{b}}}", f"({a})*({b})^{{-1}}", f"(({a})/({b}))"],
-            "^": [f"({a})^{b}", f"({a})^{{{b}}}", f"({a})**({b})"],
-            "r": [f"\\sqrt{{{a}}}", f"({a})^(1/2)", f"sqrt({a})", f"({a})**(1/2)"]}[op]
-
-
-def expression_text(tree, rng=None):
-    return rng.choice(ways_to_write(tree, rng)) if rng else ways_to_write(tree, None)[-1]
-
-
-def perturbed(tree, rng):
-    """One leaf or operator changed."""
-    if not isinstance(tree, tuple):
-        return tree + rng.choice((-1, 1, 10)) if isinstance(tree, int) else {"x": "y", "y": "x"}[tree]
-    op, a, b = tree
-    if op in "+-*/" and rng.random() < 0.3:
-        return rng.choice("+-*/".replace(op, "")), a, b
-    first = op in "^r" or rng.random() < 0.5
-    return (op, perturbed(a, rng), b) if first else (op, a, perturbed(b, rng))
-
-
-def values_at_points(tree, points=((1.37, 2.21), (0.83, 3.19), (2.71, 0.57))):
-    """Values at three points by Python itself, None if one is missing, tiny or large."""
-    try:
-        found = [eval(expression_text(tree), {"x": x, "y": y}) for x, y in points]
-    except ZeroDivisionError:
-        return None
-    return found if all(isinstance(v, (int, float)) and 1e-3 < abs(v) < 1e6 for v in found) else None
-
-
-def test_reward_random_expressions():
-    """An expression equals itself rewritten and differs from itself perturbed."""
-    rng, same, different = random.Random(0), 0, 0
-    while min(same, different) < 400:
-        tree = random_expression(rng, rng.choice((1, 2, 3)))
-        other = perturbed(tree, rng)
-        mine, its = values_at_points(tree), values_at_points(other)
-        if mine is None or its is None or not isinstance(tree, tuple):
-            continue
-        text = expression_text(tree, rng)
-        if len(text) < 200:
-            again, same = expression_text(tree, rng), same + 1
-            assert answers_match(text, again), (text, again)
-        if all(abs(a - b) > 1e-3 * abs(a) for a, b in zip(mine, its)):
-            changed, different = expression_text(other, rng), different + 1
-            assert not answers_match(text, changed), (text, changed)
-
-
-PIECES = ["<think>", "</think>", "<answer>", "</answer>", "\\frac", "{", "}", "(", ")", "^", "\\boxed{", "|",
-          "9" * 40, ",", "\\sqrt", "π", "½", "\u202e", "\u200b", "\0", "\ud7ff", " and ", "-", "**", "(A)",
-          "=", "\n", "%", "°", "√", "1e9", "9^9^9^9^9", "eval(input())", "$$", "±", "<|im_end|>", "<image>"]
-
-
-def test_reward_mutated_completions():
-    """Whatever a completion holds: no exception, answers of the right kind, little time."""
-    rng = random.Random(time.time_ns())
-    pool = [tags(row[0]) for row in match_rows() + EXTRACT + CHOOSE + REWARD] + [t[:3000] for t in HOSTILE]
-    for _ in range(600):
-        text, other, spent = rng.choice(pool), rng.choice(pool)[:500], []
-        for _ in range(rng.randint(1, 4)):
-            at = rng.randrange(len(text) + 1)
-            piece = rng.choice((rng.choice(PIECES) * rng.choice((1, 1, 40)), rng.choice(pool)[:200]))
-            text = (text[:at] + piece + text[at + rng.choice((0, 0, 5)):])[:6000]
-        while len(spent) < 3 and min(spent, default=1) > 0.5:               # the machine may be busy
-            start = time.thread_time()
-            answer, letter = extract_answer(text), extract_answer(text, COLOURS)
-            matches = {answers_match(text, other), answers_match(other, text, COLOURS)}
-            parts = reward_parts(text, other)
-            spent.append(time.thread_time() - start)
-        assert min(spent) < 0.5, (spent, text)
-        assert answer != "" and letter in [*"ABCD", None], text
-        assert matches | {*parts.values()} <= {0, 1, 0.1, 0.9}, (text, parts)
 
 
 def test_reward_parts_and_hacks():
@@ -1060,15 +871,20 @@ def test_reward_parts_and_hacks():
 
 # ---- attribute.py
 
-
 def chain(problem, steps, answer="none", text=None):
     """A finished, wrong rollout of the given steps (or of a whole text)."""
     codec = tiny_codec()
     text = text or "<think>" + "\n".join(steps) + f"</think><answer>{answer}</answer>"
     ids = rollout.token_ids(rollout.escape_special(text, codec), codec) + [codec.eos_ids[0]]
-    return rollout.Trajectory(problem, rollout.encode_prompt(problem, codec), ids, [1] * len(ids),
-                              [-0.5] * len(ids), True, text, rewards={"accuracy": 0.0},
-                              steps=attribute.split_steps(ids, codec))
+    prompt = rollout.encode_prompt(problem, codec)
+    return replace(split_trajectory(ids, codec, problem, prompt), text=text, rewards={"accuracy": 0.0})
+
+
+def split_trajectory(ids, codec, problem=None, prompt=None):
+    """The rollout of these tokens, with its steps."""
+    t = rollout.make_trajectory(problem, prompt, [], ids, [-0.5] * len(ids), codec)
+    t.steps = attribute.split_steps(ids, codec)
+    return t
 
 
 TABLE = "$$\n\\begin{aligned} a &= b \\\\[4pt]\n\nc &= d \\end{aligned}\n$$"
@@ -1080,35 +896,21 @@ STEPS = [               # a completion, its steps; first in the ways of Qwen2.5-
      ["To find the total, look at each shelf.", "1. **Top shelf**: There are 3 books.",
       "2. **Middle shelf**: There are 5 books.", "3. **Bottom shelf**: 4 books.",
       "Adding them gives 3 + 5 + 4 = 12."]),
-    (ANGLE + "\n\n2. The angle at B is 60°.\n3. So the angle at C is 80°.\n\n**Answer:** 80°",
-     [ANGLE, "2. The angle at B is 60°.", "3. So the angle at C is 80°."]),
-    ("1) The bar for May reaches 7.\n2) The bar for June reaches 9.\n3) The difference is 2.\n\nTherefore, "
-     "the answer is \\boxed{2}.",
-     ["1) The bar for May reaches 7.", "2) The bar for June reaches 9.", "3) The difference is 2."]),
+    (ANGLE + "\n\n2) The angle at B is 60°.\n3) So the angle at C is 80°.\n\nThus the answer is \\boxed{80}",
+     [ANGLE, "2) The angle at B is 60°.", "3) So the angle at C is 80°."]),
     ("### Step 1: Read the legend\nBlue stands for rain.\n\n### Step 2: Read the bar\nIt is 12 mm high.\n\n"
      "### Final Answer\n\\boxed{12}",
      ["### Step 1: Read the legend\nBlue stands for rain.", "### Step 2: Read the bar\nIt is 12 mm high."]),
-    ("## The picture\nThree cats sit on a wall.\n## The question\nOne of them is black.\n",
-     ["## The picture\nThree cats sit on a wall.", "## The question\nOne of them is black."]),
     ("**Triangle ABC**\nAB = 5 and BC = 12.\n\n**Pythagoras**\n\\[\nAC = \\sqrt{5^2 + 12^2}\n= 13\n\\]\n",
      ["**Triangle ABC**\nAB = 5 and BC = 12.", "**Pythagoras**\n\\[\nAC = \\sqrt{5^2 + 12^2}\n= 13\n\\]"]),
-    ("The slope is\n\\[\nm = \\frac{6 - 2}{3 - 1}\n= 2\n\\]\nand it crosses the axis at 0.",
-     ["The slope is", "\\[\nm = \\frac{6 - 2}{3 - 1}\n= 2\n\\]", "and it crosses the axis at 0."]),
-    ("- The red car is on the left.\n- The bus is behind it.\n- No bicycle is there.\n\nThe answer is a bus.",
-     ["- The red car is on the left.", "- The bus is behind it.", "- No bicycle is there."]),
-    ("The clock shows 3:45. The hand is near 4.", ["The clock shows 3:45.", "The hand is near 4."]),
-    ("The image shows a dog.", ["The image shows a dog."]),
     # R1-VL: a description, then headers
     ("### Image Description:\nA pie chart with 4 parts.\n### Rationales:\nThe parts add up to 100 %.\n"
      "### Let's think step by step.\n\n### Step 1:\nRed is 40 %.\n\n### Step 2:\nBlue is 25 %.\n\n"
      "### The final answer is: 35 %",
      ["### Image Description:\nA pie chart with 4 parts.", "### Rationales:\nThe parts add up to 100 %.",
       "### Let's think step by step.", "### Step 1:\nRed is 40 %.", "### Step 2:\nBlue is 25 %."]),
-    ("Step 1: The left pan holds 3 balls.\nStep 2: The right pan holds 5.\nStep 3: 5 - 3 = 2.\n",
-     ["Step 1: The left pan holds 3 balls.", "Step 2: The right pan holds 5.", "Step 3: 5 - 3 = 2."]),
-    ("First look.\n\n**Step 1: Count**\nThere are 6 chairs.\n\n**Step 2: Subtract**\n6 - 4 = 2\n\nAnswer: 2",
-     ["First look.", "**Step 1: Count**\nThere are 6 chairs.", "**Step 2: Subtract**\n6 - 4 = 2"]),
-    ("<think>\nSee.\n**Step 1:** look\n3.\n\nStepping on.\n  STEP 2 -\n$$\n3 + 4\n$$\n## step 10.\n</think>",
+    ("<think>\nSee.\n**Step 1:** look\n3.\n\nStepping on.\n  STEP 2 -\n$$\n3 + 4\n$$\n## step 10."
+     "\n\nAnswer: 7</think>",
      ["See.", "**Step 1:** look\n3.\n\nStepping on.", "STEP 2 -\n$$\n3 + 4\n$$", "## step 10."]),
     # Vision-R1: one long paragraph that talks to itself
     ("<think>Okay, let's see. The triangle has a right angle at B. Wait, is it B? Yes, the little square is "
@@ -1136,12 +938,6 @@ STEPS = [               # a completion, its steps; first in the ways of Qwen2.5-
      "has 30 units.\n\nSo the difference is 50.\n\nThe final answer is 50.\n</think>\n<answer>50</answer>",
      ["The graph rises until 2014. It then falls.", "The peak is 80.",
       "The lowest point is 2018. It has 30 units.", "So the difference is 50."]),
-    ("<think>\n  The door is open.\n\n\n  Two people stand in it.\n</think>",
-     ["The door is open.", "Two people stand in it."]),
-    ("<think>$$\na + b = 7\n$$\n\n$$\nb = 3\n$$\n\nHence $a = 4$.</think>",
-     ["$$\na + b = 7\n$$", "$$\nb = 3\n$$", "Hence $a = 4$."]),
-    ("<think>The table has 3 rows:\n\n| red | 4 |\n| blue | 5 |\n\nThe sum is 9.</think>",
-     ["The table has 3 rows:", "| red | 4 |", "| blue | 5 |", "The sum is 9."]),
     (f"<think>See:\n{TABLE}\n\\[\n3\n\\]\nSo\n\\[ x \\]\nand \\[ y\n= 2 \\].\nEnd.</think>",
      ["See:", TABLE, "\\[\n3\n\\]", "So", "\\[ x \\]", "and \\[ y\n= 2 \\].", "End."]),
     # the tiny model, open and closing tags alone, and what is hardly a chain
@@ -1158,34 +954,6 @@ STEPS = [               # a completion, its steps; first in the ways of Qwen2.5-
      ["∠ABC = 60°", "√2, é🙂👩\u200d👧", "\u202e\u05d0 a\u2028b"]),
     ("<think></think><answer>7</answer>", []), ("<think>\n \n\t\n</think>", []), ("", []), ("\n", []),
     ("<think>", []), ("<answer>7</answer>", [])]
-
-
-@functools.lru_cache
-def qwen_like_codec():
-    """A small vocabulary behind Qwen's own pre-tokenizer: ".\\n\\n", ".</" and "><" become single tokens,
-    tags
-    fall into several."""
-    from transformers import PreTrainedTokenizerFast        # takes seconds
-    tok = Tokenizer(models.BPE())
-    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-    tok.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tok.decoder = decoders.ByteLevel()
-    texts = [text for text, _ in STEPS] + [f"The red tile shows 4{end}The" for end in SEAM_ENDS] * 3
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator(texts, trainers.BpeTrainer(show_progress=False, initial_alphabet=alphabet,
-                                                       vocab_size=900))
-    tok.add_special_tokens([AddedToken("<|im_end|>", special=True), AddedToken("</>", special=True)])
-    return codec_of(PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>"))
-
-
-def codec_of(tokenizer):
-    """What segmentation and seams need of a codec."""
-    newlines = tuple(i for text, i in tokenizer.get_vocab().items() if "\n" in text or "\u010a" in text)
-    return SimpleNamespace(tokenizer=tokenizer, eos_ids=(tokenizer.convert_tokens_to_ids("<|im_end|>"),),
-                           newline_ids=newlines)
 
 
 def segmentation(codec):
@@ -1220,18 +988,16 @@ def test_segmentation_of_hostile_texts():
                         ("é中\u202e\U0001f642\x00\r\u2028\ud7ff" * 1500, 1), ("<think>" * 3000, 1),
                         ("$$\n" * 3000, 1500), ("\\[" * 5000, 1), ("Step 1\n" * 3000, 3000),
                         ("### Step " * 2000, 1), ("</think>" * 3000, 0), ("A. " * 3000, 3000),
-                        ("1. a\n" * 2000, 2000),
-                        ("answer\n" * 2000, 0), ("\\(" * 4000, 1), ("\\boxed{ " * 3000, 0),
-                        ("$a. " * 3000, 1)):
+                        ("1. a\n" * 2000, 2000), ("answer\n" * 2000, 0), ("\\(" * 4000, 1),
+                        ("\\boxed{ " * 3000, 0), ("$a. " * 3000, 1)):
         cases.append((rollout.token_ids(text, codec), count))
     for _ in range(50):
         some = rng.choices(range(len(codec.tokenizer)), k=150) + rollout.token_ids("\n" * 50, codec)
         cases.append((rng.sample(some, 200), None))
     for ids, count in cases:
-        started, end = time.process_time(), 0
+        started, end, begins = time.process_time(), 0, codec.tokenizer.decode(ids[:10])
         steps = attribute.split_steps(ids, codec)
-        assert len(steps) == count or count is None, (codec.tokenizer.decode(ids[:10]), len(steps))
-        assert time.process_time() - started < 3, codec.tokenizer.decode(ids[:10])
+        assert time.process_time() - started < 3 and count in (None, len(steps)), (begins, len(steps))
         for step in steps:
             assert end <= step.start < step.stop <= len(ids) and step.text
             end = step.stop
@@ -1251,13 +1017,13 @@ def test_segmentation_gives_a_token_to_the_step_of_its_first_character():
             return b"".join(pieces[i] for i in ids).decode("utf-8", "replace")
 
         codec = SimpleNamespace(tokenizer=SimpleNamespace(decode=decode), eos_ids=(-1,))
-        steps = attribute.split_steps(list(range(len(pieces))), codec)
+        ids = list(range(len(pieces)))
+        steps = attribute.split_steps(ids, codec)
         assert [(step.start, step.stop, step.text) for step in steps] == want, steps
         for step in steps:                                  # the tokens that lie in the text as a whole
-            inner, rest, after = attribute.parts_of(step, list(range(len(pieces))), codec)
+            inner, rest, after = attribute.parts_of(step, ids, codec)
             assert step.text.endswith((decode(range(step.start, step.start + inner)) + rest).lstrip())
-            last = decode(range(step.start + inner, step.stop))
-            assert last == rest + after
+            assert decode(range(step.start + inner, step.stop)) == rest + after
 
 
 def test_screening_leaves_out_what_cannot_be_located():
@@ -1269,28 +1035,13 @@ def test_screening_leaves_out_what_cannot_be_located():
               chain(p, []), replace(good, text="<think>red 4\nblue 5</think><answer></answer>"),
               replace(good, text="<think>red 4\nblue 5"), replace(kept, text="<answer>F</answer>")):
         assert attribute.locatable_failures([good, t, kept]) == [good, kept], t.text
-
-
-def test_is_right_is_the_training_reward():
-    p = mixed_problems()[0]
-    t = chain(p, ["red 4"], p.answer)
-    assert attribute.is_right(t) and not attribute.is_right(replace(t, finished=False))
-    for text in (t.text.replace(p.answer, "no"), t.text + "<answer>no</answer>"):   # two answers earn nothing
-        assert not attribute.is_right(replace(t, text=text))
-
-
-def test_truth_tables_of_checks():
-    for gaps in itertools.product((0.0, 0.5, 0.51, 9.0), repeat=3):
-        first = next((k for k, gap in enumerate(gaps) if gap > 0.5), None)
-        assert attribute.first_suspect([attribute.Check(gap) for gap in gaps]) == first
-    step = attribute.Step(4, 8, "red 7 9")
-    for token, want in ((None, (4, 8)), (0, (4, 5)), (1, (5, 6)), (3, (7, 8))):
-        assert attribute.faulty_tokens(step, attribute.Check(1.0, token)) == want
+    right = chain(p, ["red 4"], p.answer)
+    assert attribute.is_right(right) and not attribute.is_right(replace(right, finished=False))
+    assert not attribute.is_right(replace(right, text=right.text + "<answer>no</answer>"))
 
 
 def test_reader_check_is_a_difference():
-    """Suspect is what the policy (first case) or language (second) found easy and the reader, with the image,
-    does not, at a place where the image has a say; never a forced token. Numbers by hand."""
+    """Suspect is what policy or language found easy and the reader does not, where the image has a say."""
     easy, hard, rare = -0.1, -3.1, -4.0
     for mu, seen, masked, say, sampled, gap, token in (
             ([easy] * 3, [-0.2, hard, -2.1], [easy, hard, -5.0], [9, 9, 9], [1, 1, 1], 3.0, 1),
@@ -1309,19 +1060,17 @@ def test_reader_check_is_a_difference():
 def test_reader_reads_a_step_without_its_chain():
     """read_steps against a plain forward of context and step, with the image and with it masked, in any order
     and any number at once; the context is the opening and the last `window` steps."""
-    net, codec, problems = random_model(spread=0.12), tiny_codec(), mixed_problems()
-    claims, want = [], []
+    net, codec, claims, want = random_model(spread=0.12), tiny_codec(), [], []
 
     def grey(image, config):
         values, grid = m.preprocess_image(image, config)
         return 0 * values, grid                             # the mean colour
 
-    for p in problems:
+    for p in mixed_problems():
         t = chain(p, ["red 4 6", "blue 1", *p.key_steps, "a longer step: red 4, so 12."])
         for k, window in ((0, 1), (2, 0), (2, 1), (3, 2), (3, 9)):
-            verifier = attribute.Verifier(net, codec, window)
             before = t.ids[:1] + t.ids[t.steps[max(0, k - window)].start:t.steps[k].start]
-            assert verifier.context(t, k) == before
+            assert attribute.Verifier(net, codec, window).context(t, k) == before
             step = t.ids[t.steps[k].start:t.steps[k].stop]
             claims.append((t.prompt, tuple(before), tuple(step)))
             seen = uncached(net, codec, p, before + step)[len(before):]                             # (T, V)
@@ -1336,7 +1085,6 @@ def test_reader_reads_a_step_without_its_chain():
         assert set(found) == {claims[i] for i in part}
         for i in part:
             close(found[claims[i]], want[i], 1e-3)
-    assert attribute.read_steps(net, codec, []) == {}
 
 
 def test_reader_reads_each_claim_once():
@@ -1354,10 +1102,8 @@ def test_reader_reads_each_claim_once():
             assert codec.tokenizer.decode(claim[2]) == step.text and verifier.claim(t, k) == claim
             readings = attribute.read_steps(net, codec, [claim])[claim]
             close(t.checks[k].gap, attribute.check_of(step, t, readings).gap, 1e-4)
-    verifier.reader = None                                  # from here on nothing can be read
-    known = [list(t.checks) for t in texts]
+    known, verifier.reader = [list(t.checks) for t in texts], None      # from here on nothing can be read
     verifier(texts[::-1])
-    verifier([])
     assert [t.checks for t in texts] == known and verifier.tokens == 4
 
 
@@ -1365,20 +1111,16 @@ def test_reader_is_the_frozen_start():
     """start: the weights the run began with, whatever the policy learns, shared with the KL's reference;
     policy: the policy itself; a folder: that checkpoint, if its tokenizer is the same."""
     with scratch() as folder:
-        flags = {"rectify_below": 1.0, "lr": 1e-3}
         for beta in (0.0, 0.1):
-            trainer = small_trainer(folder / "a", beta=beta, **flags)
-            before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+            trainer = small_trainer(folder / "a", beta=beta, rectify_below=1.0, lr=1e-3)
+            before = [p.clone() for p in trainer.model.parameters()]
             for _ in range(2):
                 trainer.rl_step()
-            changed = 0
-            for name, p in trainer.reader.named_parameters():
-                assert torch.equal(p, before[name]) and not p.requires_grad
-                changed += not torch.equal(p, dict(trainer.model.named_parameters())[name])
-            assert changed and (trainer.reader is trainer.reference) == (beta > 0)
+            assert all(map(torch.equal, trainer.reader.parameters(), before))
+            assert not all(map(torch.equal, trainer.model.parameters(), before))
+            assert (trainer.reader is trainer.reference) == (beta > 0)
         trainer = small_trainer(folder / "b", reader="policy")
-        assert trainer.reader is trainer.model
-        assert small_trainer(folder / "c", algo="grpo").reader is None
+        assert trainer.reader is trainer.model and small_trainer(folder / "c", algo="grpo").reader is None
         other = folder / "other"
         shutil.copytree(TINY, other)
         assert small_trainer(folder / "d", reader=str(other)).reader is not None
@@ -1397,7 +1139,6 @@ def test_answer_margins_are_the_uncached_forward():
             (c, "red 4\nblue 5\n<answer>9 9</answer>", "9 9", plain, ("", "red 4\n", "blue 5\n")),
             (replace(a, answer="<|im_end|>"), "<think>x</think><answer>4</answer>", "4", tag,
              ("<think>", "x"))):
-        chains.append(chain(p, None, text=text))
         margins, read = [], []
         for piece in pieces:
             read, means = read + rollout.token_ids(piece, codec), []
@@ -1406,19 +1147,20 @@ def test_answer_margins_are_the_uncached_forward():
                 logps = uncached_logps(net, codec, p, read + rollout.token_ids(cue, codec) + ids)
                 means.append(sum(logps[-len(ids):]) / len(ids) if ids else 0.0)
             margins.append(means[0] - means[1])
+        chains.append(chain(p, None, text=text))
         want.append(margins)
     for budget in (9999, 60):
         found = attribute.answer_margins(net, codec, chains, budget=budget)
         for row, margins in zip(found, want, strict=True):
             close(row, margins, 1e-3)
-    for margins, step in (([2.0, 1.5, -1.0, -1.2], 1), ([3.0, 2.0, 1.5], 0), ([-1.0, 1.0], 0),
-                          ([0.0, 1.0, 3.0, 3.5], 2), ([2.0, 1.0, 0.0], 0)):     # of equal drops the first
-        assert attribute.largest_margin_drop(margins) == step
+    for margins, step in (([2.0, 1.5, -1.0, -1.2], 1), ([3.0, 2.0, 1.5], 0), ([-1.0, 1.0], 0)):
+        assert attribute.largest_margin_drop(margins) == step                   # of equal drops the first
 
 
 # ---- rereason.py
 
-GOOD, BAD = attribute.Check(0.0), attribute.Check(2.0, 1)
+GOOD = attribute.Check(0.5)               # a larger gap is suspect
+BAD = attribute.Check(2.0, 1)
 
 
 def planted(kind="tiles", steps=6, wrong=(1, 4), index=0):
@@ -1441,12 +1183,6 @@ def four_steps(**changes):
 
 def repair(t, **changes):
     return rereason.Repair(**{"source": t, "trajectory": t, "key": "key", "median_length": 50.0, **changes})
-
-
-def shared_prefix(r):
-    """How many first tokens a rectified trajectory has of its source."""
-    pairs = zip(r.trajectory.ids, r.source.ids)
-    return next(n for n, (a, b) in enumerate(pairs) if a != b)
 
 
 def rectified(sources, policy=None, window=0, **rules):
@@ -1481,9 +1217,8 @@ def test_revision_repairs_planted_errors_one_by_one():
     codec, two, done = tiny_codec(), [], [r for r in repairs if r.outcome == "repaired"]
     assert len(done) >= 8, [r.outcome for r in repairs]
     for r in done:
-        t, source, first = r.trajectory, r.source, shared_prefix(r)
+        t, source = r.trajectory, r.source
         assert attribute.is_right(t) and t.finished and codec.tokenizer.decode(t.ids[:-1]) == t.text
-        assert t.ids[:first] == source.ids[:first] and t.ids[first] != source.ids[first]
         assert len(t.ids) == len(t.logps) == len(t.sampled) and t.steps == attribute.split_steps(t.ids, codec)
         assert [step.text for step in t.steps] == shapes.true_steps(t.problem.oracle)
         assert len(source.logps) == len(source.ids) and not attribute.is_right(source), "it stays what it was"
@@ -1493,13 +1228,13 @@ def test_revision_repairs_planted_errors_one_by_one():
 
 
 def test_revision_logps_are_those_of_the_model_and_context_a_token_came_from():
-    """The stem's mu stays the policy's, the new tokens' is the reader's without the chain, what the policy
-    continued is the policy's own."""
+    """The stem's stay the policy's; the new tokens' are the reader's, without the chain."""
     (_, repairs, policy), codec, revised, differ = loop_results(), tiny_codec(), 0, 0.0
     for r in repairs:
         if r.outcome == "repaired" and len(r.edited_steps) == r.num_revisions == 1:
             t, source, k = r.trajectory, r.source, r.edited_steps[0]
-            first, revised = shared_prefix(r), revised + 1
+            first = next(n for n, (a, b) in enumerate(zip(t.ids, source.ids)) if a != b)
+            revised += 1
             assert t.steps[k].start < first < t.steps[k].stop and t.logps[:first] == source.logps[:first]
             before = attribute.Verifier(tiny_model(), codec).context(t, k)
             stop = t.steps[k].stop - 1                      # the line break may be the old one
@@ -1516,44 +1251,40 @@ def test_revision_logps_are_those_of_the_model_and_context_a_token_came_from():
 
 
 def test_revision_prompts_are_the_questions():
-    """No prompt of the loop holds anything but the problem's own chat, and no forced prefix but a piece of
-    the chain: nothing is asked, no answer can leak."""
-    seen, sample, sources = [], rollout.sample, loop_results()[0][:3]
+    """A prompt is the problem's own chat, a forced prefix a piece of the chain: no answer leaks."""
+    seen, sample = [], rollout.sample
 
     def recording(model, problems, codec, *rest):
         seen.extend(zip(problems, rest[4], rest[5]))
         return sample(model, problems, codec, *rest)
 
     with swapped(rollout, "sample", recording):
-        rectified(sources)
+        rectified(loop_results()[0][:3])
     assert len(seen) > 4
     for p, prefix, prompt in seen:
         text = tiny_codec().tokenizer.decode(prefix)
         assert prompt.ids == rollout.encode_prompt(p, tiny_codec()).ids
         assert text.startswith("<think>") or not text
-        if "</think>" not in text:
-            assert p.answer not in " ".join(text.split())
-
-
-SOME, DROP = {"finished": False}, {"margins": [2.0, 1.5, -4.0, -5.0]}         # it drops in the second step
-ACTIONS = [     # second check, edited steps, failures, what else; then action, where, failures, edited steps
-    (BAD, [], 0, {}, "revise", 1, 0, [1]), (BAD, [0], 0, {}, "revise", 1, 0, [0, 1]),
-    (BAD, [1], 0, SOME, "revise", 1, 1, [1, 1]), (BAD, [2], 0, {}, "revise", 1, 1, [2, 1]),
-    (GOOD, [2], 0, SOME, "continue", 17, 0, [2]), (GOOD, [], 0, SOME, "continue", 17, 0, []),
-    (BAD, [], 4, {}, "revise", 1, 4, [1]), (BAD, [], 5, {}, "give up", 0, 5, []),
-    (BAD, [1], 4, {}, "give up", 0, 5, [1]), (BAD, [], 0, {"steps": []}, "give up", 0, 0, []),
-    (BAD, [], 0, {"tokens": 100}, "revise", 1, 0, [1]), (BAD, [], 0, {"tokens": 101}, "give up", 0, 0, []),
-    (GOOD, [], 0, {}, "continue", 13, 0, [4]), (GOOD, [1], 0, {}, "continue", 13, 1, [1, 4]),
-    (GOOD, [], 0, DROP, "revise", 1, 0, [1]), (GOOD, [1], 0, DROP, "continue", 4, 1, [1, 1]),
-    (BAD, [], 0, {"revise": False}, "continue", 4, 0, [1]),
-    (BAD, [], 0, {"confirmed": {(4, 5, 6)}}, "continue", 13, 0, [4])]
+        assert "</think>" in text or p.answer not in " ".join(text.split())
 
 
 def test_next_action_table():
-    for check, edited, failures, options, *want in ACTIONS:
+    some, drop = {"finished": False}, {"margins": [2.0, 1.5, -4.0, -5.0]}       # it drops in the second step
+    for check, edited, failures, options, *want in (
+            # of the second step; then action, where, failures, edited steps
+            (BAD, [], 0, {}, "revise", 1, 0, [1]), (BAD, [0], 0, {}, "revise", 1, 0, [0, 1]),
+            (BAD, [1], 0, some, "revise", 1, 1, [1, 1]), (BAD, [2], 0, {}, "revise", 1, 1, [2, 1]),
+            (GOOD, [2], 0, some, "continue", 17, 0, [2]), (GOOD, [], 0, some, "continue", 17, 0, []),
+            (BAD, [], 4, {}, "revise", 1, 4, [1]), (BAD, [], 5, {}, "give up", 0, 5, []),
+            (BAD, [1], 4, {}, "give up", 0, 5, [1]), (BAD, [], 0, {"steps": []}, "give up", 0, 0, []),
+            (BAD, [], 0, {"tokens": 100}, "revise", 1, 0, [1]),
+            (BAD, [], 0, {"tokens": 101}, "give up", 0, 0, []),
+            (GOOD, [], 0, {}, "continue", 13, 0, [4]), (GOOD, [1], 0, {}, "continue", 13, 1, [1, 4]),
+            (GOOD, [], 0, drop, "revise", 1, 0, [1]), (GOOD, [1], 0, drop, "continue", 4, 1, [1, 1]),
+            (BAD, [], 0, {"revise": False}, "continue", 4, 0, [1]),
+            (BAD, [], 0, {"confirmed": {(4, 5, 6)}}, "continue", 13, 0, [4])):
         margins, t = options.get("margins", [0.5]), four_steps(checks=[GOOD, check, GOOD, GOOD])
-        t.finished = options.get("finished", True)
-        t.steps = options.get("steps", t.steps)
+        t.finished, t.steps = options.get("finished", True), options.get("steps", t.steps)
         r = repair(t, failures=failures, tokens=options.get("tokens", 0), edited_steps=list(edited),
                    confirmed=options.get("confirmed", set()))
         with swapped(attribute, "answer_margins", lambda model, codec, trajectories: [margins]):
@@ -1586,89 +1317,78 @@ def test_revision_table():
             (3, None, [3], "same\n", "nothing new"), (3, 1, [3], " 1 2", "nothing new"),
             (0, 1, [0], " 1 2 3", "nothing new")):
         check, step = attribute.Check(2.0 if token else 0.0, token), t.steps[k]
+        stem = step.start + (token or 0)
         if text == "same\n":
-            text = codec.tokenizer.decode(t.ids[step.start + (token or 0):step.stop])
+            text = codec.tokenizer.decode(t.ids[stem:step.stop])
         r, asked, verified = repair(replace(t, checks=[GOOD] * k + [check] + [GOOD] * (4 - k))), [], []
         r.edited_steps, verifier = list(edited), attribute.Verifier(None, codec)
         with (swapped(rereason, "sample_on", replies(rollout.token_ids(text, codec), asked)),
               swapped(attribute.Verifier, "__call__", lambda self, ts: verified.extend(ts)),
               swapped(rereason, "resume_points", lambda *args: args[2])):
             points = rereason.revise_steps(None, codec, [(r, k)], verifier, 7, rereason.Rules())
-        prefix = t.ids[:1] + t.ids[step.start:step.start + (token or 0)]
+        prefix = t.ids[:1] + t.ids[step.start:stem]
         temperature = 0.0 if token and edited == [k] else 1.0
         limit = len(prefix) + 16 + 2 * (step.stop - step.start)
         assert asked == [("key/revise/7", prefix, limit, temperature, codec.newline_ids)]
-        new = r.trajectory
+        new, back = r.trajectory, max(0, k - 1)
         if want == "changed":
-            assert verified == [new] and points == [(r, k)]
-            assert r.num_revisions == 1 and r.edited_steps == edited
-            stem = codec.tokenizer.decode(t.ids[step.start:step.start + (token or 0)])
-            lines_now = lines[:k] + [(stem + text).partition("\n")[0].partition("</")[0]] + lines[k + 1:]
+            assert verified == [new] and points == [(r, k)] and r.num_revisions == 1
+            whole = codec.tokenizer.decode(t.ids[step.start:stem]) + text
+            lines_now = lines[:k] + [whole.partition("\n")[0].partition("</")[0]] + lines[k + 1:]
             assert [s.text for s in new.steps] == lines_now and not r.answer_is_current
             assert len(new.ids) == len(new.logps) == len(new.sampled)
         else:
             assert new.ids == t.ids and not verified and r.num_revisions == 0
-            back = max(0, k - 1)
             assert points == ([(r, t.steps[back].start)] if want == "nothing new" else [])
-            assert r.edited_steps == (edited[:-1] if want == "confirmed" else edited[:-1] + [back])
             assert r.failures == (want == "nothing new") and len(r.confirmed) == (want == "confirmed")
+            edited = edited[:-1] + [back] * (want == "nothing new")
+        assert r.edited_steps == edited
 
 
 SEAM_ENDS = ("\n", "\n\n", ".\n", ".\n\n", "!\n\n", ".</", "</", ")\n", ")</", " \n", " cm.\n", "°\n", "\n  ")
 
 
 def seams(codec, count: int) -> int:
-    """Random chains in which a step is rewritten: the ids are those that the tokenizer gives the new text,
-    what models wrote keeps its log-prob and the forced rest has none; texts, blank lines and indentation of
-    the others survive. Returns how many were rewritten."""
+    """Of random chains a step is rewritten: the ids are those that the tokenizer gives the new text, what
+    models wrote keeps its log-prob, the forced rest has none, other steps survive. Returns how many were."""
     done, token_ids, decode = 0, functools.partial(rollout.token_ids, codec=codec), codec.tokenizer.decode
     for seed in range(count):
         rng = random.Random(seed)
-
-        def line():
-            what = f"The {rng.choice(('red tile', 'blue bar', 'cat'))} {rng.choice(('shows', 'is'))} "
-            what += f"{rng.randint(0, 120)}"
-            if between == " ":
-                return what + rng.choice((".", "!"))
-            return what + rng.choice(("", " cm", ")", "°")) + rng.choice((".", "!", ""))
-
         between = rng.choice(("\n", "\n\n", "\n  ", "\n\n\n", " "))      # blank lines, indentation, sentences
-        lines = [line() for _ in range(rng.randint(2, 5))]
+        in_lines, lines = between != " ", []
+        for _ in range(rng.randint(3, 6)):
+            what = f"The {rng.choice(('red tile', 'blue bar', 'cat'))} {rng.choice(('shows', 'is'))} "
+            what += f"{rng.randint(0, 120)}" + rng.choice(("", " cm", ")", "°")) * in_lines
+            lines.append(what + rng.choice((".", "!") + ("",) * in_lines))
+        new_line = lines.pop()
         head, tail = rng.choice(("<think>", "<think>\n", "")), rng.choice(("</think>", "\n</think>\n\n"))
-        text = head + between.join(lines) + tail + "<answer>7</answer>"
-        ids = token_ids(text) + [codec.eos_ids[0]]
-        steps, k = attribute.split_steps(ids, codec), rng.randrange(len(lines))
-        assert [step.text for step in steps] == lines
-        t = rollout.Trajectory(None, None, ids, [1] * len(ids), [-0.25] * len(ids), True, text, steps=steps,
-                               checks=[GOOD] * len(lines))
-        inner, _, _ = attribute.parts_of(steps[k], ids, codec)      # suspect is a token of the text
-        stem, new_line = rng.randrange(steps[k].start, steps[k].start + inner), line()
-        if between == " ":
-            end = rng.choice((" The cat", "</think>"))
-        else:
-            end = rng.choice(("\n", "\n\n", "</think>", "</", " \n", "<|im_end|>"))
-        gap, whole = " so ", decode(ids[steps[k].start:steps[k].stop])
-        if not decode(ids[steps[k].start:stem]).strip():    # with the white space that the step begins with
-            stem, gap = steps[k].start, whole[:len(whole) - len(whole.lstrip())]
+        ids = token_ids(head + between.join(lines) + tail + "<answer>7</answer>") + [codec.eos_ids[0]]
+        t, k = split_trajectory(ids, codec), rng.randrange(len(lines))
+        assert [step.text for step in t.steps] == lines
+        inner, _, _ = attribute.parts_of(t.steps[k], ids, codec)    # suspect is a token of the text
+        start, stop = t.steps[k].start, t.steps[k].stop
+        stem, gap, whole = rng.randrange(start, start + inner), " so ", decode(ids[start:stop])
+        if not decode(ids[start:stem]).strip():             # with the white space that the step begins with
+            stem, gap = start, whole[:len(whole) - len(whole.lstrip())]
+        ends = ("\n", "\n\n", "</think>", "</", " \n", "<|im_end|>") if in_lines else (" The cat", "</think>")
+        end = rng.choice(ends)
         written = token_ids(decode(ids[:stem]) + gap + new_line + end)
         if written[:stem] != ids[:stem]:                    # a model would not have gone on like this
             continue
-        new = attribute.replace_end(t, k, stem, written[stem:], [-0.5] * (len(written) - stem), codec)
+        new = attribute.replace_end(t, k, stem, written[stem:], [-0.75] * (len(written) - stem), codec)
         if new is None:
             continue
         done += 1
         assert new.ids == token_ids(new.text) + [codec.eos_ids[0]], (new.text, list(map(decode, new.ids)))
         for mu, is_sampled in zip(new.logps, new.sampled, strict=True):
-            assert mu in ((-0.25, -0.5) if is_sampled else (0.0,))
+            assert mu in ((-0.5, -0.75) if is_sampled else (0.0,))
         assert len(new.ids) == len(new.logps) and new.sampled.count(0) <= 8
-        expected = [step.text for step in steps]
-        expected[k] = new.steps[k].text
-        assert [step.text for step in new.steps] == expected
+        assert [step.text for step in new.steps] == lines[:k] + [new.steps[k].text] + lines[k + 1:]
         before, after = head + between.join(lines[:k] + [""]), between.join(["", *lines[k + 1:]])
         after = after if k + 1 < len(lines) else tail
         if end in ("\n", "\n\n", " \n") and after.startswith("\n"):
             after = end + after.lstrip("\n")                # the new step's own line break
-        assert new.text.startswith(before + expected[k] + after), (new.text, after)
+        assert new.text.startswith(before + new.steps[k].text + after), (new.text, after)
     return done
 
 
@@ -1679,27 +1399,24 @@ def test_seams_are_the_tokenizers_own():
 def test_seams_leave_what_a_model_sampled():
     """Unusual tokens elsewhere stay as they are; words that spell a control token stay words."""
     codec, ids = tiny_codec(), []
-    for piece in ("<think>", "red 4 6", "\n", "b", "lue", " 3 5", "\n", "teal 9 1", "</think>", "<answer>7</answer>"):
+    for piece in "<think>|red 4 6|\n|b|lue| 3 5|\n|teal 9 1|</think>|<answer>7</answer>".split("|"):
         ids += rollout.token_ids(piece, codec)
+    assert ids != rollout.token_ids(codec.tokenizer.decode(ids), codec)
     ids.append(codec.eos_ids[0])
-    text = codec.tokenizer.decode(ids[:-1])
-    assert ids[:-1] != rollout.token_ids(text, codec)
-    t = rollout.Trajectory(None, None, ids, [1] * len(ids), [-0.25] * len(ids), True, text,
-                           steps=attribute.split_steps(ids, codec), checks=[GOOD] * 3)
-    new_ids = rollout.token_ids(" 2 4\n", codec)
+    t, new_ids = split_trajectory(ids, codec), rollout.token_ids(" 2 4\n", codec)
     for k in (0, 2):
         stem = t.steps[k].start + 1
-        new = attribute.replace_end(t, k, stem, new_ids, [-0.5] * len(new_ids), codec)
+        new = attribute.replace_end(t, k, stem, new_ids, [-0.75] * len(new_ids), codec)
         want = ids[:stem] + new_ids[:2 + (k == 0)] + ids[stem + 2 + (k == 0):]
-        assert new.ids == want and new.logps.count(-0.5) == 2 + (k == 0)
+        assert new.ids == want and new.logps.count(-0.75) == 2 + (k == 0)
     codec, ids = qwen_like_codec(), []
     for piece in ("red 4", "<", "/", ">", " 6"):
         ids += rollout.token_ids(piece, codec)
-    assert rollout.token_ids("</>", codec) == [codec.tokenizer.convert_tokens_to_ids("</>")]
+    control, = rollout.token_ids("</>", codec)
     for place in range(1, len(ids)):
         mended = list(ids)
         attribute.mend_seam(mended, [-0.1] * len(ids), [1] * len(ids), place, codec)
-        assert codec.tokenizer.convert_tokens_to_ids("</>") not in mended
+        assert control not in mended
 
 
 def test_resume_points_table():
@@ -1737,8 +1454,8 @@ def test_accept_asks_again_where_an_answer_can_be_guessed():
             ("48", "", False), ("A", "ab", True), ("yes", "", True), ("20", "", True), ("21", "", False),
             ("cat", "", True), ("red 4", "", False), ("0.5", "", False), ("x^2", "", False)):
         assert reward.is_guessable(answer, list(options)) == want, answer
-    for answer, votes, edited, revisions, want in (
-            ("A 1", 0, [1], 1, "revised 1"), ("A", 2, [1], 0, "restart"), ("A", 1, [1], 1, "policy")):
+    for answer, votes, revisions, want in (
+            ("A 1", 0, 1, "revised 1"), ("A", 2, 0, "restart"), ("A", 1, 1, "policy")):
         asked, text = [], f"<think>red</think><answer>{answer}</answer>"
         t = four_steps(problem=rollout.Problem("p", "q", answer, []), text=text,
                        ids=[0, 1, 2, 3, *range(104, 117)])
@@ -1747,8 +1464,7 @@ def test_accept_asks_again_where_an_answer_can_be_guessed():
             asked.append(rest)
             return [[t] * votes + [four_steps()] * (3 - votes)]
 
-        r = repair(four_steps(), trajectory=t, num_revisions=revisions, edited_steps=edited,
-                   answer_is_current=True)
+        r = repair(four_steps(), trajectory=t, num_revisions=revisions, answer_is_current=True)
         with swapped(rollout, "sample", sample), swapped(rereason, "log_weights", lambda *args: [[0.0] * 17]):
             rereason.accept(None, None, [r], 99, rereason.Rules())
         assert t.provenance == want and r.outcome == ("a lucky guess" if want == "policy" else "repaired")
@@ -1770,8 +1486,7 @@ def test_how_far_continue_sampling_samples():
         limit = min(most, start + max(8, 2 * (t.steps[-1].stop // 5)))
         new, end = r.trajectory, min(limit, len(t.ids))
         assert asked == [("key/go on/3", t.ids[:start], limit, 1.0, ())] and r.tokens == end - start
-        assert new.steps[:k] == t.steps[:k] and new.ids == t.ids[:end]
-        assert new.logps[:start] == t.logps[:start]
+        assert (new.steps[:k], new.ids, new.logps[:start]) == (t.steps[:k], t.ids[:end], t.logps[:start])
         assert r.answer_is_current == new.finished == (end == len(t.ids))
 
 
@@ -1787,18 +1502,6 @@ def test_hostile_chains_do_not_stop_the_loop():
         assert all(r.outcome for r in rectified(failures, window=window, revise=revise))
 
 
-def test_restarts_only():
-    """The ablation: the new step is the policy's own, in the clean context."""
-    sources, restarted = loop_results()[0][6:], 0
-    for r in rectified(sources, revise=False, max_tokens_ratio=4.0):
-        assert r.num_revisions == 0
-        if r.outcome == "repaired" and len(r.edited_steps) == 1:
-            t, restarted = r.trajectory, restarted + 1
-            log_w = rereason.log_weights(tiny_model(), tiny_codec(), [t])[0][shared_prefix(r):]
-            close(log_w, [0.0] * len(log_w))
-    assert restarted
-
-
 def test_turns_and_company_of_a_repair():
     """What is not done after its turns is given up; what is repaired beside it changes nothing."""
     (sources, usual, policy), done = loop_results(), []
@@ -1812,24 +1515,7 @@ def test_turns_and_company_of_a_repair():
     assert 0 == done[0] < done[1]
 
 
-def test_restarts_follow_the_gradient_of_log_value():
-    """Verified restarts in a policy of three binary tokens: over the right y the mean of policy_loss has the
-    gradient -A grad log V."""
-    table = torch.randn(3, 2, dtype=torch.double, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    value = mean_loss = 0.0
-    for y in ((0, 1, 1), (1, 0, 1), (1, 1, 1)):
-        logps = table.log_softmax(-1)[[0, 1, 2], y][None]                       # (1, 3)
-        advantage, chance = torch.full_like(logps, 0.875), logps.sum().exp()
-        loss, _ = grpo.policy_loss(logps, logps.detach(), advantage, torch.ones_like(logps), 1.0,
-                                   rectified=torch.tensor([[True]]))
-        value, mean_loss = value + chance, mean_loss + chance.detach() * loss
-    want, = torch.autograd.grad(value.log(), table, retain_graph=True)
-    found, = torch.autograd.grad(mean_loss / value.detach(), table)
-    close(found, -0.875 * want, 1e-9)
-
-
 # ---- grpo.py, and which groups are rectified
-
 
 def test_eq1_group_advantages():
     close(grpo.group_advantages(torch.tensor([[1.0, 0, 0, 0]])), [[0.75, -0.25, -0.25, -0.25]], 1e-6)
@@ -1989,11 +1675,11 @@ def test_eq8_no_rectified_rows_is_grpo_and_diagnostics_are_of_the_others():
 def test_group_shares_and_advantages():
     shares = grpo.group_shares(torch.tensor([[1, 1], [0, 0], [1, 0], [0, 1]]))
     assert shares == {"all_right": 0.25, "all_wrong": 0.25, "mixed": 0.5}
-    mixed, same = [four_steps(rewards={"total": total}) for total in (1.0, 0.0, 0.0, 0.0)], four_steps()
-    same.rewards = {"total": 0.5}
-    for use_std, one, rest in ((False, 0.75, -0.25), (True, 1.4997, -0.4999)):
-        grpo.assign_advantages([mixed, [same, same]], use_std)
-        close([t.advantage for t in [*mixed, same]], [one, rest, rest, rest, 0])
+    groups = []
+    for totals in ((1.0, 0.0, 0.0, 0.0), (0.5, 0.5)):
+        groups.append([four_steps(rewards={"total": total}) for total in totals])
+    grpo.assign_advantages(groups)
+    close([t.advantage for t in sum(groups, [])], [0.75, -0.25, -0.25, -0.25, 0, 0])
 
 
 def test_assign_credit_table():
@@ -2048,8 +1734,7 @@ def test_select_groups():
 
 
 def test_choose_source_and_where_the_rectified_one_goes():
-    """Located, the fewest suspect steps, the first of them late; its repair replaces the last other wrong
-    rollout."""
+    """Located, few suspect steps, the first of them late; its repair replaces the last other wrong one."""
     config = SimpleNamespace(min_log_w=-2.0, revise=False, max_new_tokens=99)
 
     def rectify(model, codec, repairs, verifier, longest, rules):
@@ -2069,51 +1754,28 @@ def test_choose_source_and_where_the_rectified_one_goes():
                                                            None, config, lambda t: {"accuracy": 1.0})
         assert one.source is two.source is source and one.trajectory.rewards == {"accuracy": 1.0}
         source.checks = [GOOD] * 4
-        assert attribute.choose_source(group) is other
-        assert group == [first, right, source, other] and after == [
-            group, cut_off, [first, right, source, one.trajectory], [two.trajectory, source, right], group]
+        assert attribute.choose_source(group) is other and group == [first, right, source, other]
+        assert after == [group, cut_off, [first, right, source, one.trajectory],
+                         [two.trajectory, source, right], group]
 
 
 @functools.lru_cache
 def step_with_repairs():
     """A whole training step at rate 0: the trainer, its metrics, the problems encoded, the images opened."""
-    calls = {"encode_prompt": [], "open_image": []}
-
-    def counting(name, function):
-        def call(first, *args, **kwargs):
-            calls[name].append(first)
-            return function(first, *args, **kwargs)
-        return call
-
-    with scratch() as folder, contextlib.ExitStack() as stack:
-        trainer = train.Trainer(train.TrainConfig(
-            model=TINY, data="tiny:steps=9,kinds=tiles+bars", batch=6, group_size=4, max_new_tokens=110,
-            lr=1e-12, eval_problems=0, device="cpu", out=str(folder)))
-        for name in calls:
-            stack.enter_context(swapped(rollout, name, counting(name, getattr(rollout, name))))
-        return trainer, trainer.rl_step(), calls["encode_prompt"], calls["open_image"]
+    encoded, opened, encode, open_image = [], [], rollout.encode_prompt, rollout.open_image
+    trainer = small_trainer(data="tiny:steps=9,kinds=tiles+bars", batch=6, max_new_tokens=110, lr=1e-12)
+    with (swapped(rollout, "encode_prompt", lambda p, *rest: encoded.append(p) or encode(p, *rest)),
+          swapped(rollout, "open_image", lambda image: opened.append(image) or open_image(image))):
+        return trainer, trainer.rl_step(), encoded, opened
 
 
-def test_each_problem_is_encoded_once_a_step():
-    """Whatever is checked, revised or restarted."""
+def test_a_step_with_repairs():
+    """Each problem is encoded once. The group keeps its size and the source; the rectified one is credited
+    whole, of the source the tokens at fault."""
     trainer, metrics, encoded, opened = step_with_repairs()
-    problems, _ = trainer.next_batch()
-    assert [problem.id for problem in encoded] == [problem.id for problem in problems]
-    assert len(opened) == len({id(image) for image in opened}) == len(problems)
+    assert [problem.id for problem in encoded] == [problem.id for problem in trainer.next_batch()[0]]
+    assert len(opened) == len({id(image) for image in opened}) == len(encoded)
     assert metrics["repaired"] >= 2 and metrics["revisions"] >= 2 and metrics["check_tokens"] > 6
-
-
-def test_rectified_groups_and_their_credit():
-    """The group keeps its size and the source; the rectified one is credited whole, of the source the tokens
-    at fault; the entropy is that of the policy's own tokens."""
-    trainer, metrics, _, _ = step_with_repairs()
-    own, used = 0.0, 0
-    for t in sum(metrics["groups"], []):
-        if t.provenance == "policy" and grpo.has_gradient(t, beta=0.0):
-            _, entropy, _ = rollout.completion_logps(trainer.model, trainer.codec, [t.prompt], [t.ids], True)
-            on = torch.tensor(t.weights or t.sampled) > 0
-            own, used = own + entropy[0][on].sum().item(), used + on.sum().item()
-    close(metrics["entropy"], own / used)
     for r in metrics["repairs"]:
         t, source, (group,) = r.trajectory, r.source, [g for g in metrics["groups"] if r.source in g]
         assert len(group) == 4 and (t in group) == (r.outcome == "repaired")
@@ -2149,37 +1811,25 @@ def test_degenerate_groups():
 
 # ---- tiny/shapes.py
 
-def test_problems_are_reproducible_and_varied():
+def test_problems_are_reproducible_varied_and_true():
+    """The true chain leads to the answer; no held-out picture is ever drawn in training."""
     for kind, steps, form in itertools.product(shapes.KINDS, (1, 3, 20), shapes.FORMS):
-        a = shapes.make_problem(kind, steps, form, "train", 1, 2)
-        b = shapes.make_problem(kind, steps, form, "train", 1, 2)
-        assert (a.question, a.answer) == (b.question, b.answer)
-        assert np.array_equal(np.asarray(a.images[0]), np.asarray(b.images[0]))
-        assert len(a.key_steps) == steps and a.question.count("<image>") == 1
-    pictures = [shapes.make_problem("tiles", 5, index=i).images[0] for i in range(20)]
-    assert len({p.tobytes() for p in pictures}) == 20 and len({p.size for p in pictures}) > 3
-    raises(ValueError, "no such task", shapes.make_problem, "tiles", 3, split="heldot")
-
-
-def test_splits_share_no_image():
-    """No content of a held-out picture is ever drawn in training, whatever the seed."""
-    for kind in shapes.KINDS:
-        seen = {"train": set(), "heldout": set()}
-        for split, seed, i in itertools.product(seen, (0, 1), range(100)):
-            facts = shapes.make_problem(kind, 2, "free", split, seed, i).oracle
-            seen[split].add(json.dumps([facts["show"], facts.get("next")], sort_keys=True))
-        assert not seen["train"] & seen["heldout"] and min(map(len, seen.values())) > 50
-
-
-def test_true_chain_is_true_and_gives_the_answer():
-    for kind, steps, form in itertools.product(shapes.KINDS, (1, 5, 12), shapes.FORMS):
-        p = shapes.make_problem(kind, steps, form, "heldout", 3, steps)
+        p, again = (shapes.make_problem(kind, steps, form, "heldout", 3, steps) for _ in range(2))
+        assert (p.question, p.answer) == (again.question, again.answer) and p.question.count("<image>") == 1
+        assert p.images[0].tobytes() == again.images[0].tobytes()
         assert shapes.check_steps(p, p.key_steps) == ["true"] * steps
         text = shapes.demonstrate(p, (0.0, 0.0), random.Random(0))
         assert text == "<think>" + "\n".join(p.key_steps) + f"</think><answer>{p.answer}</answer>"
         if p.choices:
             assert p.choices["ABCD".index(p.answer)] == shapes.answer_from_steps(p.oracle, p.key_steps)
             assert len(set(p.choices)) == 4
+    for kind in shapes.KINDS:
+        seen = {"train": set(), "heldout": set()}
+        for split, seed, i in itertools.product(seen, (0, 1), range(100)):
+            facts = shapes.make_problem(kind, 2, "free", split, seed, i).oracle
+            seen[split].add(json.dumps([facts["show"], facts.get("next")], sort_keys=True))
+        assert not seen["train"] & seen["heldout"] and min(map(len, seen.values())) > 50
+    raises(ValueError, "no such task", shapes.make_problem, "tiles", 3, split="heldot")
 
 
 def test_oracle_names_what_is_wrong():
@@ -2201,9 +1851,6 @@ def test_oracle_names_what_is_wrong():
     name, value, _ = s[1].split()
     astray = next(n for n in p.oracle["show"] if n not in s[1].split())
     assert shapes.check_steps(p, [s[0], f"{name} {value} {astray}", s[2]]) == ["true", "misread", "logic"]
-    p = shapes.make_problem("bars", 3, index=0)
-    name, value, verdict = p.key_steps[0].split()
-    assert shapes.check_steps(p, [f"{name} {value} {'no' if verdict == 'yes' else 'yes'}"]) == ["logic"]
 
 
 def test_erosion_reads_the_prior_the_deeper_the_more():
@@ -2216,8 +1863,8 @@ def test_erosion_reads_the_prior_the_deeper_the_more():
             value = int(step.split()[1])
             shown, prior = p.oracle["show"][name], shapes.prior(p.oracle, name)
             assert step.startswith(name + " ") and value in (shown, prior)
-            if shown != prior:
-                eroded[k], asked[k] = eroded[k] + (value != shown), asked[k] + 1
+            asked[k] += shown != prior
+            eroded[k] += value != shown
         assert set(shapes.check_steps(p, steps)) <= {"true", "misread"}
         assert text.endswith(f"<answer>{shapes.answer_from_steps(p.oracle, steps)}</answer>")
     close(eroded / asked, [0.05, *np.linspace(0.05, 0.9, 8)], 0.06)
@@ -2238,19 +1885,14 @@ def test_stream_spec():
 
 # ---- eval.py
 
-
-def test_pass_at_k_by_counting():
+def test_intervals_are_wilsons_and_pass_at_k_is_counted():
     for n, right in ((4, 0), (4, 1), (6, 3), (5, 5)):
         for k in range(1, n + 1):
             draws = list(itertools.combinations(range(n), k))
             hits = sum(min(draw) < right for draw in draws)         # the first `right` samples are right
             assert abs(evaluation.pass_at_k(n, right, k) - hits / len(draws)) < 1e-9
-
-
-def test_interval_is_wilsons():
     close(evaluation.interval([1.0] * 8 + [0.0] * 2), (0.4902, 0.9433), 2e-4)       # a textbook's 8 of 10
     assert evaluation.interval([0.0] * 10)[0] == 0 and evaluation.interval([1.0] * 10)[1] == 1
-    close(evaluation.interval([0.0] * 10)[1], 0.2775, 1e-3)
     rng, hits = np.random.default_rng(0), 0                 # coverage, with 4 dependent samples a problem
     for _ in range(400):
         low, high = evaluation.interval((rng.binomial(4, rng.beta(1, 2, size=60)) / 4).tolist())
@@ -2271,27 +1913,21 @@ def test_summary_figures():
                 "pass@2": 0.5, "pass@4": 2 / 3, "sample format": 3 / 4, "sample parse fail": 7 / 12}
     assert found.pop("n") == 3 and list(found) == list(expected)
     close([found[name]["mean"] for name in expected], list(expected.values()), 1e-9)
-    close([found["avg@4"]["low"], found["avg@4"]["high"]], evaluation.interval([1.0, 0.25, 0.0]), 1e-9)
     table = {}
     for line in evaluation.report(rows).splitlines()[2:]:
         name, count, greedy, *_ = line.strip("| ").split(" | ")
         table[name.strip()] = count, greedy.partition(" [")[0]
     assert table == {"all": ("3", "33.3 %"), "task a": ("1", "100.0 %"), "task b": ("2", "0.0 %"),
                      "skill x": ("3", "33.3 %"), "skill y": ("1", "0.0 %")}
-    worked = evaluation.summarise(rows[:4] + rows[10:14])           # the example of eval.py's header
-    for name in ("avg@4", "pass@2", "pass@4"):
-        low, high = evaluation.interval([1.0, 0.0])
-        assert worked[name] == {"mean": 0.5, "low": low, "high": high}
+    low, high = evaluation.interval([1.0, 0.0])                     # the example of eval.py's header
+    worked = evaluation.summarise(rows[:4] + rows[10:14])
+    assert all(worked[f] == {"mean": 0.5, "low": low, "high": high} for f in ("avg@4", "pass@2", "pass@4"))
 
 
 def data_file(folder, count=4, **fields):
-    """A JSONL file of questions about one image."""
-    Image.new("RGB", (40, 30)).save(folder / "a.png")
-    with open(folder / "data.jsonl", "w") as file:
-        for i in range(count):
-            row = {"id": f"p{i}", "images": ["a.png"], "problem": f"<image>red {i}?", "answer": "1", **fields}
-            file.write(json.dumps(row) + "\n")
-    return folder / "data.jsonl"
+    """A file of questions about one image."""
+    rows = [{**GOOD_ROW, "id": f"p{i}", "answer": "1", **fields} for i in range(count)]
+    return write_rows(folder, rows)
 
 
 def eval_flags(data, out) -> list[str]:
@@ -2365,8 +2001,7 @@ def metrics(out):
 
 
 def same_runs(one, two, tolerance=0.0):
-    """Two finished runs are the same to the last bit; or nearly, in the figures that both have. (Adam may
-    make whole steps of rounding errors: of weights the mean counts.)"""
+    """To the last bit; or nearly (of weights the mean counts: Adam makes whole steps of rounding errors)."""
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert tolerance or a == b, (a, b)
         for name in a.keys() & b.keys():
@@ -2390,8 +2025,7 @@ def fresh(call, *launcher):
 
 
 def two_ranks(folder):
-    """What each rank does under torchrun. The first time rank 1 is killed in the middle of a run, which
-    continues when torchrun has started both again. In the end it raises."""
+    """What each rank does. Rank 1 is killed in a run, which both continue; in the end it raises."""
     folder, rank, restarts = Path(folder), os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
     train.init_distributed = functools.lru_cache(train.init_distributed)        # one group for all the runs
     train.leave = functools.partial(train.all_gather, [])
@@ -2494,35 +2128,31 @@ def test_interrupted_runs_continue_bit_for_bit():
 
 
 def test_examples_of_the_readme_run():
-    """Every block of Python, as it stands, in a folder of its own."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    env, jobs = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, []
-    with scratch() as folder:
-        for n, block in enumerate(blocks):
-            place = folder / f"{n}"
-            place.mkdir()
-            (place / "tiny").symlink_to(TINY)
-            jobs.append(subprocess.Popen([sys.executable, "-c", block], cwd=place, env=env, text=True,
-                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-        for job, block in zip(jobs, blocks):
-            said = job.communicate(timeout=300)[0]
-            assert job.returncode == 0, block + said[-2000:]
+    """Each in a folder of its own."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S):
+        with scratch() as folder:
+            (folder / "tiny").symlink_to(TINY)
+            done = subprocess.run([sys.executable, "-c", block], cwd=folder, env=env, text=True, timeout=300,
+                                  capture_output=True)
+            assert done.returncode == 0, block + done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def test_a_run_resumed_from_an_earlier_checkpoint_equals_the_first():
     """What was later is set aside, a row cut off by a kill is made again, and pruning never takes the
     checkpoint just written. groups.jsonl holds all that is known of rollouts and repairs."""
     with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
-        small_run(folder / "whole", **KINDS["ivr"], max_steps=3, save_every=1, keep=9, show_every=1)
-        shutil.copytree(folder / "whole", folder / "again")
-        with open(folder / "again" / "metrics.jsonl", "a") as file:
+        whole, again = folder / "whole", folder / "again"
+        small_run(whole, **KINDS["ivr"], max_steps=3, save_every=1, keep=9, show_every=1)
+        shutil.copytree(whole, again)
+        with open(again / "metrics.jsonl", "a") as file:
             file.write('{"step": 4, "lo')
-        train.start(["--resume", f"{folder}/again/checkpoint-000001", "--keep", "1"])
-        same_runs(folder / "whole", folder / "again")
-        assert sorted(found.name for found in (folder / "again").glob("*checkpoint*")) == [
+        train.start(["--resume", f"{again}/checkpoint-000001", "--keep", "1"])
+        same_runs(whole, again)
+        assert sorted(found.name for found in again.glob("*checkpoint*")) == [
             "abandoned-checkpoint-000002", "abandoned-checkpoint-000003", "checkpoint-000003"]
-        rows = train.read_jsonl(folder / "whole" / "groups.jsonl")
-        assert rows == train.read_jsonl(folder / "again" / "groups.jsonl") and len(rows) == 3
+        rows = train.read_jsonl(whole / "groups.jsonl")
+        assert rows == train.read_jsonl(again / "groups.jsonl") and len(rows) == 3
         assert rows[0]["repairs"] and rows[0]["step"] == 1
         for row in rows:
             for t in row["rollouts"]:
@@ -2531,12 +2161,12 @@ def test_a_run_resumed_from_an_earlier_checkpoint_equals_the_first():
                 assert {len(t["sampled"]), len(t["logps"]), len(t["weights"] or t["ids"])} == {len(t["ids"])}
             for repair in row["repairs"]:
                 t, source = row["rollouts"][repair["trajectory"]], row["rollouts"][repair["source"]]
-                assert t["source"] == repair["source"] and t["ids"] != source["ids"]
-                assert t["rewards"]["accuracy"] == 1 > source["rewards"]["accuracy"] and repair["turns"]
+                assert t["source"] == repair["source"] and t["ids"] != source["ids"] and repair["turns"]
+                assert t["rewards"]["accuracy"] == 1 > source["rewards"]["accuracy"]
 
 
-def test_damaged_checkpoints_are_passed_over():
-    """Each file of the last checkpoint in turn: missing, and cut."""
+def test_damaged_checkpoints_and_a_full_disk():
+    """The last whole checkpoint counts. For a full disk stands a limit on the size of files."""
     with scratch() as folder, contextlib.redirect_stderr(io.StringIO()) as said:
         small_run(folder, stage="sft", max_steps=1, save_every=1)
         before, last = sorted(folder.glob("checkpoint-*"))
@@ -2548,13 +2178,6 @@ def test_damaged_checkpoints_are_passed_over():
             assert train.last_intact(folder) == before, file.name
             file.write_bytes(whole)
         assert train.last_intact(folder) == last and f"warning: {last}" in said.getvalue()
-        for checkpoint in (before, last):
-            (checkpoint / "trainer.json").unlink()
-        raises(SystemExit, ["--resume", "no whole checkpoint"], train.start, ["--resume", str(folder)])
-
-
-def test_full_disk_leaves_the_last_checkpoint():
-    """A limit on the size of files stands for the full disk."""
     with scratch() as folder:
         trainer, limits = small_trainer(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
         trainer.save()
@@ -2578,8 +2201,7 @@ def test_ivr_without_repairs_is_grpo_whatever_the_micro_batches():
 
 
 def test_first_update_is_the_plain_policy_gradient():
-    """Against autograd on uncached log-probs: -sum A_i log pi(y_i) / (B G L_max). The entropy is that of the
-    policy's tokens, and forced tokens and those without weight have no gradient."""
+    """Autograd on uncached log-probs: -sum A_i log pi(y_i) / (B G L_max); entropy, of the policy's tokens."""
     with swapped(train, "load_model", lambda *given: random_model(spread=0.2)):
         trainer = small_trainer(batch=3, group_size=3, max_new_tokens=24)
     net, codec, optimizer, entropy = trainer.model, trainer.codec, trainer.optimizer, 0.0
@@ -2600,12 +2222,6 @@ def test_first_update_is_the_plain_policy_gradient():
     close(stats["entropy"], entropy / sum(len(t.ids) for t in rows[1:]), 1e-4)
     for name, p in net.named_parameters():
         close(optimizer.grads[name], p.grad, 1e-4 * max(1.0, p.grad.abs().max().item()))
-    for t.sampled, t.weights, learns in (([0] * size, None, False), ([1] * size, [0.0] * size, False),
-                                         ([0] * size, [1.0] * size, False), ([1] * size, None, True)):
-        net.zero_grad()
-        optimizer.grads = {}
-        trainer.backward([t], 1.0)
-        assert any(grad.any() for grad in optimizer.grads.values()) == learns
 
 
 def test_tokens_of_every_kind_are_counted():
@@ -2623,65 +2239,28 @@ def test_tokens_of_every_kind_are_counted():
     assert trainer.progress() == trainer.tokens / 10 ** 4
 
 
-def test_the_two_hooks():
-    """A reward and an attribution signal of one's own, with defaults; and a run that ends by tokens."""
-    class Doubts(attribute.Verifier):
-        def __call__(self, trajectories):
-            for t in trajectories:
-                t.checks = [attribute.Check(0.75)] * len(t.steps)
-
-    class Mine(train.Trainer):
-        verifier_class = Doubts
-
-        def score(self, t):
-            return {**super().score(t), "total": 0.01 * len(t.ids)}
-
-    with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
-        flags = small_flags(folder, max_tokens=1, show_every=1, data="tiny:steps=8", max_new_tokens=90)
-        train.start(flags, Mine, {"rectify_below": 1.0, "batch": 2})
-        row, = metrics(folder)
-        close(row["reward"], 0.01 * row["length"], 1e-6)
-        checks = sum([t["checks"] for t in train.read_jsonl(folder / "groups.jsonl")[0]["rollouts"]], [])
-        assert row["sources"] and not row["check_tokens"] and set(checks) == {0.75}
-        c = train.parse_flags(train.TrainConfig, ["--no-freeze_vision"], m.read_json(folder / "config.json"))
-        assert (c.rectify_below, c.batch, c.max_tokens, c.freeze_vision) == (1.0, 4, 1, False)  # flags win
-
-
-def test_bf16_master_weights():
-    """In bfloat16 a small update would be lost in rounding; the fp32 masters keep it."""
-    net = random_model().to(torch.bfloat16)
-    optimizer = train.Optimizer(net, train.TrainConfig(max_grad_norm=1e9), 0, 1)
-    before = {name: p.detach().float() for name, p in net.named_parameters()}
-    for _ in range(3):
-        for part in (1.0, 2 ** -9):                         # two micro-batches; the sum is no bfloat16 number
-            for p in net.parameters():
-                p.grad = torch.full_like(p, part)
-            optimizer.accumulate()
-        assert all((grad == 1 + 2 ** -9).all() for grad in optimizer.grads.values())
-        optimizer.step(1e-6)
-    for name, p in net.named_parameters():
-        close(optimizer.masters[name].detach(), before[name] - 3e-6, 1e-6)
-        assert torch.equal(p, optimizer.masters[name].to(torch.bfloat16))
-
-
-def test_optimizer_state_is_sharded():
+def test_optimizer_shards_and_masters():
     """Each parameter has one owner, shares are even, and a rank takes its share out of the files of one rank
-    or of two; a gradient is clipped by its global norm."""
-    net, c = random_model(), train.TrainConfig(max_grad_norm=0.5, weight_decay=0.1)
+    or of two. A gradient is clipped by its global norm. Masters and sums of micro-batches are fp32."""
+    net, c = random_model().to(torch.bfloat16), train.TrainConfig(max_grad_norm=0.5, weight_decay=0.1)
     net.visual.requires_grad_(False)
     one, two, three = (train.Optimizer(net, c, *place) for place in ((0, 1), (0, 2), (1, 2)))
     assert sorted([*two.masters, *three.masters]) == sorted(one.masters)
     sizes = {name: p.numel() for name, p in one.params.items()}
     norm, half = math.sqrt(sum(sizes.values())), sum(sizes.values()) / 2
     assert abs(sum(sizes[name] for name in two.masters) - half) <= max(sizes.values()) / 2
-    before = {name: p.detach().clone() for name, p in one.params.items()}
-    for p in one.params.values():
-        p.grad = torch.ones_like(p)
-    one.accumulate()
-    close(one.step(1e-3), norm, 0.1)
+    before = {name: p.detach().float() for name, p in one.params.items()}
+    for part in (1.0, 2 ** -9):
+        for p in one.params.values():
+            p.grad = torch.full_like(p, part)
+        one.accumulate()
+    assert all((grad == 1 + 2 ** -9).all() for grad in one.grads.values())
+    close(one.step(1e-4), norm * (1 + 2 ** -9), 0.1)
     for name, p in one.params.items():                      # Adam's first step is lr, whatever the norm
-        close(p.detach(), before[name] * (1 - 1e-4 * (p.dim() > 1)) - 1e-3, 2e-5)
+        want = before[name] * (1 - 1e-5 * (p.dim() > 1)) - 1e-4
+        close(one.masters[name].detach(), want, 5e-7)
         close(one.state()[f"{name}/exp_avg"], 0.1 * 0.5 / norm, 1e-7)
+        assert torch.equal(p, one.masters[name].to(torch.bfloat16))
     with scratch() as folder:
         save_file(one.state(), folder / "whole")
         for name, shard in (("two", two), ("three", three)):
@@ -2721,10 +2300,11 @@ def test_learning_rate_and_data_order():
     close([train.learning_rate(c, step, 0.9) for step in (0, 1, 9)], [1e-4, 2e-4, 2e-4], 1e-12)
     rank = SimpleNamespace(config=c, rank=1, world=2, data=shapes.Stream("tiny", run=4))
     file = SimpleNamespace(config=c, rank=0, world=1, data=list("abcdef"))
-    for rank.step, places in enumerate(((1, 3), (5, 7), (9, 11))):
+    for step in range(3):
+        rank.step = file.step = step
         problems, keys = train.Trainer.next_batch(rank)
-        assert [p.id for p in problems] == [rank.data[i].id for i in places] and keys[1] == f"0/{rank.step}/3"
-        file.step = rank.step
+        assert [p.id for p in problems] == [rank.data[4 * step + n].id for n in (1, 3)]
+        assert keys[1] == f"0/{step}/3"
         seen += train.Trainer.next_batch(file)[0]
     assert sorted(seen[:6]) == sorted(seen[6:]) == list("abcdef") and seen[:6] != seen[6:]
 
@@ -2741,18 +2321,16 @@ def test_collapse_is_warned_of():
 
 
 def test_supervised_stage_learns_from_a_file():
-    """A JSONL file of demonstrations: the loss falls, and their tokens are counted."""
+    """The loss falls; tokens of demonstrations are counted, and may end the run."""
     with scratch() as folder:
         text = "<think>black 1</think><answer>black</answer>"
         data, length = data_file(folder, demonstration=text), len(rollout.token_ids(text, tiny_codec())) + 1
-        small_run(folder / "run", stage="sft", data=str(data), max_steps=8, lr=3e-3, micro_rows=3)
+        small_run(folder / "run", stage="sft", data=str(data), max_steps=99, max_tokens=32 * length, lr=3e-3,
+                  micro_rows=3)
         losses = [row["loss"] for row in metrics(folder / "run")]
-        state = m.read_json(folder / "run" / "checkpoint-000008" / "trainer.json")
-        assert losses[-1] < 0.3 * losses[0] and state["tokens"] == 8 * 4 * length, losses
+        assert len(losses) == 8 and losses[-1] < 0.3 * losses[0], losses
         flags = small_flags(folder / "new", stage="sft", data=data, max_new_tokens=length - 1)
         raises(SystemExit, ["data.jsonl:4", f"has {length} tokens"], train.start, flags)
-        data_file(folder)
-        raises(SystemExit, ["data.jsonl:1", "demonstration", "missing"], train.start, flags)
 
 
 def test_bad_input_ends_with_one_line():
@@ -2771,33 +2349,38 @@ def test_bad_input_ends_with_one_line():
                  ("--stage ppo", "--stage rl sft"), ("--algo ppo", "--algo"), ("--credit all", "--credit"),
                  ("--reader nowhere", "--reader"), ("--anneal -1", "--anneal"), ("--dtype int4", "--dtype"),
                  ("--device gpu", "--device"), ("--batch 0", "--batch"), ("--group_size 1", "--group_size"),
-                 ("--batch 4 --updates_per_batch 3", "--batch 4"), ("--save_every -1", "--save_every"),
-                 ("--max_prompt_tokens 4", "--max_prompt_tokens"))
+                 ("--batch 4 --updates_per_batch 3", "--batch 4"), ("--save_every -1", "--save_every"))
         evaluated = ((f"--data {data}", "data.jsonl:1"), ("--batch 0", "--batch"), ("--sample 3", "--sample"),
                      ("--samples -1", "--samples"), ("--data tiny:kinds=maze", "maze"),
                      ("--max_prompt_tokens 4", "--max_prompt_tokens"))
-        for main, table in ((train.start, cases), (evaluation.main, evaluated)):
-            for flags, words in table:
-                given = ["--model", TINY, "--device", "cpu", "--out", f"{folder}/new", *flags.split()]
-                with contextlib.redirect_stderr(io.StringIO()) as said:
-                    message = raises(SystemExit, "", main, given)
-                if message == "2":                          # argparse's, after the usage
-                    message = said.getvalue().splitlines()[-1]
-                assert "\n" not in message and all(word in message for word in words.split()), message
-                assert not (folder / "new").exists(), flags
+        tried = [(train.start, *case) for case in cases] + [(evaluation.main, *case) for case in evaluated]
+        for main, flags, words in tried:
+            given = ["--model", TINY, "--device", "cpu", "--out", f"{folder}/new", *flags.split()]
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                message = raises(SystemExit, "", main, given)
+            if message == "2":                              # argparse's, after the usage
+                message = said.getvalue().splitlines()[-1]
+            assert "\n" not in message and all(word in message for word in words.split()), message
+            assert not (folder / "new").exists(), flags
 
 
 def test_folders_like_the_hubs_train_and_open_again():
-    """A step of IVR-R1 on a folder laid out like the hub's; transformers opens the checkpoint, and its greedy
-    answer is ours."""
+    """transformers opens a checkpoint of such a run, in one file and in shards; its greedy answer is ours."""
     for tied in (True, False):
         with scratch() as folder:
             hub, data = hub_folder(folder / "Qwen2.5-VL-xB", tied), data_file(folder)
             small_run(folder / "run", model=str(hub), data=str(data), max_steps=1, max_new_tokens=8)
-            saved = folder / "run" / "checkpoint-000001"
+            saved, shards = folder / "run" / "checkpoint-000001", folder / "shards"
+            m.save_model(m.load_model(saved), shards, saved, max_shard_bytes=40_000)
+            assert (shards / "model.safetensors.index.json").is_file()
             for file in hub.iterdir():
                 if not file.name.startswith(("model", "config")):
-                    assert (saved / file.name).read_bytes() == file.read_bytes(), file.name
+                    assert (shards / file.name).read_bytes() == file.read_bytes(), file.name
+            for load in (m.load_model, reference_model):
+                assert all(map(torch.equal, load(saved).parameters(), load(shards).parameters()))
+            m.save_model(m.load_model(shards), shards, shards, torch.bfloat16)      # what was there is gone
+            assert len(list(shards.glob("model*"))) == 1
+            assert m.load_model(shards, dtype=torch.bfloat16).head_weight.dtype == torch.bfloat16
             problem, codec = rollout.load_problems(data)[0], rollout.load_codec(str(saved))
             t = rollout.sample(m.load_model(saved).eval(), [problem], codec, 1, 8, 0.0)[0][0]
             ids = torch.tensor([t.prompt.ids])
@@ -2810,8 +2393,7 @@ def test_folders_like_the_hubs_train_and_open_again():
 
 
 def test_the_main_job_improves():
-    """The shipped model and the default flags, but shorter chains and few steps at a higher rate: held-out
-    accuracy rises, the log is written, a group is shown."""
+    """By default flags, but with shorter chains and few steps at a higher rate, held-out accuracy rises."""
     with scratch() as folder, contextlib.redirect_stdout(io.StringIO()) as printed:
         train.start(f"--out {folder} --data tiny:steps=7 --max_steps 3 --batch 8 --lr 3e-4 --warmup_steps 1 "
                     "--eval_problems 12 --eval_every 2 --device cpu".split())
@@ -2823,10 +2405,7 @@ def test_the_main_job_improves():
         assert after["avg@4"]["mean"] > before["avg@4"]["mean"] + 0.05, (before, after)
 
 
-# ---- experiments/
-
 def test_experiments():
-    """The tests of that folder; nothing here imports from it."""
     done = subprocess.run([sys.executable, ROOT / "experiments" / "tests.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 

@@ -2,17 +2,12 @@
 import base64
 import contextlib
 import csv
-import html
 import io
 import itertools
 import json
 import math
-import random
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +26,8 @@ from experiments import (benchmarks, localisers, preview, qwen_folder, stepgrpo,
                          walkthrough)
 from experiments.stepgrpo import step_rar, step_reward_parts, step_rvr  # noqa: E402
 from reward import format_ok  # noqa: E402
-from test_all import (TINY, close, main, raises, scratch, seams, segmentation, swapped, tiny_codec,  # noqa: E402
-                      tiny_model)
+from test_all import (TINY, chain, close, data_file, main, raises, scratch, seams,  # noqa: E402
+                      segmentation, small_run, swapped, tiny_codec, tiny_model)
 from tiny import shapes  # noqa: E402
 
 
@@ -44,48 +39,42 @@ def ours(steps, answer="7", between="\n", after=""):
 
 def theirs(headers, **bodies):
     """R1-VL's form from its headers in short: "i", "r", "1", "2", "a". Bodies: "x", the answer 7."""
-    names = {"i": "Image Description", "r": "Rationales", "a": "The final answer is"}
-    bodies, sections = {"a": "7", **bodies}, []
+    names, sections = {"i": "Image Description", "r": "Rationales", "a": "The final answer is"}, []
     for h in headers:
-        sections.append(f"### {names.get(h, 'Step ' + h)}:\n{bodies.get(h, bodies.get('s' + h, 'x'))}")
+        body = bodies.get(h, bodies.get("s" + h, "7" if h == "a" else "x"))
+        sections.append(f"### {names.get(h, 'Step ' + h)}:\n{body}")
     return "\n\n".join(sections)
 
 
 def test_step_rar():
     for key_steps, want in [
-            (["red 4 7", "blue 2 3"], 1), (["red 4 7", "blue 3"], 0.5), (["RED 4"], 1),
-            (["BLUE 2 3", "red 5"], 0.5), (["green 1"], 0), ([["four", "red 4"], "two"], 0.5),
-            ([["four", "fore"], "x = 9"], 0.5), (["3"], 1), ([["red 4", "blue 2"]], 1),
-            ([["red 4", "blue 2"], "no"], 0.5), (["red 4", "red  4", "no"], 0.5), (["5"], 0), (["1"], 0),
-            (["3.5"], 1), (["15"], 1), (["ed 4"], 0), (["re"], 0),
-            (["it is 15", "7 , then", "nought"], 2 / 3),
-            (["red 4", 7, None, {"red": 4}, [], "", ["red 4", None]], 1), (["red 4", "x" * 201], 1),
-            (["red 4", "x" * 200], 0.5), ([f"no {k}" for k in range(199)] + ["red 4"], 1 / 200),
-            ([f"no {k}" for k in range(200)] + ["red 4"], 0), ([["no"] * 9 + ["red 4"]], 1),
-            ([["no"] * 10 + ["red 4"]], 0), (None, 0), ([], 0), ({}, 0), ("red 4", 0), (7, 0), ([None], 0),
-            ([7, {}, ["red 4", 7]], 0), ([""], 0), ([" "], 0), ([[]], 0), ([["", "\n"]], 0)]:
+            (["red 4 7", "blue 2 3"], 1), (["red 4 7", "blue 3"], 0.5), (["BLUE 2 3", "red 5"], 0.5),
+            ([["four", "red 4"], "two"], 0.5), (["green 1"], 0), (["5"], 0), (["3.5"], 1), (["15"], 1),
+            (["ed 4"], 0), (["re"], 0), (["red 4", "red  4", "no"], 0.5), (["red 4", "x" * 200], 0.5),
+            (["red 4", "x" * 201], 1), (["it is 15", "7 , then", "nought"], 2 / 3),
+            ([f"no {k}" for k in range(199)] + ["red 4"], 1 / 200), ([["no"] * 9 + ["red 4"]], 1),
+            ([f"no {k}" for k in range(200)] + ["red 4"], 0), ([["no"] * 10 + ["red 4"]], 0),
+            (["red 4", 7, None, {"red": 4}, [], "", ["red 4", None]], 1),
+            (None, 0), ({}, 0), ("red 4", 0), ([7, {}, ["red 4", 7]], 0), ([["", "\n"]], 0)]:
         text = ours("Red 4\n  7, then\tblue  2 3.\nIt is 15, or 3.5; x=9", answer="green 1")
         assert step_rar(text, key_steps) == want, (key_steps, step_rar(text, key_steps))
     for text, want in [                                 # only the steps count, of one form, 20,000 characters
-            (ours("a " * 9997 + "red 4"), 1), (ours("a " * 9998 + "red 4"), 0), ("red 4", 0),
-            ("<think>red 4", 0), ("red 4 <think>a</think> red 4 <answer>red 4</answer>", 0),
-            ("red 4</think><answer>red 4</answer>", 0), ("<think>a</think><think>red 4</think>", 0),
-            ("<think>a</think>" + theirs("ir12a", s1="red 4"), 0), (theirs("ir12a", s2="so red 4"), 1),
-            (theirs("ir12a", s1="red 4."), 1), ("", 0), (theirs("ir12a", s1="so red", s2="4"), 1),
+            (ours("a " * 9997 + "red 4"), 1), (ours("a " * 9998 + "red 4"), 0), ("<think>red 4", 0),
+            ("red 4 <think>a</think> red 4 <answer>red 4</answer>", 0), (theirs("ir12a", s2="so red 4"), 1),
+            ("<think>a</think><think>red 4</think>", 0), (theirs("ir12a", s1="so red", s2="4"), 1),
+            ("<think>a</think>" + theirs("ir12a", s1="red 4"), 0),
             (theirs("ir12a", i="red 4", r="red 4", a="red 4"), 0)]:
         assert step_rar(text, ["red 4"]) == want, text[:80]
 
 
 def test_step_rvr():
     valid = [ours("\nred 4 7\nblue 2 3\n", after="\n"), theirs("ir1a"), theirs("ir123a"),
-             theirs("ir1a", r="y\n\n### Let's think step by step."), ours("red 4 7"),
-             ours("Step 1: a\nStep 2: b"), ours("### Step 1: a\n### Step 2: b\n"), ours("as in step 3: a"),
-             ours("Step 3 is red")]
-    bad = [ours("a", " "), "<think>a</think>", "<answer>7</answer>", "", "<think>a<answer>7</answer>",
-           "<think>a</think>\\boxed{7}", "<answer>7</answer><think>a</think>", ours("a", "7", " so "),
-           ours("a", after=" done"), "So: " + ours("a"), ours("a") * 2, ours("a", "7", "</think>"),
-           ours(" \n "), ours(""), ours("### Step 1: a\n### Step 3: b"), ours("### Step 1: a\n  step 3 : b"),
-           "see " + theirs("ir1a")]
+             theirs("ir1a", r="y\n\n### Let's think step by step."), ours("Step 1: a\nStep 2: b"),
+             ours("### Step 1: a\n### Step 2: b\n"), ours("as in step 3: a"), ours("Step 3 is red")]
+    bad = [ours("a", " "), "<think>a</think>", "<answer>7</answer>", "<think>a<answer>7</answer>",
+           "<think>a</think>\\boxed{7}", ours("a", "7", " so "), ours("a", after=" done"), "So: " + ours("a"),
+           ours("a") * 2, ours("a", "7", "</think>"), ours(" \n "), ours("### Step 1: a\n### Step 3: b"),
+           ours("### Step 1: a\n  step 3 : b"), "see " + theirs("ir1a")]
     for numbers in ("1 3", "2", "0 1", "2 1", "1 1", "1 02", "1 " + "9" * 5000):
         bad.append(ours("".join(f"Step {n}: a\n" for n in numbers.split())))
     for form in "ira r1a i1a ir1 ir1a2 air1 ir13a ir2a ir21a ir11a ir1aa 1ira ri1a i1ra ir1r ir1ar".split():
@@ -101,31 +90,26 @@ def test_step_reward_parts():
     for text, accuracy, rar, rvr, total in [            # without an answer StepRAR is not paid
             (ours(both), 1, 1, 1, 2.1), (ours("red 4"), 1, 0.5, 1, 2.05), (ours("a"), 1, 0, 1, 2),
             (ours("red 4", "8"), 0, 0.5, 1, 1.05), (ours(both, "7", " so "), 1, 1, 0, 1.1), ("", 0, 0, 0, 0),
-            (ours(both, "8", " so "), 0, 1, 0, 0.1), (ours(both, after="\n"), 1, 1, 1, 2.1),
-            (think + "\\boxed{7}", 1, 1, 0, 1.1), (think, 0, 1, 0, 0), (think + " It is 7.", 0, 1, 0, 0),
-            ("<think>\\boxed{7}" + think[7:], 0, 1, 0, 0), (think + "<answer> </answer>", 0, 1, 0, 0),
-            (theirs("ir12a", a="8"), 0, 0, 1, 1), (theirs("ir12a", s2=both), 1, 1, 1, 2.1),
+            (ours(both, "8", " so "), 0, 1, 0, 0.1), (think + "\\boxed{7}", 1, 1, 0, 1.1),
+            (think, 0, 1, 0, 0), (think + " It is 7.", 0, 1, 0, 0), (think + "<answer></answer>", 0, 1, 0, 0),
+            ("<think>\\boxed{7}" + think[7:], 0, 1, 0, 0), (theirs("ir12a", a="8"), 0, 0, 1, 1),
             (theirs("ir12a", s1=both, a="\\boxed{7}"), 1, 1, 1, 2.1), (theirs("air1", s1=both), 1, 1, 0, 1.1),
             (theirs("ir1", s1=both), 0, 1, 0, 0), (theirs("ir1a", s1=both, a=""), 0, 1, 0, 0),
             (theirs("ir1aa", s1=both), 0, 1, 0, 0.1), (theirs("ir1", s1=both + "\\boxed{7}"), 0, 1, 0, 0),
-            (theirs("ir1", s1=both) + "\n<answer>7</answer>", 1, 1, 0, 1.1),
             (theirs("ir1a", s1=both, a="<answer>7</answer>"), 1, 1, 1, 2.1)]:
         parts = step_reward_parts(text, "7", key_steps=key_steps)
         assert abs(parts.pop("total") - total) < 1e-12, (text, parts)
         assert parts == {"accuracy": accuracy, "format": format_ok(text), "rar": rar, "rvr": rvr}, text
         assert set(step_reward_parts(text, "7", None, False, key_steps).values()) == {0.0}      # cut off
     assert abs(step_reward_parts(ours("red 4"), "7", key_steps=key_steps, alpha=0.5)["total"] - 2.25) < 1e-12
-    assert step_reward_parts(theirs("ir1aa"), "77")["accuracy"] == 0.0
-    for text, total in ((ours("a", "B"), 2), (ours("a", "A"), 1), (ours("a", "green"), 2), ("", 0), ("B", 0),
-                        ("<think>a</think>\\boxed{B}", 1), (ours("a", after="x"), 0)):
-        parts = step_reward_parts(text, "B", ["red", "green"])                  # no key steps
-        assert parts["total"] == total and parts["rar"] == 0.0, (text, parts)
+    for text, total in ((ours("a", "B"), 2), (ours("a", "A"), 1), (ours("a", "green"), 2), ("B", 0)):
+        assert step_reward_parts(text, "B", ["red", "green"])["total"] == total         # without key steps
 
 
 def test_step_reward_hostile_text():
     key_steps = [[f"red {k} 7", "1" * 200, "a " * 90 + "b"] for k in range(20)]
-    pieces = "a|a | |\n|1|1,|.|\\|### |\n###|step |\nstep 1|<think>|</think>|\t |İ|\n### Step 1:"
-    for piece in [*pieces.split("|"), "\n   step  1 ", "Step 1:\n", "\n### The final answer is:7"]:
+    pieces = "a|a | |\n|1|1,|.|\\|### |\n###|step |\nstep 1|<think>|</think>|\t |İ|\n### Step 1:|Step 1:\n"
+    for piece in pieces.split("|"):
         text = piece * (30000 if len(piece) < 9 else 3000)
         for whole in (text, text + "Step 1:", ours(text), theirs("ir12a", s1=text), theirs("ir12a", a=text)):
             start = time.thread_time()
@@ -136,7 +120,8 @@ def test_step_reward_hostile_text():
 def test_stepgrpo_is_r1_vls():
     flags = "--data tiny:steps=3 --batch 2 --group_size 4 --eval_problems 0 --device cpu".split()
     raises(SystemExit, "--algo ivr", stepgrpo.main, [*flags, "--algo", "ivr"])
-    assert train.parse_flags(train.TrainConfig, ["--beta", "0"], stepgrpo.PRESET).beta == 0.0      # flags win
+    given = train.parse_flags(train.TrainConfig, ["--beta", "0", "--no-freeze_vision"], stepgrpo.PRESET)
+    assert given.beta == 0.0 and not given.freeze_vision        # flags win over defaults
     config = train.parse_flags(train.TrainConfig, flags, stepgrpo.PRESET)
     assert (config.algo, config.use_std, config.beta) == ("grpo", True, 0.04)
     for group in stepgrpo.StepGRPO(config).rl_step()["groups"]:
@@ -151,18 +136,10 @@ def test_stepgrpo_is_r1_vls():
 
 # ---- localisers.py
 
-def written(problem, steps):                                # a finished rollout
-    codec, text = tiny_codec(), "<think>" + "\n".join(steps) + "</think><answer>4</answer>"
-    ids, prompt = rollout.token_ids(text, codec) + [codec.eos_ids[0]], rollout.encode_prompt(problem, codec)
-    t = rollout.Trajectory(problem, prompt, ids, [1] * len(ids), [0.0] * len(ids), True, text)
-    t.steps = attribute.split_steps(ids, codec)
-    return t
-
-
 def three_rollouts():                                       # the second without an image
     problems = [shapes.make_problem(kind, 3, index=4) for kind in ("tiles", "bars", "path")]
     problems[1] = replace(problems[1], question=problems[1].question.replace("<image>", ""), images=[])
-    return [written(p, p.key_steps[n:]) for n, p in zip((0, 1, 0), problems)]
+    return [chain(p, p.key_steps[n:], "4") for n, p in zip((0, 1, 0), problems)]
 
 
 def test_no_return_is_where_no_margin_follows():
@@ -174,18 +151,6 @@ def test_no_return_is_where_no_margin_follows():
             assert localisers.no_return(list(margins)) == want, margins
 
 
-def test_drop_patches_takes_whole_blocks():
-    merge, rng, shares = tiny_codec().image_config.merge_size, torch.Generator().manual_seed(1), []
-    prompt = three_rollouts()[2].prompt
-    for _ in range(60):
-        pixels = localisers.drop_patches(prompt, merge, 0.6, rng).pixel_values
-        gone = (pixels == 0).all(1).view(-1, merge ** 2)
-        assert torch.equal(gone.any(1), gone.all(1))
-        assert torch.equal(pixels[~gone.view(-1)], prompt.pixel_values[~gone.view(-1)])
-        shares.append(gone.float().mean().item())
-    assert abs(np.mean(shares) - 0.6) < 0.05 and len(set(shares)) > 3
-
-
 def test_visual_dependence_is_the_divergence_of_full_logits():
     """Token by token against uncached forwards, with the two masks that were drawn; alone as in company."""
     net, codec, rollouts, drawn = tiny_model(), tiny_codec(), three_rollouts(), {}
@@ -194,10 +159,10 @@ def test_visual_dependence_is_the_divergence_of_full_logits():
         drawn.setdefault(id(prompt), []).append(drop(prompt, *args))
         return drawn[id(prompt)][-1]
 
+    @torch.no_grad()
     def logps(prompt, ids):
         row, grids = torch.tensor([prompt.ids + ids]), torch.tensor(prompt.grids) if prompt.grids else None
-        with torch.no_grad():
-            return net(row, None, prompt.pixel_values, grids)[0, -1].log_softmax(-1)
+        return net(row, None, prompt.pixel_values, grids)[0, -1].log_softmax(-1)
 
     with swapped(localisers, "drop_patches", dropping):
         found = localisers.visual_dependence(net, codec, rollouts, masks=2)
@@ -208,6 +173,9 @@ def test_visual_dependence_is_the_divergence_of_full_logits():
             close(values[n], (parts[0] + parts[1]) / 2, 1e-3)
         close(localisers.visual_dependence(net, codec, [t], masks=2, budget=1)[0], values, 1e-3)
     assert max(found[0]) > 0.1 and max(map(abs, found[1])) < 1e-5
+    for masked in drawn[id(rollouts[2].prompt)]:            # whole blocks of patches are dropped
+        gone = (masked.pixel_values == 0).all(1).view(-1, codec.image_config.merge_size ** 2)
+        assert torch.equal(gone.any(1), gone.all(1)) and 0.3 < gone.float().mean() < 0.9
 
 
 def test_step_dependence_and_erosion_by_hand():
@@ -222,11 +190,10 @@ def test_step_dependence_and_erosion_by_hand():
 
 def test_monte_carlo_finds_where_success_dies():
     """Every length and place side by side, with restarts that succeed (one in four) up to a planted step."""
-    codec, problem, asked = tiny_codec(), shapes.make_problem("tiles", 3), []
+    codec, problem, asked, rollouts = tiny_codec(), shapes.make_problem("tiles", 3), [], []
     cases = [(steps, place) for steps in range(1, 10) for place in range(steps)]
-    rollouts = []
     for n, (steps, _) in enumerate(cases):
-        rollouts.append(written(replace(problem, id=str(n)), [f"red {k} 1" for k in range(steps)]))
+        rollouts.append(chain(replace(problem, id=str(n)), [f"red {k} 1" for k in range(steps)]))
 
     def planted(model, problems, codec, restarts, limit, temperature, keys, prefixes, prompts):
         assert (restarts, limit, temperature) == (4, 99, 1.0) and len(prefixes) == len(problems)
@@ -237,7 +204,7 @@ def test_monte_carlo_finds_where_success_dies():
             assert prefix == t.ids[:t.steps[k].start] and prompts[n] is t.prompt
             assert keys[n] == f"monte carlo/{p.id}/{prefix}" and (p.id, k) not in asked
             asked.append((p.id, k))
-            wrong = rollout.Trajectory(p, None, [5] * 9, [0, 0] + [1] * 7, [], True, "<answer>no</answer>")
+            wrong = replace(t, ids=[5] * 9, sampled=[0, 0] + [1] * 7, text="<answer>no</answer>")
             right = replace(wrong, text=f"<think>a</think><answer>{p.answer}</answer>")
             groups.append([wrong, wrong, right if k <= cases[int(p.id)][1] else wrong, wrong])
         return groups
@@ -305,26 +272,18 @@ def test_study_of_a_few_rollouts():
 HOSTILE = "</script><img src=x onerror=\"document.title=1\"><script>document.title=1</script>\x1b\u202e\x00"
 
 
-def traced_run(folder, *flags):
-    """A run of two steps, and a third group whose texts are hostile -> the run, its rows, page, data."""
-    run, ids = folder / "run", rollout.token_ids(HOSTILE, tiny_codec())
-    config = train.TrainConfig(model=TINY, data="tiny:steps=5,kinds=tiles+bars", out=str(run), max_steps=2,
-                               batch=4, group_size=4, eval_problems=0, show_every=1, device="cpu")
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.train(train.Trainer(config))
-        rows = train.read_jsonl(run / "groups.jsonl")
+def test_trace_holds_the_run_and_no_markup_of_others():
+    """Of a run of two steps, and a third group whose texts are hostile."""
+    with scratch() as run, contextlib.redirect_stdout(io.StringIO()):
+        small_run(run, data="tiny:steps=5,kinds=tiles+bars", max_new_tokens=128, show_every=1)
+        rows, ids = train.read_jsonl(run / "groups.jsonl"), rollout.token_ids(HOSTILE, tiny_codec())
         row = {**rows[0], "step": 3, "question": HOSTILE, "gold": HOSTILE, "id": HOSTILE}
         change = {"ids": ids, "text": HOSTILE, "provenance": HOSTILE, "steps": [], "logps": [math.nan, 9.0]}
         row["rollouts"] = [{**r, **change} for r in row["rollouts"]]
         train.write_text(run / "groups.jsonl", "\n".join(map(json.dumps, [*rows, row])))
-        trace.main([str(run), *flags])
-    page = (run / "trace.html").read_text()
-    return run, rows, page, page.partition('id="data">')[2].partition("</script>")[0]
-
-
-def test_trace_holds_the_run_and_no_markup_of_others():
-    with scratch() as folder:
-        _, rows, page, data = traced_run(folder, "--signals")
+        trace.main([str(run), "--signals"])
+        page = (run / "trace.html").read_text()
+    data = page.partition('id="data">')[2].partition("</script>")[0]
     assert not re.search(r"[^\x20-;=-~]", data) and page.count("<script") == 2
     assert not re.search("(?:src|href)=.?http", page) and "NaN" not in data and "Infinity" not in data
     *groups, last = json.loads(data)["groups"]
@@ -338,31 +297,6 @@ def test_trace_holds_the_run_and_no_markup_of_others():
     assert "".join(last["rollouts"][0]["tokens"]) == last["question"] == HOSTILE
 
 
-def test_trace_in_a_browser():
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if not browser:
-        return print("skipped: no chromium")
-    acts = """<script>
-      const many = what => document.querySelectorAll(what).length, seen = { charts: many(".chart polyline") };
-      const press = key => document.dispatchEvent(new KeyboardEvent("keydown", { key }));
-      $("right").value = "0"; refilter(); seen.wrong = many(".rollout") > 0 && !many(".rollout.right");
-      $("right").value = ""; refilter(); go(-9); press("t"); seen.tokens = many("table tr");
-      press("ArrowRight"); seen.at = at; go(9); seen.images = many("img"); seen.scripts = many("script");
-      seen.text = document.querySelector("#problem pre").textContent; seen.title = document.title;
-      document.body.replaceChildren(JSON.stringify(seen)); </script></body>"""
-    flags = "--headless --no-sandbox --dump-dom --disable-background-networking --enable-logging=stderr"
-    with scratch() as folder:
-        run, rows, page, _ = traced_run(folder)
-        (run / "act.html").write_text(page.replace("</body>", acts))
-        command = [browser, *flags.split(), f"--user-data-dir={folder}/x", f"file://{run}/act.html"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    seen = json.loads(html.unescape(re.search(r'\{"charts.*\}', done.stdout)[0]))
-    assert seen.pop("charts") > 8 and seen.pop("tokens") == len(rows[0]["rollouts"][0]["ids"]) + 1
-    assert seen == {"wrong": True, "at": 1, "images": 0, "scripts": 3, "title": "Training trace",
-                    "text": HOSTILE[:-3] + "\\u001b\\u202e\\u0000"}
-
-
 def test_walkthrough_tells_one_step():
     with contextlib.redirect_stdout(io.StringIO()) as told:
         walkthrough.main(f"--model {TINY} --data tiny:steps=9,kinds=tiles --batch 8 --device cpu".split())
@@ -373,13 +307,13 @@ def test_walkthrough_tells_one_step():
 
 # ---- benchmarks.py
 
-def png(colour="red") -> bytes:
+def png(colour) -> str:
     out = io.BytesIO()
     Image.new("RGB", (40, 30), colour).save(out, "PNG")
-    return out.getvalue()
+    return base64.b64encode(out.getvalue()).decode()
 
 
-RED, BLUE = base64.b64encode(png("red")).decode(), base64.b64encode(png("blue")).decode()
+RED, BLUE = png("red"), png("blue")
 HINT = "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
 ANGLE, ANGLES = "Find the angle.\nChoices:\nA:40°\nB:60°\nC:80°", ["40°", "60°", "80°"]
 PLEASE = "Please directly answer the question and provide the correct option letter, e.g., A, B.\nQuestion: "
@@ -430,8 +364,8 @@ BENCHMARKS = {
 
 
 def write_tsv(path, rows):
-    names = dict.fromkeys(name for row in rows for name in row)
     with open(path, "w", encoding="utf-8", newline="") as file:
+        names = dict.fromkeys(name for row in rows for name in row)
         writer = csv.DictWriter(file, names, delimiter="\t", restval="")
         writer.writeheader()
         writer.writerows(rows)
@@ -452,7 +386,8 @@ def done(path, completions):
 
 
 def test_benchmarks_from_file_to_prediction():
-    """convert, what eval.py reads of it, score and export of every gold, for each of the six."""
+    """convert, what eval.py reads of it, score and export of every gold; and of hostile completions."""
+    hostile = ["(" * 20000, "9" * 100000, "is " * 20000, "\\boxed{" * 3000, "", "\0\u202e\r\t\"\ud800"]
     for name, cases in BENCHMARKS.items():
         with scratch() as folder:
             rows = [{"index": n, "image": RED, **cells} for n, (cells, *_) in enumerate(cases)]
@@ -469,6 +404,11 @@ def test_benchmarks_from_file_to_prediction():
             for (_, row), before, p in zip(out, rows, problems, strict=True):
                 assert row["prediction"] == p.answer and "image" not in row and row["index"] == p.id
                 assert all(row[key] == str(value) for key, value in before.items() if key != "image")
+            for text in hostile:
+                said = done(folder / "said", {p.id: text for p in problems})
+                assert "| all " in benchmarks.score(said, data)
+                benchmarks.export(said, data, path, folder / "out.tsv")
+                assert len(list(benchmarks.read_tsv(folder / "out.tsv"))) == len(cases)
 
 
 def test_benchmarks_wordings_and_images():
@@ -485,7 +425,7 @@ def test_benchmarks_wordings_and_images():
             _, (p,), _ = converted(path, prompt)
             assert p.question.startswith(start) and p.question.endswith(end), (name, prompt, p.question)
         assert [rollout.open_image(image).getpixel((0, 0))[2] for image in p.images] == [255, 0, 0]
-        (folder / "1.png").write_bytes(png())
+        (folder / "1.png").write_bytes(base64.b64decode(RED))
         row = {"image": "1.png", "answer": "9", "question": "Sum?", "id": 0}                # official files
         row.update(choices=["9", "9"], precision=1.0, query="Q?", metadata={"task": "t", "skills": ["s"]})
         (folder / "mathvista.json").write_text(json.dumps({"5": row}))
@@ -498,37 +438,21 @@ def test_benchmarks_right_and_wrong():
     """Number formats, letters without option texts, and golds that trip scorers."""
     for name, choices, golds, answer_type, right, wrong in (
             ("MMStar", "red/blue", "B", "", "blue|so it is (B).|<think>A</think>B", "A|both|"),
-            ("MMMU", "x//z", "C", "", "C", "not B but C|A"), ("MMMU", "", "8", "", "The result is 8", "18"),
+            ("MMMU", "x//z", "C", "", "C", "not B but C|A"), ("MMStar", "////", "E", "", "(E)", "D"),
             ("MMMU", "", "24/7|3.429", "", "3.43|24/7|about 3.4294", "3.4"),
-            ("MMStar", "////", "E", "", "(E)", "D"), ("MathVista", "9/9/12", "A", "", "9|B", "12"),
+            ("MathVista", "9/9/12", "A", "", "9|B", "12"), ("MathVista", "", "0.8", "float", "0.84", "0.86"),
             ("MathVista", "", "14", "integer", "14.0|The answer is 14.", "14.7|1e999|" + "9" * 3000),
-            ("MathVista", "", "0.8", "float", "0.8|0.84", "0.86|none"),
             ("MathVision", "1/2/3", "B", "", "2", "3"), ("MathVerse", "", "$$r=7.00$$", "", "7", "8")):
         bench = {"name": name, "choices": choices.split("/") if choices else [], "golds": golds.split("|"),
                  "answer_type": answer_type, "precision": 1}
         for want, texts in ((True, right), (False, wrong)):
             for text in texts.split("|"):
                 assert benchmarks.grade(bench, text)[1] is want, (name, golds, text)
-    for gold in r"""Area $=9 \pi \mathrm{cm}^{2}$|$5=s$|N 34° W|118掳T|{8}{5} \pi|even|11 |(3,-4)|C,D|8.0
-            |domain: [-4, 0) and range: (-3, 1]|$\boxed{\frac{16}{7}}$|69{degrees}|45^2|1:2|\frac{360}7|$MgS$
+    for gold in r"""Area $=9 \pi \mathrm{cm}^{2}$|$5=s$|N 34° W|118掳T|{8}{5} \pi|11 |(3,-4)|C,D|45^2|1:2
+            |domain: [-4, 0) and range: (-3, 1]|$\boxed{\frac{16}{7}}$|69{degrees}|\frac{360}7|$MgS$
             |8\sqrt{3}{squareinches}|$\frac{90}{23}^{\circ}$|090^\circ T|[1, 2, 3]|False""".split("|"):
         bench = {"name": "MathVerse", "choices": [], "golds": [gold.strip("\n")]}
         assert benchmarks.grade(bench, f"<answer>{gold}</answer>") == (gold.strip(), True), gold
-
-
-def test_benchmarks_survive_hostile_completions():
-    parts = ["(", "A", "B)", " ", "\n", "is ", "\\boxed{", "}", "<answer>", "9", "$", "=", "（", "\u202e",
-             "</think>", "\0", "12,", "^", "[[", "\t", '"', "\r", "\ud800"]
-    rng, name = random.Random(0), "MMMU_DEV_VAL.tsv"
-    with scratch() as folder:
-        rows = [{"index": n, "image": RED, **BENCHMARKS[name][1 + n % 2][0]} for n in range(40)]
-        texts = ["".join(rng.choices(parts, k=rng.choice((3, 30, 3000)))) for _ in range(34)]
-        texts += ["(" * 20000, "9" * 100000, "is " * 20000, "\\boxed{" * 3000, "", "[" * 9000]
-        data, _, _ = converted(path := write_tsv(folder / name, rows))
-        said = done(folder / "said", {str(n): text for n, text in enumerate(texts)})
-        assert "| 40 |" in benchmarks.score(said, data)
-        benchmarks.export(said, data, path, folder / "out.tsv")
-        assert len(list(benchmarks.read_tsv(folder / "out.tsv"))) == 40
 
 
 def test_benchmarks_broken_files():
@@ -541,22 +465,20 @@ def test_benchmarks_broken_files():
                 ("mmstar.tsv", "index\tanswer\n1\tB", "'question'"), ("mmstar.tsv", header + "0", "row 1: "),
                 ("mmstar.tsv", header + line + "\n1\t\"Q\tred\tblue\tB\tx\n" + line, "unexpected end"),
                 ("mmstar.tsv", f'{header}0\t"Q\tred\tblue\tB\tx\n1\tQ"\tred\tblue\tB\tx\n', "row 1: 6 cells"),
-                ("mmstar.tsv", f'{header}0\tQ\tred\tblue\tB\t"x\n{line}\n"', "row 1: 6 cells"),
                 ("mmstar.tsv", header + line.replace("Q?", "30\udcb0?"), "not a readable TSV"),
                 ("mmstar.tsv", header + line + "\n" + line, "row 2: the id 0 is taken"),
                 ("mmstar.tsv", header + line.replace(RED, "%" * 70 + "A"), "row 1: not a row"),
                 ("mmstar.tsv", header + line.replace("\tB\t", "\t\t"), "row 1: field 'answer'"),
                 ("mmmu.tsv", header + line.replace("Q?", "<image 2>"), "<image 2>, but 1 images"),
-                ("mmstar.jsonl", row + "\n[1]", "jsonl:2: a JSON"), ("mmstar.jsonl", row, "No such file"),
-                ("mmstar.jsonl", row.replace("no.png", "../o.png"), "jsonl:1: field 'images': ../o.png")):
+                ("mmstar.jsonl", row + "\n[1]", "jsonl:2: a JSON"), ("mmstar.jsonl", row, "No such file")):
             (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
             raises(rollout.DataError, [name, words], benchmarks.convert, folder / name, folder / "out")
         assert not (folder / "out").exists()
         tsv = folder / "mmstar.tsv"
         tsv.write_text(header + line)
         data, said = converted(tsv)[0], done(folder / "said", {"0": "B"})
-        raises(rollout.DataError, "field 'benchmark'", benchmarks.score, said, said)
         raises(rollout.DataError, "--out", benchmarks.export, said, data, tsv, tsv)
+        raises(rollout.DataError, "field 'benchmark'", benchmarks.score, said, said)
         for completions, words in (({"9": "A"}, "'9' is no"), ({"0": None}, "other:1"), ({}, "no rows")):
             raises(rollout.DataError, words, benchmarks.score, done(folder / "other", completions), data)
         other = write_tsv(folder / "b.tsv", [{"question": "", "answer": ""}])
@@ -566,47 +488,37 @@ def test_benchmarks_broken_files():
 
 # ---- preview.py
 
-def test_answers_are_hard_to_guess():
+def test_preview_of_problems_that_are_hard_to_guess():
+    with scratch() as folder:
+        preview.write_problems(folder, 12, 3, "train")
+        assert len(rollout.load_problems(folder / "problems.jsonl")) == 12
     for kind in shapes.KINDS:
         assert preview.guess_rate(kind, 3) < 0.03 and preview.guess_rate(kind, 5) < 0.005
-        for steps in (1, 4):
-            assert 0.15 < preview.guess_rate(kind, steps, "choice", 300) < 0.35
-            assert 0.4 < preview.guess_rate(kind, steps, "yesno", 300) < 0.6
-
-
-def test_preview_writes_problems_that_load():
-    with tempfile.TemporaryDirectory() as folder:
-        preview.write_problems(Path(folder), 12, 3, "train")
-        problems = rollout.load_problems(Path(folder) / "problems.jsonl")
-        assert len(problems) == 12
+        assert 0.15 < preview.guess_rate(kind, 4, "choice", 300) < 0.35
+        assert 0.4 < preview.guess_rate(kind, 4, "yesno", 300) < 0.6
 
 
 # ---- qwen_folder.py
 
 def test_real_vocabulary_from_files_to_transformers():
-    """Random weights behind Qwen's real vocabulary: steps, seams, a supervised step, a step of ivr, an
-    evaluation; transformers opens what was saved."""
+    """Random weights behind Qwen's real vocabulary: steps, seams, a step of each stage, an evaluation."""
     if not qwen_folder.has_ranks():
-        print("skipped: pip install --no-deps dashscope")
-        return
+        return print("skipped: pip install --no-deps dashscope")
     from transformers import AutoModelForImageTextToText
     with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
         qwen_folder.main([str(folder / "qwen")])
         codec = rollout.load_codec(str(folder / "qwen"))
         segmentation(codec)
         assert seams(codec, 300) > 150
-        preview.write_problems(folder, 2, 3, "train")
-        rows = train.read_jsonl(folder / "problems.jsonl")
-        for row in rows:
-            row["demonstration"] = "<think>\nThe red tile is 4.\n\nSo it is 6.\n</think>\n<answer>6</answer>"
-        train.write_text(folder / "problems.jsonl", "\n".join(map(json.dumps, rows)))
-        flags = f"--data {folder}/problems.jsonl --batch 2 --group_size 2 --max_steps 1 --device cpu --out {folder}"
-        train.start(f"--stage sft --model {folder}/qwen {flags}/sft --max_new_tokens 60".split())
-        train.start(f"--model {folder}/sft/checkpoint-000001 {flags}/ivr --max_new_tokens 24".split())
-        evaluation.main(f"--model {folder}/ivr/checkpoint-000001 --data {folder}/problems.jsonl --greedy "
-                        f"--max_new_tokens 8 --device cpu --out {folder}/rows.jsonl".split())
+        text = "<think>\nThe red tile is 4.\n\nSo it is 6.\n</think>\n<answer>6</answer>"
+        data, sft, ivr = data_file(folder, 2, demonstration=text), folder / "sft", folder / "ivr"
+        changes = {"data": str(data), "batch": 2, "group_size": 2, "max_steps": 1}
+        small_run(sft, model=str(folder / "qwen"), stage="sft", max_new_tokens=60, **changes)
+        small_run(ivr, model=f"{sft}/checkpoint-000001", max_new_tokens=24, **changes)
+        evaluation.main(f"--model {ivr}/checkpoint-000001 --data {data} --greedy --max_new_tokens 8 "
+                        f"--device cpu --out {folder}/rows.jsonl".split())
         assert len(train.read_jsonl(folder / "rows.jsonl")) == 2
-        AutoModelForImageTextToText.from_pretrained(folder / "ivr" / "checkpoint-000001")
+        AutoModelForImageTextToText.from_pretrained(ivr / "checkpoint-000001")
 
 
 # ---- tables.py
