@@ -37,8 +37,8 @@ COMMON = {"batch": 16, "group_size": 8, "lr": 1e-4, "warmup_steps": 1, "freeze_v
           "keep": 1, "show_every": 0, "eval_problems": 150, "eval_samples": 4, "device": "cpu"}
 ARMS = {"grpo": {"algo": "grpo"}, "grpo_large": {"algo": "grpo", "group_size": 12},
         "stepgrpo": stepgrpo.PRESET, "ivr": {"algo": "ivr"}, "reader policy": {"reader": "policy"},
-        "restarts only": {"revise": False}, "grpo 2e-4": {"algo": "grpo", "lr": 2e-4}, "ivr 2e-4": {"lr": 2e-4},
-        "reader policy 2e-4": {"reader": "policy", "lr": 2e-4}}
+        "restarts only": {"revise": False}, "grpo 2e-4": {"algo": "grpo", "lr": 2e-4},
+        "ivr 2e-4": {"lr": 2e-4}, "reader policy 2e-4": {"reader": "policy", "lr": 2e-4}}
 ABLATED = 9                                 # the horizon of the ablations
 ABLATIONS = {
     "ivr": {}, "random cut": {}, "oracle cut": {}, "A2 margin": {}, "A3 dependence": {}, "A4 Monte Carlo": {},

@@ -116,7 +116,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="seeds an arm")
-    parser.add_argument("--arms", nargs="*", default=["grpo", "ivr", "reader policy", "restarts only"], choices=ARMS)
+    arms = ["grpo", "ivr", "reader policy", "restarts only"]
+    parser.add_argument("--arms", nargs="*", default=arms, choices=ARMS)
     parser.add_argument("--instruction", action="store_true", help="repairs with INSTRUCTION and without")
     args = parser.parse_args()
     warm = OUT / "warm" / "checkpoint-000250"
@@ -136,7 +137,7 @@ def main():
             out = OUT / f"{arm.replace(' ', '-')}-{seed}"
             flags = [str(ROOT / "train.py"), "--model", str(warm), *files, *RL, "--seed", str(seed)]
             for name, value in ARMS[arm].items():
-                flags += [f"--{name}", str(value)]
+                flags += [f"--no-{name}"] if value is False else [f"--{name}", str(value)]
             launch(out, flags)
             held, run = json.loads((out / "heldout.json").read_text()), {"algo": arm, "seed": seed}
             for when in ("before", "after"):

@@ -21,7 +21,8 @@ PAGES = (ROOT / "README.md", ROOT / "experiments" / "README.md")
 T_95 = (None, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)   # by degrees of freedom
 ARMS = {"grpo": "GRPO", "grpo_large": "GRPO, groups of 12", "stepgrpo": "StepGRPO",
         "restarts only": "restarts only", "reader policy": "policy reads", "ivr": "IVR-R1",
-        "half rate": "IVR-R1, lr 1e-4"}
+        "grpo 2e-4": "GRPO, lr 2e-4", "reader policy 2e-4": "policy reads, lr 2e-4",
+        "ivr 2e-4": "IVR-R1, lr 2e-4"}
 
 
 def load(name: str):
