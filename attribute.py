@@ -285,9 +285,9 @@ def check_of(step: Step, t, readings: list[tuple]) -> Check:
 
 @torch.no_grad()
 def read_steps(reader, codec, claims: list[tuple], budget: int = 16384) -> dict:
-    """A1's reading. claims: (prompt, tokens before the step, tokens of the step) -> by claim, for each token of
-    the step its log-prob under the reader with the image and with it masked, and KL(with || without) of the
-    predictions there. Claims of a prompt share it, computed once; at most `budget` tokens go through the
+    """A1's reading. claims: (prompt, tokens before the step, tokens of the step) -> by claim, for each token
+    of the step its log-prob under the reader with the image and with it masked, and KL(with || without) of
+    the predictions there. Claims of a prompt share it, computed once; at most `budget` tokens go through the
     model together."""
     masked, found = {}, {}
     for prompt, _, _ in claims:
@@ -302,9 +302,9 @@ def read_steps(reader, codec, claims: list[tuple], budget: int = 16384) -> dict:
         readings = []
         for hidden, other, target in zip(seen[mask].split(1024), blind[mask].split(1024),
                                          targets[mask].split(1024)):
-            logps = torch.stack([rollout.next_logps(reader, codec, h) for h in (hidden, other)])    # (2, N, V)
-            own = logps.gather(2, target.expand(2, -1)[:, :, None])[:, :, 0]                        # (2, N)
-            say = (logps[0].exp() * (logps[0] - logps[1])).sum(-1)                                  # (N,)
+            logps = torch.stack([rollout.next_logps(reader, codec, h) for h in (hidden, other)])
+            own = logps.gather(2, target.expand(2, -1)[:, :, None])[:, :, 0]        # (2, N, V) -> (2, N)
+            say = (logps[0].exp() * (logps[0] - logps[1])).sum(-1)                  # (N,)
             readings += zip(*own.tolist(), say.tolist())
         for claim, row in zip(part, rows):
             found[claim] = readings[len(row) - len(claim[2]):len(row)]

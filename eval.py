@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 import rollout
-from model import load_model, resolve
+from model import InputError, check, load_model, read_json, reading, resolve
 from reward import answers_match, extract_answer, format_ok
 from tiny.shapes import Stream
 
@@ -53,11 +53,43 @@ class EvalConfig:
     dtype: str = "auto"             # float32, bfloat16 (auto = bfloat16 on cuda, float32 on cpu)
     out: str = ""                   # JSONL file, a row a completion, as they come ("" = none)
 
-    def validate(self):
-        """ValueError names the flag that can not be."""
-        for f in fields(self):
-            if f.type is int and getattr(self, f.name) < (f.name == "batch"):
-                raise ValueError(f"--{f.name} {getattr(self, f.name)}: is too small")
+    def __post_init__(self):
+        check_flags(self)
+
+
+# ---- Flags, of train.py too: bounds of numbers (of other integers 0 and 10^6, of other floats 0 and 10), the
+# choices of texts, and what a flag makes meaningless
+
+POSITIVE, SHARES = "max_steps batch micro_rows keep max_bad_steps updates_per_batch", \
+    "clip_low format_weight anneal lr_end erosion_first erosion_ninth"
+BOUNDS = {**dict.fromkeys(POSITIVE.split(), (1, 10 ** 6 - 1)), **dict.fromkeys(SHARES.split(), (0, 1)),
+          **dict.fromkeys(("samples", "eval_samples"), (0, 4096)), "max_tokens": (0, 10 ** 12),
+          "group_size": (2, 4096), "max_pixels": (0, 2 ** 26), "seed": (0, 10 ** 9), "dual_clip": (1, 1e6),
+          "rectify_below": (-1, 1), "min_log_w": (-1e6, 0), "beta2": (0, 0.999999),
+          "max_grad_norm": (1e-9, 1e9)}
+CHOICES = {"stage": ("rl", "sft"), "algo": ("ivr", "grpo"), "credit": ("token", "step", "rollout"),
+           "dtype": ("auto", "float32", "bfloat16")}
+IVR_ONLY = "credit rectify_below reader reader_window revise min_log_w lambda_r gamma anneal"
+MEANINGLESS = (("stage", "rl", "erosion_first erosion_ninth"), ("algo", "grpo", IVR_ONLY),
+               ("stage", "sft", f"algo use_std clip_low clip_high dual_clip beta format_weight {IVR_ONLY}"),
+               ("eval_problems", 0, "eval_data eval_samples eval_every"))
+
+
+def check_flags(config):
+    """InputError names a flag that can not be, or that another one makes meaningless."""
+    values, defaults = vars(config), {f.name: f.default for f in fields(config)}
+    for f in fields(config):
+        bounds = (0, 10) if f.type is float else (0, 10 ** 6)
+        check(f"--{f.name}", values[f.name], f.type, *BOUNDS.get(f.name, bounds))
+        if values[f.name] not in CHOICES.get(f.name, (values[f.name],)):
+            raise InputError(f"--{f.name} {values[f.name]}: must be one of {', '.join(CHOICES[f.name])}")
+    for name, value, others in MEANINGLESS:
+        for other in others.split() if values.get(name) == value else ():
+            if values[other] != defaults[other]:
+                raise InputError(f"--{other} {values[other]}: means nothing with --{name} {value}")
+    rows = config.batch * max(values.get("group_size", 1), values.get("samples", 1))
+    if rows * (config.max_new_tokens or 128) > 2 ** 28:
+        raise InputError(f"--batch {config.batch}: {rows:,} rows of --max_new_tokens do not fit any memory")
 
 
 def is_tiny(data: str) -> bool:
@@ -80,12 +112,15 @@ def evaluate(model, codec, problems: list, samples: int, max_new_tokens: int, se
     """`samples` completions of each problem at temperature 1, or (0) one greedy one -> a record each. Random
     numbers depend on `seed` and the problem's id alone. keep(records) gets new ones as they come."""
     mode, temperature = ("sample", 1.0) if samples else ("greedy", 0.0)
-    problems = sorted(problems, key=lambda p: len(rollout.encode_prompt(p, codec, pixels=False).ids))
+    pairs = rollout.encode_prompts(problems, codec, pixels=False)
+    problems = [p for p, prompt in sorted(pairs, key=lambda pair: len(pair[1].ids))]
     records, disable = [], None if progress else True          # None: no bar where there is no terminal
     for start in tqdm(range(0, len(problems), batch), mode, leave=False, disable=disable):
-        part, new = problems[start:start + batch], []           # prompts of similar length
+        pairs, new = rollout.encode_prompts(problems[start:start + batch], codec), []   # of similar length
+        part, prompts = [p for p, _ in pairs], [prompt for _, prompt in pairs]
         keys = [f"eval/{seed}/{p.id}" for p in part]
-        for group in rollout.sample(model, part, codec, samples or 1, max_new_tokens, temperature, keys):
+        for group in rollout.sample(model, part, codec, samples or 1, max_new_tokens, temperature, keys, None,
+                                    prompts):
             for k, t in enumerate(group):
                 record = judge(t.problem, t.text, t.finished)
                 new.append({**record, "tokens": len(t.ids), "mode": mode, "sample": k})
@@ -169,7 +204,7 @@ def report(records: list[dict]) -> str:
     tables = {"all": summarise(records)}
     for key, by_value in parts.items():
         for value in sorted(by_value) if len(by_value) > 1 else ():
-            tables[f"{key} {value}"] = summarise(by_value[value])
+            tables[rollout.escaped(f"{key} {value}")] = summarise(by_value[value])
     columns = list(tables["all"])[1:]                       # after n
     lines = [f"| {'':18} | n | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for name, table in tables.items():
@@ -186,6 +221,12 @@ def headline(figures: dict) -> str:
 
 # ---- Results on disk: FILE; while it grows one FILE.part<rank> a rank; FILE.config.json
 
+def parts_of(out: Path) -> list[Path]:
+    """The files of ranks whose rows are not in `out` yet."""
+    found = out.parent.glob(glob.escape(out.name) + ".part*")
+    return [file for file in found if file.suffix[5:].isdecimal()]
+
+
 def known_rows(config: EvalConfig, rank: int) -> dict:
     """The rows that need not be made again, by (id, mode, sample). What they depend on is kept beside them;
     ValueError where that was different, or where the file is not ours."""
@@ -198,12 +239,17 @@ def known_rows(config: EvalConfig, rank: int) -> dict:
     settings["weights"] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     if not is_tiny(config.data):
         settings["rows"] = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()[:16]
-    if out.is_file() and out.stat().st_size and not saved.is_file():
-        raise ValueError(f"--out {out}: is there already, and was not written by an evaluation")
-    for file in (out, *out.parent.glob(glob.escape(out.name) + ".part[0-9]*")):
-        for row in train.read_jsonl(file):
-            rows[row["id"], row["mode"], row["sample"]] = row
-    before = json.loads(saved.read_text()) if rows else settings
+    before, files = read_json(saved) if saved.exists() else {}, [out, *parts_of(out)]
+    ours = before.keys() >= settings.keys()
+    for file in files:
+        empty = not file.exists() or (file.is_file() and file.stat().st_size == 0)
+        if (before and not ours) or not (empty or (ours and file.is_file() and not file.is_symlink())):
+            raise InputError(f"--out {out}: {file} is there already, not written by an evaluation")
+        with reading(f"--out {file}"):
+            for row in train.read_jsonl(file):
+                rows[row["id"], row["mode"], row["sample"]] = row
+            report(list(rows.values()))                     # they have all that a table needs
+    before = before if rows else settings
     other = [name for name in settings if before.get(name) != settings[name]]
     if other:
         raise ValueError(f"--out {out}: holds rows of other settings ({', '.join(other)}); choose another")
@@ -238,23 +284,22 @@ def run(config: EvalConfig, rank: int, world: int, device, dtype):
     for r in train.all_gather(new):
         rows[r["id"], r["mode"], r["sample"]] = r
     if rank == 0:
-        records = [r for r in rows.values() if r["id"] in ids and modes[r["mode"]]]
-        print(report(records))
+        records = [r for r in rows.values() if r["id"] in ids and modes.get(r["mode"])]
+        print(rollout.escaped(report(records), "\n"))
         if config.out:
             train.write_text(out, "".join(json.dumps(r) + "\n" for r in rows.values()))
-            for part in out.parent.glob(glob.escape(out.name) + ".part[0-9]*"):
+            for part in parts_of(out):
                 part.unlink()
 
 
 def main(argv=None):
     import train
-    config = train.parse_flags(EvalConfig, argv)
     try:
-        config.validate()
+        config = train.parse_flags(EvalConfig, argv)
         device, dtype = train.device_and_dtype(config.device, config.dtype)
         run(config, *train.init_distributed(device), dtype)
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {rollout.escaped(e, chr(10))}")
     train.leave()
 
 

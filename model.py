@@ -16,34 +16,78 @@ to 11 x 7 = 77 image tokens. After 5 tokens of text these have the positions (ti
 """
 import json
 import math
+import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# ---- Configuration
+# ---- What others wrote: files and flags
+
+class InputError(ValueError):
+    """Of a file or flag, which the message names."""
+
+
+@contextmanager
+def reading(where):
+    """For foreign input: what fails inside is an InputError of one line that begins with `where`."""
+    try:
+        yield
+    except Exception as e:              # whatever a library makes of it
+        text = " ".join(str(e).split())[:1000] or type(e).__name__
+        raise InputError(text if text.startswith(str(where)) else f"{where}: {text}") from None
+
+
+def check(name: str, value, kind, low=0, high=0):
+    """InputError, which begins with `name`, unless the value is of this type and a number within bounds (nan
+    never is). kind tuple[...]: also a list, its items within bounds."""
+    kinds = get_args(kind)
+    if kinds and isinstance(value, (list, tuple)):
+        for item in value:
+            check(name, item, kinds[0], low, high)
+        good = kinds[-1] is ... or len(value) == len(kinds)
+    else:
+        good = type(value) is kind or (kind is float and type(value) is int)
+    if kind in (int, float):
+        good, kind = good and low <= value <= high, f"{kind.__name__} from {low:,} to {high:,}"
+    if kind is str:                                         # else it is no file name, or not in UTF-8
+        good = good and not re.search("[\0\ud800-\udfff]", value)
+    if not good:
+        raise InputError(f"{name} {value!r:.60}: must be {getattr(kind, '__name__', kind)}")
+
+
+BOUNDS = {"num_hidden_layers": (1, 1000), "v_depth": (1, 1000), "v_fullatt_block_indexes": (0, 1000),
+          "image_token_id": (0, 10 ** 7), "initializer_range": (0, 10), "image_mean": (-10, 10)}
+
 
 def fill(config_class, given: dict, where: str = ""):
-    """A configuration from a JSON object, absent and null fields by default; ValueError names one without."""
+    """A configuration from a JSON object, absent and null fields by default. ValueError names one without
+    default or out of BOUNDS; those of other integers are 1 and 10^7, of other numbers 10^-12 and 10^12."""
     values = {}
     for field in fields(config_class):
         value = given.get(field.name)
+        name = f"{where}: field {field.name.replace('v_', 'vision_config.', 1)!r}"
         if value is not None:
+            default = (1e-12, 1e12) if "float" in str(field.type) else (1, 10 ** 7)
+            check(name, value, field.type, *BOUNDS.get(field.name, default))
             values[field.name] = tuple(value) if isinstance(value, list) else value
         elif field.default is MISSING:
-            raise ValueError(f"{where}: field {field.name.replace('v_', 'vision_config.', 1)!r} is missing")
+            raise ValueError(f"{name} is missing")
     return config_class(**values)
 
+
+# ---- Configuration
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -56,7 +100,7 @@ class Config:
     num_key_value_heads: int        # K
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
-    mrope_section: tuple = (16, 24, 24)     # frequencies of (time, height, width), repeating; sums to d / 2
+    mrope_section: tuple[int, int, int] = (16, 24, 24)      # frequencies of (time, row, column): d / 2
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     image_token_id: int
@@ -69,12 +113,14 @@ class Config:
     v_temporal_patch_size: int = 2
     v_spatial_merge_size: int = 2
     v_window_size: int = 112
-    v_fullatt_block_indexes: tuple          # the blocks with full instead of window attention
+    v_fullatt_block_indexes: tuple[int, ...]        # the blocks with full instead of window attention
 
     @staticmethod
     def from_dict(c: dict, where: str = "config.json") -> "Config":
         """From the hub's config.json, flat (as published) or nested (as transformers 5 writes it). ValueError
         names the file and the field."""
+        for part in ("text_config", "vision_config", "rope_parameters", "rope_scaling"):
+            check(f"{where}: field {part!r}", c.get(part) or {}, dict)
         text, vision = c.get("text_config") or c, c.get("vision_config") or {}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}    # the new name, the old name
         for name, value, supported in (
@@ -87,14 +133,23 @@ class Config:
                 raise ValueError(f"{where}: {name} is {value!r}; only {supported[0]!r} is supported")
 
         given = {**text, **rope, "image_token_id": c.get("image_token_id")}
-        given["num_key_value_heads"] = text.get("num_key_value_heads") or text.get("num_attention_heads")
+        if text.get("num_key_value_heads") is None:
+            given["num_key_value_heads"] = text.get("num_attention_heads")
         given["tie_word_embeddings"] = c.get("tie_word_embeddings", text.get("tie_word_embeddings"))
         given |= {f"v_{key}": value for key, value in vision.items()}
-        config = fill(Config, given, where)
-        if vision.get("out_hidden_size", config.hidden_size) != config.hidden_size:
-            raise ValueError(f"{where}: vision_config.out_hidden_size must be the hidden_size")
-        if sum(config.mrope_section) * 2 * config.num_attention_heads != config.hidden_size:
-            raise ValueError(f"{where}: mrope_section {config.mrope_section} must sum to half the head size")
+        config = c = fill(Config, given, where)
+        for good, rule in (
+                (vision.get("out_hidden_size", c.hidden_size) == c.hidden_size,
+                 "vision_config.out_hidden_size must be the hidden_size"),
+                (2 * sum(c.mrope_section) * c.num_attention_heads == c.hidden_size,
+                 f"mrope_section {c.mrope_section} must sum to half the head size"),
+                (c.num_attention_heads % c.num_key_value_heads == 0, "num_key_value_heads must divide them"),
+                (c.image_token_id < c.vocab_size, "image_token_id must be below vocab_size"),
+                (c.v_hidden_size % (4 * c.v_num_heads) == 0, "vision_config.num_heads must fit its size"),
+                (c.v_in_channels == 3, "vision_config.in_channels must be 3"),
+                (c.v_window_size >= c.v_patch_size * c.v_spatial_merge_size, "window_size holds no patch")):
+            if not good:
+                raise ValueError(f"{where}: {rule}")
         return config
 
 
@@ -108,15 +163,15 @@ class ImageConfig:
     patch_size: int = 14
     temporal_patch_size: int = 2
     merge_size: int = 2
-    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     @staticmethod
-    def from_dict(c: dict) -> "ImageConfig":
-        size = c.get("size") or {}
-        min_pixels = c.get("min_pixels") or size.get("shortest_edge")
-        max_pixels = c.get("max_pixels") or size.get("longest_edge")
-        return fill(ImageConfig, {**c, "min_pixels": min_pixels, "max_pixels": max_pixels})
+    def from_dict(c: dict, where: str = "preprocessor_config.json") -> "ImageConfig":
+        size, given = c.get("size") or {}, dict(c)
+        for name, other in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            given[name] = size.get(other) if c.get(name) is None else c[name]
+        return fill(ImageConfig, given, where)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -548,32 +603,42 @@ def resolve(path_or_id: str) -> Path:
     """A local folder as it is, otherwise a hub id, downloaded. FileNotFoundError where it is neither."""
     path = Path(path_or_id)
     if path.is_dir():
+        for file in map(path.joinpath, COMPANIONS):
+            if file.exists() and not file.is_file():        # opening a fifo would wait
+                raise InputError(f"{file}: is not a regular file")
         return path
     if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/")):
         raise FileNotFoundError(f"--model {path_or_id}: no such folder, nor a hub id of the form owner/name")
     patterns = ["*.safetensors", "*.safetensors.index.json", *COMPANIONS]
-    return Path(snapshot_download(path_or_id, allow_patterns=patterns))
+    with reading(f"--model {path_or_id}"):
+        return Path(snapshot_download(path_or_id, allow_patterns=patterns))
 
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file; ValueError names the file (and the line, where it is not JSON)."""
     if not path.is_file():
         raise ValueError(f"{path}: file is missing")
-    try:
+    with reading(f"{path}: not JSON"):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: not JSON: {e}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object is expected")
     return value
 
 
+def load_config(folder: Path) -> Config:
+    file = folder / "config.json"
+    with reading(file):
+        return Config.from_dict(read_json(file), str(file))
+
+
 def load_image_config(folder: Path) -> ImageConfig:
     """From preprocessor_config.json, or from where transformers 5 puts it: processor_config.json."""
-    old, new = folder / "preprocessor_config.json", folder / "processor_config.json"
-    if new.is_file() and not old.is_file():
-        return ImageConfig.from_dict(read_json(new).get("image_processor") or {})
-    return ImageConfig.from_dict(read_json(old))
+    file = folder / "preprocessor_config.json"
+    if not file.is_file() and (folder / "processor_config.json").is_file():
+        file = folder / "processor_config.json"
+    with reading(file):
+        given = read_json(file)
+        return ImageConfig.from_dict(given.get("image_processor") or given, str(file))
 
 
 def init_model(config: Config, seed: int = 0) -> Qwen25VL:
@@ -591,19 +656,18 @@ def load_model(path_or_id: str, device="cpu", dtype=torch.float32) -> Qwen25VL:
     """Build the model from a folder or hub id and load its safetensors. ValueError names what does not
     fit."""
     folder = resolve(str(path_or_id))
-    with torch.device("meta"):
-        model = Qwen25VL(Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json")))
-    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    config = load_config(folder)
+    with reading(folder / "config.json"), torch.device("meta"):
+        model = Qwen25VL(config)
+    index, names, stored = folder / "model.safetensors.index.json", ["model.safetensors"], {}
     if index.is_file():
-        names = sorted(set((read_json(index).get("weight_map") or {}).values()))
-    stored = {}
-    for file in [folder / name for name in names]:
-        if file.parent != folder or not file.is_file():
-            raise ValueError(f"{file}: file is missing, or not one of {folder}")
-        try:
-            stored |= load_file(file)           # on the CPU: mapped into memory, not read yet
-        except (SafetensorError, OSError) as e:
-            raise ValueError(f"{file}: not a readable safetensors file: {e}") from None
+        with reading(f"{index}: field 'weight_map'"):
+            names = sorted(set(read_json(index)["weight_map"].values()))
+    for name in names:
+        with reading(f"{folder}: weights {name!r}"):
+            if (folder / name).parent != folder or not (folder / name).is_file():
+                raise ValueError(f"{folder / name}: file is missing, or not one of {folder}")
+            stored |= read_tensors(folder / name)
     # some tied checkpoints store the head as well
     head = stored.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
     # copies: where a tensor lies in the file decides its alignment, and so the last bits of a matmul
@@ -617,10 +681,26 @@ def load_model(path_or_id: str, device="cpu", dtype=torch.float32) -> Qwen25VL:
     return model.train()
 
 
+def read_tensors(file: Path) -> dict:
+    """The tensors of a safetensors file, on the CPU: mapped into memory. Integers, nan, inf are refused."""
+    with reading(f"{file}: not a readable safetensors file"):
+        found = load_file(file)
+    check_finite(found, file)
+    return found
+
+
+def check_finite(tensors: dict, where):
+    """InputError names a tensor that is not all finite floating-point numbers."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+            raise InputError(f"{where}: {name} is of {tensor.dtype} or holds numbers that are not finite")
+
+
 def save_model(model: Qwen25VL, folder, source, dtype=None, max_shard_bytes: int = 5 * 10 ** 9):
     """Write weights in the hub's names and shards, beside the config, tokenizer and processor files of
     `source` (a folder or hub id), so that from_pretrained opens the folder. dtype None keeps the model's."""
     folder, source = Path(folder), resolve(str(source))
+    check_finite(dict(model.named_parameters()), folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in COMPANIONS:
         if (source / name).is_file() and folder.resolve() != source.resolve():

@@ -25,10 +25,12 @@ import json
 import math
 import os
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
@@ -38,16 +40,22 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import reward
-from model import (Config, ImageConfig, KVCache, Qwen25VL, SharedPrompt, load_image_config, preprocess_image,
-                   read_json, resolve, smart_resize)
+from model import (ImageConfig, InputError, KVCache, Qwen25VL, SharedPrompt, check, load_config,
+                   load_image_config, preprocess_image, read_json, reading, resolve, smart_resize)
 
 INSTRUCTION = ("First think inside <think> </think>, one step a line, checking each step against the image. "
                "Then give only the final answer inside <answer> </answer>.")
 
 # ---- Problems
 
-class DataError(ValueError):
-    """Bad input data; the message names file, line and field."""
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")   # others may start programs (EPS)
+MAX_PIXELS = 2 ** 26            # of one image file; what is kept of it is bounded by --max_prompt_tokens
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """A text of others for terminal and table: control characters by their numbers, but for those to keep."""
+    shown = [c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in str(text)]
+    return "".join(shown)
 
 
 @dataclass
@@ -75,12 +83,12 @@ ALIASES = {"id": ("id", "qid"),
 
 
 def first_field(row: dict, kind: str, default=None):
-    """The first alias of a field that is there; DataError where there is neither one nor a default."""
+    """The first alias of a field that is there; InputError where there is neither one nor a default."""
     for name in ALIASES[kind]:
         if row.get(name) is not None and row[name] != "":
             return row[name]
     if default is None:
-        raise DataError(f"field '{kind}' is missing (looked for {', '.join(ALIASES[kind])})")
+        raise InputError(f"field '{kind}' is missing (looked for {', '.join(ALIASES[kind])})")
     return default
 
 
@@ -103,18 +111,18 @@ def read_question(value, images: list) -> tuple[str, list]:
         for part in value:
             part = part if isinstance(part, dict) else {"type": "text", "text": part}
             if part.get("type") not in ("text", "image"):
-                raise DataError(f"field 'problem': a part of type {part.get('type')!r} is not text or image")
+                raise InputError(f"field 'problem': a part of type {part.get('type')!r} is not text or image")
             text += "<image>" if part["type"] == "image" else str(part.get("text") or "")
             if part.get("image") is not None:
                 named.append(part["image"])
         value, images = text, images or named
     if not isinstance(value, str) or not value.replace("<image>", "").strip():
-        raise DataError("field 'problem' is empty or not text")
+        raise InputError("field 'problem' is empty or not text")
     tags = value.count("<image>")
     if tags and not images:
         return value.replace("<image>", ""), images         # a stray tag of a text-only row
     if tags not in (0, len(images)):
-        raise DataError(f"field 'problem' has {tags} <image> tags, field 'images' has {len(images)} images")
+        raise InputError(f"field 'problem' has {tags} <image> tags, field 'images' has {len(images)} images")
     return value if tags else "<image>" * len(images) + value, images
 
 
@@ -129,7 +137,7 @@ def read_gold(value) -> str:
     rest, declared = reward.declared_answer(value) if isinstance(value, str) else ("", None)
     gold = declared or rest.rpartition("### The final answer is:")[2].strip()
     if not gold:
-        raise DataError("field 'answer' is empty or not text")
+        raise InputError("field 'answer' is empty or not text")
     return gold
 
 
@@ -138,7 +146,7 @@ def read_choices(value, question: str) -> tuple[list | None, str]:
     if isinstance(value, dict):
         value = [value[letter] for letter in sorted(value)]
     if value is not None and not isinstance(value, list):
-        raise DataError("field 'choices' must be a list")
+        raise InputError("field 'choices' must be a list")
     choices, lines, spelled_out = [], "", True
     for n, choice in enumerate(value or []):
         letter = chr(ord("A") + n)
@@ -149,10 +157,10 @@ def read_choices(value, question: str) -> tuple[list | None, str]:
 
 
 def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Problem:
-    """One JSON object -> Problem, its image paths within `folder`. DataError names `where` and the field."""
-    try:
+    """One JSON object -> Problem, its image paths within `folder`. InputError names `where` and the field."""
+    with reading(where):
         if not isinstance(row, dict):
-            raise DataError(f"a JSON object is expected, found {type(row).__name__}")
+            raise InputError(f"a JSON object is expected, found {type(row).__name__}")
         images = first_field(row, "images", default=[])
         images = images if isinstance(images, list) else [images]
         question, images = read_question(first_field(row, "problem"), images)
@@ -161,18 +169,16 @@ def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Pro
             question += "\n" + instruction
         gold = read_gold(first_field(row, "answer"))
         if not reward.answers_match(gold, gold, choices):
-            raise DataError(f"field 'answer': {gold[:40]!r} can never be right: no option, or not readable")
+            raise InputError(f"field 'answer': {gold[:40]!r} can never be right: no option, or not readable")
         key_steps = row.get("key_steps")
         key_steps = key_steps.get("Steps") if isinstance(key_steps, dict) else key_steps
         if key_steps is not None and not isinstance(key_steps, list):
-            raise DataError("field 'key_steps' must be a list")
+            raise InputError("field 'key_steps' must be a list")
         name, task = str(first_field(row, "id", where)), str(first_field(row, "task", default=""))
         demonstration = first_field(row, "demonstration", default="")
-        "\n".join([name, question, gold, str(demonstration)]).encode("utf-8")   # a lone surrogate: ValueError
+        json.dumps(row, ensure_ascii=False, default=str).encode("utf-8")        # a lone surrogate: ValueError
         images = [image_source(image, folder) for image in images]
         return Problem(name, question, gold, images, choices, key_steps, task, where, demonstration or None)
-    except ValueError as e:
-        raise DataError(f"{where}: {e}") from None
 
 
 def image_source(image, folder: Path):
@@ -180,92 +186,90 @@ def image_source(image, folder: Path):
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path") or image.get("image")
     if not isinstance(image, (str, bytes)) or not image:
-        raise DataError("field 'images' must hold file names or data: urls")
+        raise InputError("field 'images' must hold file names or data: urls")
     if isinstance(image, bytes):
         return image
     if image.startswith("data:") or len(image) > 1000:      # no name is that long
-        try:
+        with reading("field 'images': the data: image can not be decoded"):
             return base64.b64decode(image.split(",", 1)[-1], validate=True)
-        except ValueError as e:
-            raise DataError(f"field 'images': the data: image can not be decoded ({e})") from None
     path = folder / image.removeprefix("file://")
-    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
-        raise DataError(f"field 'images': {image} lies outside {folder}; allow it with --image_dir")
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):       # links followed
+        raise InputError(f"field 'images': {image} lies outside {folder}; allow it with --image_dir")
     return path
 
 
 def open_image(image, decode: bool = True) -> Image.Image:
-    """A path, the bytes of a file or a PIL image -> upright RGB image. decode False: as it is, not read."""
-    if not isinstance(image, Image.Image):
-        image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-    if not decode:
-        return image
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):                          # 16-bit grey: Pillow would clip it at 255
-        grey = np.asarray(image)
-        grey = grey >> 8 if grey.max() > 255 else grey
-        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    """A path, the bytes of a file or a PIL image -> upright RGB image. decode False: as it is, not read.
+    InputError where there is none, or not of a format and size we open."""
+    is_path = not isinstance(image, (bytes, Image.Image))
+    if is_path and not Path(image).is_file():               # a fifo would be waited for
+        raise InputError(f"{image}: no such file")
+    with reading(f"{image}: not readable" if is_path else "not readable"):
+        if not isinstance(image, Image.Image):
+            file = io.BytesIO(image) if isinstance(image, bytes) else image
+            image = Image.open(file, formats=IMAGE_FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels are too many")
+        if not decode:
+            return image
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):                      # 16-bit grey: Pillow would clip it at 255
+            grey = np.asarray(image)
+            grey = grey >> 8 if grey.max() > 255 else grey
+            image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
 
 
 def read_rows(path: Path):
-    """(where, row or the DataError in reading it) of each row: a JSON object a line; in a .json file a list
+    """(where, row or the InputError in reading it) of each row: a JSON object a line; in a .json file a list
     of them, or an object of them by id; in a .parquet file, with pyarrow."""
     if path.suffix == ".parquet":
-        try:
+        with reading(f"--data {path}: not a readable parquet file (it needs: pip install pyarrow)"):
             import pyarrow.parquet
             rows = pyarrow.parquet.read_table(path).to_pylist()
-        except ImportError:
-            raise DataError(f"--data {path}: parquet files need a package: pip install pyarrow") from None
-        except (OSError, ValueError, pyarrow.lib.ArrowException) as e:
-            raise DataError(f"--data {path}: not a readable parquet file: {e}") from None
     else:
         data = path.read_bytes()
         is_list = data.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[")
         if path.suffix != ".json" or (b"\n{" in data and not is_list):     # lines, whatever the name
             for n, line in enumerate(data.split(b"\n"), start=1):
                 if line.strip():
-                    yield f"{path}:{n}", parse_json(line, f"{path}:{n}")
+                    yield f"{path}:{n}", parse_json(line, path, n)
             return
-        rows = parse_json(data, f"{path}:1")
+        rows = parse_json(data, path)
     if isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()):
         rows = [{"id": key, **row} for key, row in rows.items()]
     for n, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         yield f"{path}: row {n}", row
 
 
-def parse_json(data: bytes, where: str):
-    """The value, or the DataError in reading it."""
+def parse_json(data: bytes, path: Path, line: int = 1):
+    """The value, or the InputError in reading it. line: where the data begin in the file."""
     try:
         return json.loads(data.decode("utf-8-sig"))
     except json.JSONDecodeError as e:
-        return DataError(f"{where}: not JSON: {e.msg} at column {e.colno}")
+        return InputError(f"{path}:{line + e.lineno - 1}: not JSON: {e.msg} at column {e.colno}")
     except (ValueError, RecursionError) as e:               # not UTF-8, 5,000 digits, 10,000 brackets
-        return DataError(f"{where}: not readable: {e}")
+        return InputError(f"{path}:{line}: not readable: {e}")
 
 
 def load_row(where: str, row, folder: Path, instruction: str, check) -> Problem:
-    """The problem of a row; DataError where it, one of its images or check(problem) is not in order."""
-    if isinstance(row, DataError):
+    """The problem of a row; InputError where it, one of its images or check(problem) is not in order."""
+    if isinstance(row, InputError):
         raise row
     problem = parse_row(row, where, folder, instruction)
     for image in problem.images:
-        try:
+        with reading(f"{where}: field 'images'"):
             open_image(image)
-        except Exception as e:          # Pillow raises OSError, SyntaxError, DecompressionBombError, ...
-            reason = "no such file" if isinstance(e, FileNotFoundError) else f"not readable: {e}"
-            name = "" if isinstance(image, bytes) else f"{image}: "
-            raise DataError(f"{where}: field 'images': {name}{reason}") from None
     if check:
         check(problem)
     return problem
 
 
 def load_problems(path, image_dir=None, instruction: str = "", check=None, show=20) -> list[Problem]:
-    """Read and check a whole file, see `load_row`. DataError: a line for each bad row of the first `show`."""
+    """Read and check a whole file, see `load_row`. InputError: a line for each bad row, at most `show`."""
     path, problems, errors, work = Path(path), {}, [], []
     if not path.is_file():
-        raise DataError(f"--data {path}: no such file")
+        raise InputError(f"--data {path}: no such file")
     with ThreadPoolExecutor() as pool:                      # images are decoded in parallel
         for where, row in read_rows(path):
             work.append(pool.submit(load_row, where, row, Path(image_dir or path.parent), instruction, check))
@@ -273,13 +277,13 @@ def load_problems(path, image_dir=None, instruction: str = "", check=None, show=
             try:
                 p = loading.result()
                 if p.id in problems:
-                    raise DataError(f"{p.where}: field 'id': {p.id} is taken by {problems[p.id].where}")
+                    raise InputError(f"{p.where}: field 'id': {p.id} is taken by {problems[p.id].where}")
                 problems[p.id] = p
-            except DataError as e:
-                errors.append(str(e))
+            except InputError as e:
+                errors.append(escaped(e))
     more = [f"... and {len(errors) - show} more"] if show and len(errors) > show else []
     if errors or not problems:
-        raise DataError("\n".join(errors[:show] + more) or f"--data {path}: the file has no rows")
+        raise InputError("\n".join(errors[:show] + more) or f"--data {path}: the file has no rows")
     return list(problems.values())
 
 
@@ -302,33 +306,56 @@ def load_codec(path_or_id: str, max_pixels: int = 0) -> Codec:
     """From a checkpoint's files; max_pixels > 0 replaces its own. ValueError names what is missing."""
     from transformers import AutoTokenizer                  # takes seconds
     folder = resolve(path_or_id)
-    config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-    image_config = load_image_config(folder)
+    config, image_config = load_config(folder), load_image_config(folder)
+    sizes = image_config.patch_size, image_config.temporal_patch_size, image_config.merge_size
+    if sizes != (config.v_patch_size, config.v_temporal_patch_size, config.v_spatial_merge_size):
+        raise ValueError(f"{folder}: sizes in preprocessor_config.json are not those of config.json: {sizes}")
     image_config = replace(image_config, max_pixels=max_pixels or image_config.max_pixels)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{folder}: no readable tokenizer: {str(e).partition(chr(10))[0]}") from None
+    with reading(f"{folder}: no readable tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        size = len(tokenizer)
     if (folder / "chat_template.json").is_file():           # where Qwen2.5-VL keeps the one that knows images
-        tokenizer.chat_template = read_json(folder / "chat_template.json")["chat_template"]
-    if not tokenizer.chat_template:
-        raise ValueError(f"{folder}: neither chat_template.json nor the tokenizer has a chat template")
+        tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
+    template = tokenizer.chat_template
+    if not template or not isinstance(template, str) or len(template) > 100_000:
+        raise ValueError(f"{folder}: chat_template.json and tokenizer have no chat template, or a long one")
+    if re.search(r"(?s)\{[{%](?:(?![%}]\}).)*?(?:\*|\d{6})", template):      # 9 ** 9 ** 9 may not end
+        raise ValueError(f"{folder}: the chat template multiplies, or knows large numbers")
     if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
         raise ValueError(f"{folder}: the tokenizer's <|image_pad|> is not image_token_id of config.json")
+    if size > config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {size} tokens, vocab_size of config.json is smaller")
     eos = tokenizer.eos_token_id
     if (folder / "generation_config.json").is_file():
         eos = read_json(folder / "generation_config.json").get("eos_token_id") or eos
     eos = tuple(eos) if isinstance(eos, list) else (eos,)
-    if None in eos:
-        raise ValueError(f"{folder}: neither generation_config.json nor the tokenizer names an eos token")
+    check(f"{folder}: eos token of generation_config.json or tokenizer", eos, tuple[int, ...], 0, size - 1)
     pad_id = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     specials = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     mask = torch.zeros(config.vocab_size)
     mask[len(tokenizer):] = -torch.inf                      # rows of the embedding that no token owns
     mask[sorted({*tokenizer.all_special_ids, *specials} - set(eos))] = -torch.inf
     newlines = tuple(i for text, i in tokenizer.get_vocab().items() if "\n" in text or "\u010a" in text)
-    return Codec(tokenizer, image_config, config.image_token_id, eos, pad_id, mask, tuple(specials.values()),
-                 newlines)
+    codec = Codec(tokenizer, image_config, config.image_token_id, eos, pad_id, mask, tuple(specials.values()),
+                  newlines)
+    try_template(codec, folder)
+    return codec
+
+
+def try_template(codec: Codec, folder: Path):
+    """InputError where the chat template, a program in a sandbox, fails or does not end."""
+    problem = Problem("", "<image>", "", [Image.new("RGB", (28, 28))], where=f"{folder}: chat template")
+
+    def render():
+        with suppress(Exception):                           # raised again below, where it is caught
+            encode_prompt(problem, codec, pixels=False)
+
+    trial = Thread(target=render, daemon=True)              # one without end does not keep the process
+    trial.start()
+    trial.join(10)
+    if trial.is_alive():
+        raise InputError(f"{folder}: the chat template does not end")
+    encode_prompt(problem, codec, pixels=False)
 
 
 def escape_special(text: str, codec: Codec) -> str:
@@ -374,28 +401,39 @@ def render_chat(problem: Problem, codec: Codec) -> str:
 
 
 def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None, pixels=True) -> Prompt:
-    """Decode a problem's images and tokenise its question. DataError where that is longer than `max_tokens`:
+    """Decode a problem's images and tokenise its question. InputError where that is longer than `max_tokens`:
     it is never cut, a cut image would not match its features. pixels False: nothing is decoded."""
     where, patches, grids = problem.where or f"problem {problem.id}", [], []
-    try:
-        for image in problem.images:
+    for image in problem.images:
+        with reading(f"{where}: field 'images'"):           # it may have changed
             if pixels:
                 values, grid = preprocess_image(open_image(image), codec.image_config)
                 patches.append(torch.from_numpy(values))
             else:
                 grid = image_grid(image, codec.image_config)
             grids.append(grid)
-    except ValueError as e:
-        raise DataError(f"{where}: field 'images': {e}") from None
-    text, *pieces = render_chat(problem, codec).split("<|image_pad|>")
+    with reading(where):
+        text, *pieces = render_chat(problem, codec).split("<|image_pad|>")
     if len(pieces) != len(grids):
-        raise DataError(f"{where}: the chat has {len(pieces)} of {len(grids)} images")
+        raise InputError(f"{where}: the chat has {len(pieces)} of {len(grids)} images")
     for (_, rows, cols), piece in zip(grids, pieces):           # a token for each merged patch
         text += "<|image_pad|>" * (rows * cols // codec.image_config.merge_size ** 2) + piece
     ids = token_ids(text, codec)
     if max_tokens and len(ids) > max_tokens:
-        raise DataError(f"{where}: field 'problem': {len(ids)} tokens, --max_prompt_tokens is {max_tokens}")
+        raise InputError(f"{where}: field 'problem': {len(ids)} tokens, --max_prompt_tokens is {max_tokens}")
     return Prompt(ids, torch.cat(patches) if patches else None, grids)
+
+
+def encode_prompts(problems: list, codec: Codec, max_tokens: int | None = None, pixels=True) -> list[tuple]:
+    """(problem, prompt) of each; without one whose image has changed or gone since it was checked, with a
+    warning."""
+    found = []
+    for problem in problems:
+        try:
+            found.append((problem, encode_prompt(problem, codec, max_tokens, pixels)))
+        except InputError as e:
+            print(f"warning: {escaped(e)}; the problem is skipped", file=sys.stderr)
+    return found
 
 
 def mask_image(prompt: Prompt) -> Prompt:
@@ -467,6 +505,8 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
     prompts (B): the problems, encoded before. stop_ids: tokens that end a completion, unfinished. limits (B):
     where a problem's rows end, at most max_new_tokens. ValueError: unfit prefixes."""
     device, B, R = model.head_weight.device, len(problems), len(problems) * group_size
+    if not problems:
+        return []
     prompts = prompts or [encode_prompt(problem, codec) for problem in problems]
     keys = keys or [problem.id for problem in problems]
     prefixes, limits = prefixes or [[]] * B, limits or [max_new_tokens] * B

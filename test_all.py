@@ -510,19 +510,19 @@ def test_other_files_than_lines():
         for name, text, words in (("a.json", '[{"answer": 1}]', "a.json: row 1: "), ("a.json", "3", "object"),
                                   ("a.jsonl", '{"\xb0": 1}', "a.jsonl:1: "), ("a.jsonl", "\n\n", "no rows")):
             (folder / name).write_bytes(text.encode("latin-1"))
-            raises(rollout.DataError, words, rollout.load_problems, folder / name)
+            raises(rollout.InputError, words, rollout.load_problems, folder / name)
         (folder / "elsewhere").mkdir()
         path = write_rows(folder / "elsewhere", [{**GOOD_ROW, "images": str(folder / "a.png")}])
-        raises(rollout.DataError, "outside", rollout.load_problems, path)
+        raises(rollout.InputError, "outside", rollout.load_problems, path)
         assert rollout.load_problems(path, image_dir=folder)
         table, png = folder / "table.parquet", (folder / "a.png").read_bytes()
         table.write_bytes(b"PAR1")
         try:
             import pyarrow.parquet
         except ImportError:
-            raises(rollout.DataError, "pip install pyarrow", rollout.load_problems, table)
+            raises(rollout.InputError, "pip install pyarrow", rollout.load_problems, table)
             return print("skipped: parquet files (pyarrow is not installed)")
-        raises(rollout.DataError, "not a readable parquet", rollout.load_problems, table)
+        raises(rollout.InputError, "not a readable parquet", rollout.load_problems, table)
         rows = [{**row, "images": [{"bytes": png, "path": None}]} for row in rows]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
         for a, b in zip(rollout.load_problems(table), expected, strict=True):
@@ -619,7 +619,7 @@ def test_prompt_is_the_chat_template():
     for special in (codec.image_token_id, codec.eos_ids[0]):
         assert hostile.count(special) == prompt.ids.count(special)
     thin = replace(p, images=[Image.new("RGB", (1, 300))], where="data.jsonl:1")
-    raises(rollout.DataError, ["data.jsonl:1: field 'images'", "aspect"], rollout.encode_prompt, thin, codec)
+    raises(rollout.InputError, ["data.jsonl:1: field 'images'", "aspect"], rollout.encode_prompt, thin, codec)
 
 
 def test_codecs_and_what_is_missing_in_them():
@@ -639,7 +639,7 @@ def test_codecs_and_what_is_missing_in_them():
         for name, text, words in (("config.json", None, "config.json: file is missing"),
                                   ("tokenizer.json", "{", "no readable tokenizer"),
                                   ("config.json", {"image_token_id": 3}, "<|image_pad|> is not image_t"),
-                                  ("chat_template.json", {"chat_template": ""}, "has a chat template")):
+                                  ("chat_template.json", {"chat_template": ""}, "no chat template")):
             whole = (folder / name).read_text()
             text = json.dumps(json.loads(whole) | text) if isinstance(text, dict) else text
             (folder / name).write_text(text) if text else (folder / name).unlink()
@@ -2271,7 +2271,7 @@ def test_optimizer_shards_and_masters():
         assert again.state().keys() == expected.keys()
         assert all(torch.equal(value, expected[name]) for name, value in again.state().items())
         net.visual.requires_grad_(True)
-        raises(ValueError, "no state of visual", train.Optimizer(net, c, 0, 1).load, [folder / "whole"])
+        raises(ValueError, "state of visual", train.Optimizer(net, c, 0, 1).load, [folder / "whole"])
 
 
 def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run():
@@ -2362,6 +2362,151 @@ def test_bad_input_ends_with_one_line():
                 message = said.getvalue().splitlines()[-1]
             assert "\n" not in message and all(word in message for word in words.split()), message
             assert not (folder / "new").exists(), flags
+
+
+# ---- Hostile and careless input; experiments/attack.py tries a hundred times as much
+
+def last_words(main, flags) -> str:
+    """The one line with which a command ends."""
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
+        message = raises(SystemExit, "", main, flags)
+    message = said.getvalue().splitlines()[-1] if message == "2" else message
+    assert message.isprintable(), message
+    return message
+
+
+def test_flags_out_of_bounds_or_without_meaning_are_named():
+    numbers = ("weight_decay=nan", "lr=inf", "lr_end=nan", "max_grad_norm=-inf", "lr=-1", "beta2=1",
+               "max_tokens=-1", f"max_steps={10 ** 30}", f"batch={10 ** 9}", f"keep={10 ** 30}", "clip_low=2",
+               "batch=60000 --max_new_tokens=99999", "seed=-1", "gamma=inf")
+    useless = ("beta=1 --stage=sft", "reader=policy --algo=grpo", "credit=step --algo=grpo",
+               "erosion_ninth=0.5", "eval_every=1 --eval_problems=0")
+    evaluated = ("samples=1000000", "batch=0", "max_pixels=-1", f"seed={10 ** 30}", "instruction=\ud800")
+    with scratch() as folder:
+        for main, table in ((train.start, numbers + useless), (evaluation.main, evaluated)):
+            for flags in table:
+                name = "--" + flags.partition("=")[0]
+                assert name in last_words(main, [f"--out={folder}/new", *f"--{flags}".split()]), flags
+        assert not list(folder.iterdir())
+
+
+def test_fields_of_model_files_are_named():
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    fields = {"config.json": {
+        "num_hidden_layers": 10 ** 9, "hidden_size": 0, "num_attention_heads": "4", "num_key_value_heads": 3,
+        "rope_theta": math.nan, "image_token_id": 10 ** 6, "vision_config": 3, "initializer_range": math.inf,
+        "tie_word_embeddings": 1, "vocab_size": 400, "rms_norm_eps": []}, "preprocessor_config.json": {
+        "patch_size": 0, "image_std": [0, 1, 1], "image_mean": [1.0], "min_pixels": 10 ** 9},
+        "tokenizer.json": {"model": {}, "added_tokens": 3}, "model.safetensors.index.json": {"weight_map": 3}}
+    cases = [(name, *change) for name, changes in fields.items() for change in changes.items()]
+    cases += [("generation_config.json", "eos_token_id", value) for value in (-1, "x", [10 ** 9], [[]])]
+    for value in (loop, "{{ 1 / 0 }}", "x", 3, "{{ 9 ** 9 ** 9 }}"):
+        cases.append(("chat_template.json", "chat_template", value))
+    cases += [("model.safetensors.index.json", "weight_map", {"a": "../x"})]
+    with scratch() as scratched:
+        folder = shutil.copytree(TINY, scratched / "model")
+        for name, field, value in cases:
+            whole = (folder / name).read_text() if (folder / name).is_file() else None
+            (folder / name).write_text(json.dumps({**json.loads(whole or "{}"), field: value}))
+            opened = (lambda: [rollout.load_codec(str(folder)), m.load_model(folder)])
+            said = raises(ValueError, str(folder), opened)
+            assert field.partition("_")[0] in said or name.startswith(("tok", "model")), (field, said)
+            (folder / name).write_text(whole) if whole else (folder / name).unlink()
+        os.mkfifo(folder / "merges.txt")
+        raises(ValueError, "merges.txt: is not a regular file", rollout.load_codec, str(folder))
+
+
+def test_nothing_foreign_is_overwritten():
+    """Whatever is where a run, a checkpoint or results would be written stays as it is."""
+    with scratch() as folder:
+        mine, places = folder / "mine", ("config.json", "checkpoint-000000", "checkpoint-mine", "notes")
+        runs = train.start, small_flags(folder / "run"), [folder / "run" / name for name in places]
+        files = [folder / f"rows{suffix}" for suffix in ("", ".config.json", ".part0")]
+        for main, flags, places in (runs, (evaluation.main, eval_flags(data_file(folder), files[0]), files)):
+            for place, kind in itertools.product(places, ("file", "link", "fifo", "folder")):
+                mine.write_text('{"model_type": "mine"}')
+                place.parent.mkdir(exist_ok=True)
+                {"file": lambda: shutil.copy(mine, place), "link": lambda: place.symlink_to(mine),
+                 "fifo": lambda: os.mkfifo(place), "folder": place.mkdir}[kind]()
+                before = os.lstat(place)
+                assert str(folder) in last_words(main, flags), (place, kind)
+                assert os.lstat(place)[:4] == before[:4] and mine.read_text() == '{"model_type": "mine"}'
+                place.rmdir() if kind == "folder" else place.unlink()
+        shutil.copytree(TINY, folder / "model")
+        assert "--out" in last_words(train.start, small_flags(folder / "model", model=folder / "model"))
+        assert m.read_json(folder / "model" / "config.json") == m.read_json(Path(TINY) / "config.json")
+
+
+def test_a_run_folder_has_one_writer_and_edited_files_are_named():
+    with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
+        run, resume = folder / "run", ["--resume", f"{folder}/run"]
+        trainer = small_trainer(run, stage="sft", max_steps=1)
+        log = train.Log(trainer)
+        assert f"process {os.getpid()} on " in last_words(train.start, small_flags(run))
+        log.lock.close()
+        train.train(trainer)
+        assert "--out" in last_words(train.start, [*resume, "--out", "elsewhere"])
+        for file, text in (("metrics.jsonl", '{"step": "x"}'), ("metrics.jsonl", "[]"), ("config.json", "{"),
+                           ("heldout.json", '{"before": 3}'), ("config.json", '{"stage": 3, "algo": "x"}')):
+            whole = (run / file).read_text()
+            (run / file).write_text(text)
+            assert re.search(file + "|--stage", last_words(train.start, resume)), (file, text)
+            (run / file).write_text(whole)
+        shard = run / "checkpoint-000001" / "optimizer-00001-of-00001.safetensors"
+        state = load_file(shard)
+        for key, change in (("exp_avg", math.nan), ("exp_avg_sq", -1), ("step", -1), ("master", math.inf)):
+            changed = {name: value * change if name.endswith(key) else value for name, value in state.items()}
+            save_file(changed, shard)
+            assert re.search("--resume|optimizer", last_words(train.start, resume)), key
+
+
+def test_no_weight_that_is_not_finite_is_loaded_or_saved():
+    with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
+        model, name = shutil.copytree(TINY, folder / "model"), "model.norm.weight"
+        tensors = load_file(model / "model.safetensors")
+        for change in (lambda value: value * math.nan, lambda value: value.to(torch.int8)):
+            save_file({**tensors, name: change(tensors[name])}, model / "model.safetensors")
+            raises(m.InputError, [str(model), name], m.load_model, model)
+        trainer = small_trainer(folder / "run", stage="sft", save_every=1)
+        trainer.optimizer.adamw.param_groups[1]["weight_decay"] = math.nan     # as a hook of one's own might
+        raises(FloatingPointError, "not finite", train.train, trainer)
+        assert [file.name for file in folder.glob("run/*checkpoint*")] == ["checkpoint-000000"]
+        trainer.model.model.norm.weight.data[0] = math.nan
+        raises(m.InputError, name, trainer.save)
+
+
+def test_images_that_are_refused_or_go_away():
+    with scratch() as scratched, contextlib.redirect_stderr(io.StringIO()) as said:
+        folder, noise = scratched / "data", Image.effect_noise((60, 60), 90).convert("RGB")
+        folder.mkdir()
+        noise.save(scratched / "secret.png")
+        data, image = data_file(folder, 2, images=["x.png"]), folder / "x.png"
+        for make, words in ((lambda: noise.save(image, "EPS"), "not readable"), (image.mkdir, "no such file"),
+                            (lambda: noise.save(image, "PPM"), "not readable"),
+                            (lambda: os.mkfifo(image), "no such"),
+                            (lambda: image.symlink_to("../secret.png"), "outside"),
+                            (lambda: Image.new("1", (9000, 9000)).save(image, "PNG"), "too many")):
+            make()
+            raises(rollout.InputError, ["data.jsonl:1: field 'images'", words], rollout.load_problems, data)
+            image.rmdir() if image.is_dir() else image.unlink()
+        noise.save(image)
+        bad, good = rollout.load_problems(data), rollout.load_problems(data_file(folder))
+        image.write_bytes(b"no image any more")
+        records = evaluation.evaluate(tiny_model(), tiny_codec(), good[2:] + bad, 0, 4)
+        assert [r["id"] for r in records] == ["p2", "p3"] and said.getvalue().count("is skipped") == 2
+        trainer = small_trainer()
+        assert [p.id for p in trainer.readable(bad + good[3:])[0]] == ["p3"] * 3
+        raises(m.InputError, "--data", trainer.readable, bad)
+
+
+def test_control_characters_are_shown_escaped():
+    with scratch() as folder, contextlib.redirect_stdout(io.StringIO()) as said:
+        data = data_file(folder, 1, task="t\x1b[31m\n")
+        data.write_text(data.read_text() + data.read_text().replace("p0", "p1").replace("31m", "0m"))
+        evaluation.main([*eval_flags(data, folder / "rows"), "--samples", "0"])
+        assert "task t\\x1b[31m\\n" in said.getvalue() and "\x1b" not in said.getvalue()
+        data.write_text('{"id": "\\u001b[2J", "problem": "x", "answer": "1"}\n' * 2)
+        assert "\\x1b[2J is taken" in last_words(train.start, small_flags(folder / "run", data=data))
 
 
 def test_folders_like_the_hubs_train_and_open_again():

@@ -15,6 +15,7 @@ steps the first step's rate is 1e-4, the second's 2e-4.
 """
 import argparse
 import contextlib
+import fcntl
 import inspect
 import json
 import math
@@ -32,7 +33,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import attribute
@@ -40,8 +41,8 @@ import grpo
 import rereason
 import reward
 import rollout
-from eval import evaluate, headline, is_tiny, load_data, report, summarise
-from model import load_model, save_model
+from eval import check_flags, evaluate, headline, is_tiny, load_data, report, summarise
+from model import InputError, check, load_model, read_json, read_tensors, reading, save_model
 from tiny import shapes
 
 
@@ -111,26 +112,8 @@ class TrainConfig:
     dtype: str = "auto"                 # float32, bfloat16 (auto = bfloat16 on cuda, float32 on cpu)
 
     def __post_init__(self):
+        check_flags(self)
         self.max_new_tokens = self.max_new_tokens or (128 if is_tiny(self.data) else 1024)
-
-    def validate(self, world: int):
-        """ValueError names the flag that can not be."""
-        def need(name, good, rule):
-            if not good:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be {rule}")
-
-        positive = "max_steps batch updates_per_batch micro_rows keep max_bad_steps".split()
-        for f in fields(self):
-            if f.type is int:
-                least = int(f.name in positive)
-                need(f.name, getattr(self, f.name) >= least, f"at least {least}")
-        parts = world * self.updates_per_batch
-        need("stage", self.stage in ("rl", "sft"), "rl or sft")
-        need("algo", self.algo in ("ivr", "grpo"), "ivr or grpo")
-        need("credit", self.credit in ("token", "step", "rollout"), "token, step or rollout")
-        need("batch", self.batch % parts == 0, f"a multiple of ranks x updates_per_batch = {parts}")
-        need("group_size", self.group_size > 1 or self.stage == "sft", "at least 2")
-        need("anneal", 0 <= self.anneal <= 1, "between 0 and 1")
 
 
 def parse_flags(config_class, argv=None, defaults: dict | None = None):
@@ -148,7 +131,7 @@ def parse_flags(config_class, argv=None, defaults: dict | None = None):
 # ---- Data
 
 def training_data(c: TrainConfig, codec) -> tuple:
-    """Training problems (endless on tiny) and held-out ones. DataError names the rows that are bad."""
+    """Training problems (endless on tiny) and held-out ones. InputError names the rows that are bad."""
     def check(problem):
         rollout.encode_prompt(problem, codec, c.max_prompt_tokens, pixels=False)
         if c.stage == "sft":
@@ -169,16 +152,16 @@ def training_data(c: TrainConfig, codec) -> tuple:
 
 def demonstration(problem, c: TrainConfig, codec) -> list[int]:
     """A problem's demonstration as completion tokens, EOS included; on tiny it is made here, eroded or not.
-    DataError where it is missing or too long: cut, it would teach to stop midway."""
+    InputError where it is missing or too long: cut, it would teach to stop midway."""
     where, text = f"{problem.where or problem.id}: field 'demonstration'", problem.demonstration
     if is_tiny(c.data):
         rng = random.Random(f"erosion/{c.seed}/{problem.id}")
         text = shapes.demonstrate(problem, (c.erosion_first, c.erosion_ninth), rng)
     if not isinstance(text, str):
-        raise rollout.DataError(f"{where} is missing or not text, --stage sft needs it")
+        raise rollout.InputError(f"{where} is missing or not text, --stage sft needs it")
     ids = rollout.token_ids(text, codec) + [codec.eos_ids[0]]
     if len(ids) > c.max_new_tokens:
-        raise rollout.DataError(f"{where} has {len(ids)} tokens, --max_new_tokens is {c.max_new_tokens}")
+        raise rollout.InputError(f"{where} has {len(ids)} tokens, --max_new_tokens is {c.max_new_tokens}")
     return ids
 
 
@@ -189,11 +172,10 @@ def device_and_dtype(device: str, dtype: str):
     found = "cuda" if torch.cuda.is_available() else "cpu"
     if device != "auto" and device.partition(":")[0] not in ("cpu", found):
         raise ValueError(f"--device {device}: there is no such device here, only {found}")
-    device = torch.device(found if device == "auto" else device)
+    with reading(f"--device {device}"):
+        device = torch.device(found if device == "auto" else device)
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"--dtype {dtype}: must be auto, float32 or bfloat16")
     return device, getattr(torch, dtype)
 
 
@@ -276,7 +258,8 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
-        """One update. Returns the gradient norm before clipping; if it is not finite, nothing is updated."""
+        """One update. Returns the gradient norm before clipping; if it is not finite, nothing is updated.
+        FloatingPointError where a weight would not be: the run ends with its last checkpoint."""
         squares = 0.0
         for name, p in self.params.items():                     # all ranks in the same order
             grad = self.grads.pop(name, torch.zeros_like(p, dtype=torch.float32))
@@ -292,6 +275,9 @@ class Optimizer:
             for master in self.masters.values():
                 master.grad.mul_(min(1.0, self.max_grad_norm / (norm + 1e-6)))
             self.adamw.step()
+            finite = [master.isfinite().all().item() for master in self.masters.values()]
+            if all_sum([finite.count(False)])[0]:
+                raise FloatingPointError("the update makes weights that are not finite: lower --lr")
             for name, p in self.params.items():
                 if name in self.masters:
                     p.copy_(self.masters[name])
@@ -309,18 +295,20 @@ class Optimizer:
         return out
 
     def load(self, files: list[Path]):
-        """Take this rank's share of what all ranks saved. ValueError where a parameter has none."""
+        """Take this rank's share of what all ranks saved. InputError where that does not fit."""
         state = {}
         for file in files:
-            state |= load_file(file)                            # mapped into memory, not read yet
+            state |= read_tensors(file)
         for name, master in self.masters.items():
-            if f"{name}/master" not in state:
-                raise ValueError(f"--resume: the checkpoint has no state of {name}: was it frozen?")
-            master.data.copy_(state[f"{name}/master"])
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{name}/{key}" in state:                    # not before the first update
-                    device = "cpu" if key == "step" else master.device
-                    self.adamw.state[master][key] = state[f"{name}/{key}"].to(device, copy=True)
+            with reading(f"--resume: the checkpoint's state of {name} (was it frozen?)"):
+                master.data.copy_(state[f"{name}/master"].view(master.shape))
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    if f"{name}/{key}" in state:                # not before the first update
+                        shape, device = (master.shape, master.device) if key != "step" else ((), "cpu")
+                        value = state[f"{name}/{key}"].view(shape)
+                        if key != "exp_avg" and value.min() < 0:
+                            raise ValueError(f"{key} is negative")
+                        self.adamw.state[master][key] = value.to(device, copy=True)
 
 
 def learning_rate(c: TrainConfig, step: int, progress: float) -> float:
@@ -336,7 +324,9 @@ class Trainer:
         c = self.config = config
         device, dtype = device_and_dtype(c.device, c.dtype)
         self.rank, self.world, self.device = init_distributed(device)
-        c.validate(self.world)
+        if c.batch % (self.world * c.updates_per_batch):
+            raise InputError(f"--batch {c.batch}: must be a multiple of ranks x updates_per_batch = "
+                             f"{self.world * c.updates_per_batch}")
         self.codec = rollout.load_codec(c.model, c.max_pixels)
         self.data, self.held_out = training_data(c, self.codec)
         self.model = load_model(checkpoint or c.model, self.device, dtype)
@@ -349,7 +339,7 @@ class Trainer:
         self.optimizer = Optimizer(self.model, c, self.rank, self.world)
         self.step = self.tokens = self.bad_steps = 0            # tokens: generated so far, over all ranks
         if checkpoint:
-            state = json.loads((checkpoint / "trainer.json").read_text())
+            state = read_json(checkpoint / "trainer.json")
             self.step, self.tokens, self.bad_steps = state["step"], state["tokens"], state["bad_steps"]
             self.optimizer.load(sorted(checkpoint.glob("optimizer-*.safetensors")))
 
@@ -365,10 +355,8 @@ class Trainer:
             return self.model
         if c.reader == "start":
             return self.reference or self.load_frozen(c.model, dtype)
-        try:
+        with reading("--reader"):
             vocabulary = rollout.load_codec(c.reader).tokenizer.get_vocab()
-        except (ValueError, OSError) as e:
-            raise ValueError(f"--reader: {e}") from None
         if vocabulary != self.codec.tokenizer.get_vocab():
             raise ValueError(f"--reader {c.reader}: its tokenizer is not that of --model {c.model}")
         return self.load_frozen(c.reader, dtype)
@@ -391,16 +379,26 @@ class Trainer:
             keys.append(f"{c.seed}/{self.step}/{place}")
         return problems, keys
 
+    def readable(self, problems: list) -> tuple[list, list]:
+        """Problems and prompts; where an image is not in order any more, another takes its place."""
+        pairs = rollout.encode_prompts(problems, self.codec, self.config.max_prompt_tokens)
+        if not pairs:
+            raise InputError("--data: no image of this step can be read any more")
+        problems, prompts = zip(*(pairs * len(problems))[:len(problems)])
+        return list(problems), list(prompts)
+
     def rl_step(self) -> dict:
         """rollout -> reward -> attribute -> rereason -> grpo: one batch of problems, from prompts to an
         update."""
         c, model, codec, progress = self.config, self.model, self.codec, self.progress()
         problems, keys = self.next_batch()
+        problems, prompts = self.readable(problems)
 
         # rollout: G completions a problem, at temperature 1, so the stored log-probs are the policy's own
         model.eval()
         rollout_keys = [f"train/{key}" for key in keys]
-        groups = rollout.sample(model, problems, codec, c.group_size, c.max_new_tokens, keys=rollout_keys)
+        groups = rollout.sample(model, problems, codec, c.group_size, c.max_new_tokens, keys=rollout_keys,
+                                prompts=prompts)
 
         # reward: rules only, no model
         for group in groups:
@@ -469,8 +467,7 @@ class Trainer:
     def sft_step(self) -> dict:
         """Imitate demonstrations: cross-entropy, the mean over the tokens of the global batch."""
         c, lr = self.config, learning_rate(self.config, self.step, self.progress())
-        problems, _ = self.next_batch()
-        prompts = [rollout.encode_prompt(p, self.codec) for p in problems]
+        problems, prompts = self.readable(self.next_batch()[0])
         completions = [demonstration(p, c, self.codec) for p in problems]
         total = all_sum([sum(map(len, completions))])[0]
         self.tokens += int(total)
@@ -571,31 +568,60 @@ class Trainer:
         if self.rank == 0:
             shutil.rmtree(target, ignore_errors=True)
             part.rename(target)
-            for old in sorted(out.glob("checkpoint-*"))[:-self.config.keep]:
+            for old in checkpoints(out)[:-self.config.keep]:
                 shutil.rmtree(old)
 
 
+# ---- The run folder: whose it is, what is in it
+
+OURS = r"(config|heldout)\.json|(metrics|groups)\.jsonl|run\.lock|(un\w+-|ab\w+-)?checkpoint(-\d{6})?"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those of a run, in order; nothing else that is called checkpoint-..."""
+    return sorted(f for f in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6}", f.name))
+
+
+def check_folder(out: Path):
+    """InputError unless this is a run folder, known by its config.json, or empty, or not there yet."""
+    files, ours = list(out.iterdir()) if out.is_dir() else [], not out.exists() or not any(out.glob("*"))
+    with contextlib.suppress(ValueError):
+        ours = ours or read_json(out / "config.json").keys() >= {"stage", "algo", "max_steps"}
+    for file in files:
+        plain = not file.is_symlink() and (file.is_file() or file.is_dir())
+        ours = ours and (plain or not re.fullmatch(OURS, file.name))
+    if not ours:
+        raise InputError(f"--out {out}: is not a run's folder, or holds links or the like; choose another")
+
+
 def last_intact(folder: Path) -> Path:
-    """The last checkpoint of a run folder (or itself one) that is whole. ValueError where there is none."""
-    found = [folder] if (folder / "trainer.json").is_file() else sorted(folder.glob("checkpoint-*"))
+    """The last checkpoint of a run folder (or itself one) that is whole. InputError where there is none."""
+    found = [folder] if (folder / "trainer.json").is_file() else checkpoints(folder)
     for checkpoint in reversed(found):
+        file = checkpoint / "trainer.json"
         try:
-            state = json.loads((checkpoint / "trainer.json").read_text())
-            for name, size in state["files"].items():
-                if (checkpoint / name).stat().st_size != size:
-                    raise ValueError(f"{name} was cut")
+            with reading(file):
+                state = read_json(file)
+                for name in ("step", "tokens", "bad_steps"):
+                    check(f"{file}: field {name!r}", state.get(name), int, 0, 10 ** 15)
+                for name, size in state["files"].items():
+                    if (checkpoint / name).stat().st_size != size:
+                        raise ValueError(f"{checkpoint / name}: was cut")
             return checkpoint
-        except (OSError, ValueError, KeyError) as e:
-            print(f"warning: {checkpoint}: {e}", file=sys.stderr)
-    raise ValueError(f"--resume {folder}: no whole checkpoint in there")
+        except InputError as e:
+            print(f"warning: {checkpoint}: {rollout.escaped(e)}", file=sys.stderr)
+    raise InputError(f"--resume {folder}: no whole checkpoint in there")
 
 
 # ---- The log
 
 def write_text(file: Path, text: str):
-    """Give a file this content, or leave it as it was: written beside, flushed, renamed."""
-    part = file.with_name(file.name + ".new")
-    with open(part, "w", encoding="utf-8") as f:
+    """Give a file this content, or leave it as it was: written beside, flushed, renamed. Links are kept."""
+    file = Path(os.path.realpath(file))
+    if file.exists() and not file.is_file():
+        raise OSError(f"{file}: is not a regular file")
+    part = file.with_name(f"{file.name}.{os.getpid()}.new")
+    with open(part, "x", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
@@ -604,9 +630,9 @@ def write_text(file: Path, text: str):
 
 def read_jsonl(file: Path) -> list[dict]:
     """The rows of a JSONL file of ours, without one that was cut off by a kill; [] where there is no file."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
-        with contextlib.suppress(ValueError):
+    rows, text = [], file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    for line in text.split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return rows
 
@@ -650,10 +676,8 @@ def warnings_of(m: dict, first: dict) -> dict:
 
 def telling_group(groups) -> list:
     """The group to show to people: one with a rectified trajectory, else one with right and wrong ones."""
-    def interest(group):
-        return any(t.source for t in group) + len({t.rewards["accuracy"] for t in group})
-
-    return max(groups, key=interest)
+    return max(groups, key=lambda group: any(t.source for t in group)
+               + len({t.rewards["accuracy"] for t in group}))
 
 
 def describe(group) -> str:
@@ -694,19 +718,36 @@ class Log:
         self.lead, self.out = t.rank == 0, Path(t.config.out)
         if not self.lead:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_text(self.out / "config.json", json.dumps(asdict(t.config), indent=1))
-        for later in self.out.glob("checkpoint-*"):     # damaged, or this run continues an earlier one
+        self.own(json.dumps(asdict(t.config), indent=1))
+        for later in checkpoints(self.out):             # damaged, or this run continues an earlier one
             if int(later.name[11:]) > t.step:
                 shutil.rmtree(self.out / f"abandoned-{later.name}", ignore_errors=True)
                 later.rename(self.out / f"abandoned-{later.name}")
         for name in ("metrics.jsonl", "groups.jsonl"):  # rows later than the checkpoint go
-            rows = [json.dumps(row) + "\n" for row in read_jsonl(self.out / name) if row["step"] <= t.step]
-            write_text(self.out / name, "".join(rows))
+            with reading(self.out / name):
+                rows = [row for row in read_jsonl(self.out / name) if row["step"] <= t.step]
+            write_text(self.out / name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def own(self, config: str):
+        """Take the folder: until the log goes or the process ends, no other run can. InputError: one has."""
+        check_folder(self.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not (self.out / "config.json").exists():     # first of all, as it makes the folder a run's
+            write_text(self.out / "config.json", config)
+        self.lock = open(self.out / "run.lock", "a+")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock.seek(0)
+            raise InputError(f"--out {self.out}: is in use by {self.lock.read(99) or 'another'}") from None
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+        self.lock.flush()
+        write_text(self.out / "config.json", config)
 
     def say(self, text: str):
         if self.lead:
-            tqdm.write(text)
+            tqdm.write(rollout.escaped(text, "\n"))
 
     def step(self, c: TrainConfig, m: dict, groups, repairs):
         """One step: its figures in a row and a line, now and then a group, and what looks wrong."""
@@ -748,8 +789,9 @@ def train(t: Trainer) -> dict:
         figures["before"] = t.evaluate()
         t.save()
     elif (log.out / "heldout.json").is_file():
-        figures["before"] = json.loads((log.out / "heldout.json").read_text())["before"]
-    log.held_out(figures)
+        figures["before"] = read_json(log.out / "heldout.json").get("before")
+    with reading(log.out / "heldout.json"):
+        log.held_out(figures)
     with stop_signals() as asked:
         stopped = train_steps(t, log, asked)
     if not stopped:
@@ -794,13 +836,16 @@ def start(argv=None, trainer_class=Trainer, defaults: dict | None = None):
     """Flags in, run out; bad input ends with one line. defaults: by flag; flags that are given win."""
     try:
         config, checkpoint = parse_flags(TrainConfig, argv, defaults), None
+        if config.out and not config.check:
+            check_folder(Path(config.out))
         has_run = config.out and read_jsonl(Path(config.out) / "metrics.jsonl")
         if has_run and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
             config.resume = config.out                          # torchrun has started this process again
         if config.resume:
             checkpoint = last_intact(Path(config.resume))
-            saved = json.loads((checkpoint.parent / "config.json").read_text())
-            config = parse_flags(TrainConfig, argv, saved)
+            if config.out and Path(config.out).resolve() != checkpoint.parent.resolve():
+                raise InputError(f"--out {config.out}: --resume {config.resume} goes on in its own folder")
+            config = parse_flags(TrainConfig, argv, read_json(checkpoint.parent / "config.json"))
             config.out = str(checkpoint.parent)
         elif has_run:
             raise ValueError(f"--out {config.out}: holds a run already; --resume it, or choose another")
@@ -809,11 +854,11 @@ def start(argv=None, trainer_class=Trainer, defaults: dict | None = None):
             return print(f"{config.data}: all rows are good")
         trainer = trainer_class(config, checkpoint)
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {rollout.escaped(e, chr(10))}")
     try:
         train(trainer)
-    except (FloatingPointError, OSError) as e:                  # a full disk
-        sys.exit(f"error: {e}")
+    except (FloatingPointError, InputError, OSError) as e:      # a full disk
+        sys.exit(f"error: {rollout.escaped(e, chr(10))}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval as evaluation  # noqa: E402
 import reward  # noqa: E402
 import rollout  # noqa: E402
-from rollout import DataError  # noqa: E402
+from model import InputError, reading  # noqa: E402
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 IDS = ("index", "id", "pid", "sample_index")                    # columns that name a row
@@ -67,25 +67,25 @@ def read_tsv(path: Path):
         try:
             header = next(reader, [])
             if not {"question", "answer"} <= set(header):
-                raise DataError(f"{where}: columns 'question' and 'answer' are needed")
+                raise InputError(f"{where}: columns 'question' and 'answer' are needed")
             for number, cells in enumerate(filter(None, reader), start=1):
                 where = f"{path}: row {number}"
                 swallowed = any("\n" in cell and cell.count("\t") >= len(header) - 1 for cell in cells)
                 if len(cells) != len(header) or swallowed:
-                    raise DataError(f"{where}: {len(cells)} cells of {len(header)}; is a quote left open?")
+                    raise InputError(f"{where}: {len(cells)} cells of {len(header)}; is a quote left open?")
                 yield where, dict(zip(header, cells))
         except (csv.Error, UnicodeDecodeError) as e:
-            raise DataError(f"{where} or after it: not a readable TSV file: {e}") from None
+            raise InputError(f"{where} or after it: not a readable TSV file: {e}") from None
 
 
 def read_table(path: Path) -> list[tuple[str, dict]]:
-    """(where, row) of each row of a .tsv, .json or .jsonl. DataError names file and row."""
+    """(where, row) of each row of a .tsv, .json or .jsonl. InputError names file and row."""
     rows = list(read_tsv(path) if path.suffix == ".tsv" else rollout.read_rows(path))
     for where, row in rows:
         if not isinstance(row, dict):
-            raise row if isinstance(row, DataError) else DataError(f"{where}: a JSON object is expected")
+            raise row if isinstance(row, InputError) else InputError(f"{where}: a JSON object is expected")
     if not rows:
-        raise DataError(f"{path}: the file has no rows")
+        raise InputError(f"{path}: the file has no rows")
     return rows
 
 
@@ -255,11 +255,11 @@ def make_row(row: dict, images: list, where: str, benchmark: str, prompt: str) -
 
 
 def convert(file: Path, out: Path, prompt: str = "own", image_dir: str = "") -> str:
-    """Read and check a whole file, then write OUT/problems.jsonl and OUT/images -> what was done. DataError
+    """Read and check a whole file, then write OUT/problems.jsonl and OUT/images -> what was done. InputError
     has one line for each bad row, the first 20."""
     names = [name for name in BUILDERS if name.lower() in re.sub("[^a-z]", "", file.stem.lower())]
     if not names:
-        raise DataError(f"{file}: which benchmark is it? The name must hold one of {', '.join(BUILDERS)}")
+        raise InputError(f"{file}: which benchmark is it? The name must hold one of {', '.join(BUILDERS)}")
     rows, benchmark, folder = read_table(file), names[0], Path(image_dir or file.parent)
     by_index, made, ids, errors = {text_of(row, "index"): row for _, row in rows}, [], {}, []
     for where, row in rows:
@@ -274,13 +274,14 @@ def convert(file: Path, out: Path, prompt: str = "own", image_dir: str = "") -> 
             problem = rollout.parse_row(ours, where, folder)
             made.append((row, ours, problem))
             for image in problem.images:
-                rollout.open_image(image)
+                with reading(where):
+                    rollout.open_image(image)
             if ids.setdefault(ours["id"], where) != where:
-                raise DataError(f"{where}: the id {ours['id']} is taken by {ids[ours['id']]}")
+                raise InputError(f"{where}: the id {ours['id']} is taken by {ids[ours['id']]}")
         except Exception as e:                  # whatever a row may hold; and Pillow raises many kinds
-            errors.append(str(e) if isinstance(e, DataError) else f"{where}: not a row of {benchmark}: {e}")
+            errors.append(str(e) if isinstance(e, InputError) else f"{where}: not a row of {benchmark}: {e}")
     if errors or not made:
-        raise DataError("\n".join(errors[:20] or [f"{file}: no row is left"]))
+        raise InputError("\n".join(errors[:20] or [f"{file}: no row is left"]))
     borrow_options([(row.get("problem_index"), ours["benchmark"]) for row, ours, _ in made])
     (out / "images").mkdir(parents=True, exist_ok=True)
     with open(out / "problems.jsonl", "w", encoding="utf-8") as target:
@@ -303,17 +304,17 @@ def read_results(rows: Path, data: Path) -> tuple[dict, list[dict]]:
     for where, row in read_table(data):
         bench = row.get("benchmark")
         if not isinstance(bench, dict) or not {"name", "prompt", "choices", "golds", "groups"} <= set(bench):
-            raise DataError(f"{where}: field 'benchmark' is missing or not as `convert` writes it")
+            raise InputError(f"{where}: field 'benchmark' is missing or not as `convert` writes it")
         benches[str(row.get("id"))] = bench
     for where, row in read_table(rows):
         if not isinstance(row.get("completion"), str) or row.get("mode") not in ("greedy", "sample"):
-            raise DataError(f"{where}: fields 'completion' and 'mode' (greedy or sample) are needed")
+            raise InputError(f"{where}: fields 'completion' and 'mode' (greedy or sample) are needed")
         if str(row.get("id")) not in benches:
-            raise DataError(f"{where}: field 'id': {row.get('id')!r} is no question of {data}")
+            raise InputError(f"{where}: field 'id': {row.get('id')!r} is no question of {data}")
         found.append({**row, "id": str(row["id"])})
     sizes = Counter((row["mode"], row["id"]) for row in found)
     if len({(mode, size) for (mode, _), size in sizes.items()}) > len({mode for mode, _ in sizes}):
-        raise DataError(f"{rows}: some questions have more completions than others: has eval.py finished?")
+        raise InputError(f"{rows}: some questions have more completions than others: has eval.py finished?")
     return benches, found
 
 
@@ -349,11 +350,13 @@ def score(rows: Path, data: Path) -> str:
     benches, records = read_results(rows, data)
     for record in records:
         bench = benches[record["id"]]
-        record["extracted"], record["correct"] = grade(bench, record["completion"])
+        with reading(f"{data}: field 'benchmark' of {record['id']!r}"):
+            record["extracted"], record["correct"] = grade(bench, record["completion"])
         record["format"] = bool(record.get("finished")) and reward.format_ok(record["completion"])
         record["groups"] = bench["groups"]
     title = f"{bench['name']}, prompt {bench['prompt']}, {len(benches)} questions in the file"
-    return f"{title}\n\n{evaluation.report(records)}"
+    with reading(f"{data}: field 'benchmark'"):
+        return f"{rollout.escaped(title)}\n\n{evaluation.report(records)}"
 
 
 def export(rows: Path, data: Path, tsv: Path, out: Path) -> str:
@@ -368,9 +371,9 @@ def export(rows: Path, data: Path, tsv: Path, out: Path) -> str:
             predictions[row["id"]] = said.replace("\0", "").strip()[-20000:]    # .xlsx cells hold 32,767
     answered = [row for _, row in read_table(tsv) if text_of(row, *IDS) in predictions]
     if len(answered) != len(predictions):
-        raise DataError(f"--tsv {tsv}: {len(answered)} rows for {len(predictions)} predictions")
+        raise InputError(f"--tsv {tsv}: {len(answered)} rows for {len(predictions)} predictions")
     if out.suffix != ".tsv" or out.resolve() == tsv.resolve():
-        raise DataError(f"--out {out}: must be another .tsv file")
+        raise InputError(f"--out {out}: must be another .tsv file")
     for row in answered:
         row.pop("image", None)
         row["prediction"] = predictions[text_of(row, *IDS)]
@@ -398,8 +401,8 @@ def main(argv=None):
     flags = vars(parser.parse_args(argv))
     try:
         print({"convert": convert, "score": score, "export": export}[flags.pop("command")](**flags))
-    except (DataError, OSError) as e:
-        sys.exit(f"error: {e}")
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {rollout.escaped(e, chr(10))}")
 
 
 if __name__ == "__main__":

@@ -138,7 +138,14 @@ def mutants() -> str:
     return markdown(["file", "faults", "noticed"], rows)
 
 
-TABLES = {"main": main_job, "study": study, "greedy": greedy, "digits": digits, "localisers": localisers,
+def attack() -> str:
+    found = load("attack.json")
+    rows = [[area, r["cases"], len(r["failures"]), r["seconds"]] for area, r in found.items()]
+    totals = [sum(row[column] for row in rows) for column in (1, 2, 3)]
+    return markdown(["area", "cases", "failures", "seconds"], [*rows, ["all", *totals]])
+
+
+TABLES = {"attack": attack, "main": main_job, "study": study, "greedy": greedy, "digits": digits, "localisers": localisers,
           "localisers_greedy": localisers_greedy, "instruction": instruction,
           "rates": rates, "repairs": repairs, "reader_cost": reader_cost, "speed": speed, "mutants": mutants}
 

@@ -456,7 +456,7 @@ def test_benchmarks_right_and_wrong():
 
 
 def test_benchmarks_broken_files():
-    """DataError names file and row; an open quote never loses rows in silence."""
+    """InputError names file and row; an open quote never loses rows in silence."""
     with scratch() as folder:
         row = json.dumps({"question": "Which?", "A": "red", "answer": "A", "image": "no.png"})
         header, line = "index\tquestion\tA\tB\tanswer\timage\n", "0\tQ?\tred\tblue\tB\t" + RED
@@ -470,17 +470,17 @@ def test_benchmarks_broken_files():
                 ("mmstar.tsv", header + line.replace(RED, "%" * 70 + "A"), "row 1: not a row"),
                 ("mmstar.tsv", header + line.replace("\tB\t", "\t\t"), "row 1: field 'answer'"),
                 ("mmmu.tsv", header + line.replace("Q?", "<image 2>"), "<image 2>, but 1 images"),
-                ("mmstar.jsonl", row + "\n[1]", "jsonl:2: a JSON"), ("mmstar.jsonl", row, "No such file")):
+                ("mmstar.jsonl", row + "\n[1]", "jsonl:2: a JSON"), ("mmstar.jsonl", row, "no such file")):
             (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
-            raises(rollout.DataError, [name, words], benchmarks.convert, folder / name, folder / "out")
+            raises(rollout.InputError, [name, words], benchmarks.convert, folder / name, folder / "out")
         assert not (folder / "out").exists()
         tsv = folder / "mmstar.tsv"
         tsv.write_text(header + line)
         data, said = converted(tsv)[0], done(folder / "said", {"0": "B"})
-        raises(rollout.DataError, "--out", benchmarks.export, said, data, tsv, tsv)
-        raises(rollout.DataError, "field 'benchmark'", benchmarks.score, said, said)
+        raises(rollout.InputError, "--out", benchmarks.export, said, data, tsv, tsv)
+        raises(rollout.InputError, "field 'benchmark'", benchmarks.score, said, said)
         for completions, words in (({"9": "A"}, "'9' is no"), ({"0": None}, "other:1"), ({}, "no rows")):
-            raises(rollout.DataError, words, benchmarks.score, done(folder / "other", completions), data)
+            raises(rollout.InputError, words, benchmarks.score, done(folder / "other", completions), data)
         other = write_tsv(folder / "b.tsv", [{"question": "", "answer": ""}])
         raises(SystemExit, ["error: --tsv", "0 rows"], benchmarks.main,
                ["export", str(said), "--data", str(data), "--tsv", str(other), "--out", "c.tsv"])

@@ -28,7 +28,7 @@ import train  # noqa: E402
 from attribute import DOUBT, Check, Step, answer_margins, text_and_offsets  # noqa: E402
 from eval import is_tiny  # noqa: E402
 from experiments.localisers import localise, step_dependence, visual_dependence  # noqa: E402
-from model import load_model  # noqa: E402
+from model import load_model, reading  # noqa: E402
 from reward import extract_answer  # noqa: E402
 from tiny import shapes  # noqa: E402
 
@@ -62,7 +62,8 @@ def data_url(image) -> str:
 def finite(value):
     """A JSON value with numbers of four digits, and null for what is no number in JSON."""
     if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else None
+        value = float(f"{value:.4g}")
+        return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return dict(zip(value, map(finite, value.values())))
     return list(map(finite, value)) if isinstance(value, list) else value
@@ -119,9 +120,10 @@ def main(argv=None):
     parser.add_argument("--signals", action="store_true", help="add A2, A3, ratios (of the last checkpoint)")
     args = parser.parse_args(argv)
     try:
-        write_page(args.run, args.signals)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        with reading(args.run):
+            write_page(args.run, args.signals)
+    except ValueError as e:
+        sys.exit(f"error: {rollout.escaped(e)}")
     print(f"to look at: {args.run / 'trace.html'}")
 
 

@@ -143,13 +143,13 @@ def tell_loss(group: list, trainer):
 
 
 def main(argv=None):
-    config = train.parse_flags(train.TrainConfig, argv, {"batch": 16, "eval_problems": 0})
-    if config.stage != "rl":
-        sys.exit("error: --stage sft: a step of --stage rl is told")
     try:
+        config = train.parse_flags(train.TrainConfig, argv, {"batch": 16, "eval_problems": 0})
+        if config.stage != "rl":
+            raise ValueError("--stage sft: a step of --stage rl is told")
         Told(config).rl_step()
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {rollout.escaped(e)}")
 
 
 if __name__ == "__main__":
