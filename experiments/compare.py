@@ -195,7 +195,8 @@ def report(results: list, baseline: str) -> str:
     return markdown(head, rows)
 
 
-COLOURS = {"ivr": (200, 40, 40), "grpo": (40, 90, 200), "grpo_large": (90, 170, 230), "stepgrpo": (120,) * 3}
+COLOURS = {"ivr": (200, 40, 40), "grpo": (40, 90, 200), "reader policy": (230, 150, 40),
+           "restarts only": (120,) * 3}
 FONT = ImageFont.load_default(size=11)
 
 
