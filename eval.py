@@ -60,9 +60,9 @@ class EvalConfig:
 # ---- Flags, of train.py too: bounds of numbers (of other integers 0 and 10^6, of other floats 0 and 10), the
 # choices of texts, and what a flag makes meaningless
 
-POSITIVE, SHARES = "max_steps batch micro_rows keep max_bad_steps updates_per_batch", \
-    "clip_low format_weight anneal lr_end erosion_first erosion_ninth"
-BOUNDS = {**dict.fromkeys(POSITIVE.split(), (1, 10 ** 6 - 1)), **dict.fromkeys(SHARES.split(), (0, 1)),
+POSITIVE = ("max_steps", "batch", "micro_rows", "keep", "max_bad_steps", "updates_per_batch")
+SHARES = ("clip_low", "format_weight", "anneal", "lr_end", "erosion_first", "erosion_ninth")
+BOUNDS = {**dict.fromkeys(POSITIVE, (1, 10 ** 6 - 1)), **dict.fromkeys(SHARES, (0, 1)),
           **dict.fromkeys(("samples", "eval_samples"), (0, 4096)), "max_tokens": (0, 10 ** 12),
           "group_size": (2, 4096), "max_pixels": (0, 2 ** 26), "seed": (0, 10 ** 9), "dual_clip": (1, 1e6),
           "rectify_below": (-1, 1), "min_log_w": (-1e6, 0), "beta2": (0, 0.999999),
@@ -247,8 +247,9 @@ def known_rows(config: EvalConfig, rank: int) -> dict:
             raise InputError(f"--out {out}: {file} is there already, not written by an evaluation")
         with reading(f"--out {file}"):
             for row in train.read_jsonl(file):
-                rows[row["id"], row["mode"], row["sample"]] = row
-            report(list(rows.values()))                     # they have all that a table needs
+                for name, kind in (("id", str), ("groups", dict), ("correct", bool), ("format", bool)):
+                    check(f"--out {file}: field {name!r}", row[name], kind)
+                rows[row["id"], row["mode"], row["sample"]] = {**row, "extracted": row["extracted"]}
     before = before if rows else settings
     other = [name for name in settings if before.get(name) != settings[name]]
     if other:
@@ -285,7 +286,8 @@ def run(config: EvalConfig, rank: int, world: int, device, dtype):
         rows[r["id"], r["mode"], r["sample"]] = r
     if rank == 0:
         records = [r for r in rows.values() if r["id"] in ids and modes.get(r["mode"])]
-        print(rollout.escaped(report(records), "\n"))
+        with reading(f"--out {out}"):                        # a row of old may hold anything
+            print(rollout.escaped(report(records), "\n"))
         if config.out:
             train.write_text(out, "".join(json.dumps(r) + "\n" for r in rows.values()))
             for part in parts_of(out):

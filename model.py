@@ -137,7 +137,7 @@ class Config:
             given["num_key_value_heads"] = text.get("num_attention_heads")
         given["tie_word_embeddings"] = c.get("tie_word_embeddings", text.get("tie_word_embeddings"))
         given |= {f"v_{key}": value for key, value in vision.items()}
-        config = c = fill(Config, given, where)
+        c = fill(Config, given, where)
         for good, rule in (
                 (vision.get("out_hidden_size", c.hidden_size) == c.hidden_size,
                  "vision_config.out_hidden_size must be the hidden_size"),
@@ -150,7 +150,7 @@ class Config:
                 (c.v_window_size >= c.v_patch_size * c.v_spatial_merge_size, "window_size holds no patch")):
             if not good:
                 raise ValueError(f"{where}: {rule}")
-        return config
+        return c
 
 
 # ---- Image preprocessing (Pillow and numpy only; parity with transformers' Qwen2VLImageProcessor)
@@ -168,6 +168,7 @@ class ImageConfig:
 
     @staticmethod
     def from_dict(c: dict, where: str = "preprocessor_config.json") -> "ImageConfig":
+        c = c.get("image_processor") or c                       # of processor_config.json
         size, given = c.get("size") or {}, dict(c)
         for name, other in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
             given[name] = size.get(other) if c.get(name) is None else c[name]
@@ -614,31 +615,23 @@ def resolve(path_or_id: str) -> Path:
         return Path(snapshot_download(path_or_id, allow_patterns=patterns))
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; ValueError names the file (and the line, where it is not JSON)."""
+def read_json(path: Path, parse=None):
+    """A JSON object from a file, or parse(object, name of the file). ValueError names the file (and the line,
+    where it is not JSON)."""
     if not path.is_file():
         raise ValueError(f"{path}: file is missing")
     with reading(f"{path}: not JSON"):
         value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object is expected")
-    return value
-
-
-def load_config(folder: Path) -> Config:
-    file = folder / "config.json"
-    with reading(file):
-        return Config.from_dict(read_json(file), str(file))
+    with reading(path):
+        return parse(value, str(path)) if parse else value
 
 
 def load_image_config(folder: Path) -> ImageConfig:
     """From preprocessor_config.json, or from where transformers 5 puts it: processor_config.json."""
-    file = folder / "preprocessor_config.json"
-    if not file.is_file() and (folder / "processor_config.json").is_file():
-        file = folder / "processor_config.json"
-    with reading(file):
-        given = read_json(file)
-        return ImageConfig.from_dict(given.get("image_processor") or given, str(file))
+    old, new = folder / "preprocessor_config.json", folder / "processor_config.json"
+    return read_json(new if new.is_file() and not old.is_file() else old, ImageConfig.from_dict)
 
 
 def init_model(config: Config, seed: int = 0) -> Qwen25VL:
@@ -656,9 +649,8 @@ def load_model(path_or_id: str, device="cpu", dtype=torch.float32) -> Qwen25VL:
     """Build the model from a folder or hub id and load its safetensors. ValueError names what does not
     fit."""
     folder = resolve(str(path_or_id))
-    config = load_config(folder)
-    with reading(folder / "config.json"), torch.device("meta"):
-        model = Qwen25VL(config)
+    with torch.device("meta"):
+        model = Qwen25VL(read_json(folder / "config.json", Config.from_dict))
     index, names, stored = folder / "model.safetensors.index.json", ["model.safetensors"], {}
     if index.is_file():
         with reading(f"{index}: field 'weight_map'"):

@@ -40,8 +40,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import reward
-from model import (ImageConfig, InputError, KVCache, Qwen25VL, SharedPrompt, check, load_config,
-                   load_image_config, preprocess_image, read_json, reading, resolve, smart_resize)
+from model import (Config, ImageConfig, InputError, KVCache, Qwen25VL, SharedPrompt, check, load_image_config,
+                   preprocess_image, read_json, reading, resolve, smart_resize)
 
 INSTRUCTION = ("First think inside <think> </think>, one step a line, checking each step against the image. "
                "Then give only the final answer inside <answer> </answer>.")
@@ -306,7 +306,7 @@ def load_codec(path_or_id: str, max_pixels: int = 0) -> Codec:
     """From a checkpoint's files; max_pixels > 0 replaces its own. ValueError names what is missing."""
     from transformers import AutoTokenizer                  # takes seconds
     folder = resolve(path_or_id)
-    config, image_config = load_config(folder), load_image_config(folder)
+    config, image_config = read_json(folder / "config.json", Config.from_dict), load_image_config(folder)
     sizes = image_config.patch_size, image_config.temporal_patch_size, image_config.merge_size
     if sizes != (config.v_patch_size, config.v_temporal_patch_size, config.v_spatial_merge_size):
         raise ValueError(f"{folder}: sizes in preprocessor_config.json are not those of config.json: {sizes}")
@@ -319,8 +319,9 @@ def load_codec(path_or_id: str, max_pixels: int = 0) -> Codec:
     template = tokenizer.chat_template
     if not template or not isinstance(template, str) or len(template) > 100_000:
         raise ValueError(f"{folder}: chat_template.json and tokenizer have no chat template, or a long one")
-    if re.search(r"(?s)\{[{%](?:(?![%}]\}).)*?(?:\*|\d{6})", template):      # 9 ** 9 ** 9 may not end
-        raise ValueError(f"{folder}: the chat template multiplies, or knows large numbers")
+    for piece in re.split(r"\{[{%]", template)[1:]:         # 9 ** 9 ** 9 could not be interrupted
+        if re.search(r"\*|\d{6}", re.split(r"[%}]\}", piece, maxsplit=1)[0]):
+            raise ValueError(f"{folder}: the chat template multiplies, or has numbers of six digits")
     if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
         raise ValueError(f"{folder}: the tokenizer's <|image_pad|> is not image_token_id of config.json")
     if size > config.vocab_size:

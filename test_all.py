@@ -2376,17 +2376,16 @@ def last_words(main, flags) -> str:
 
 
 def test_flags_out_of_bounds_or_without_meaning_are_named():
-    numbers = ("weight_decay=nan", "lr=inf", "lr_end=nan", "max_grad_norm=-inf", "lr=-1", "beta2=1",
-               "max_tokens=-1", f"max_steps={10 ** 30}", f"batch={10 ** 9}", f"keep={10 ** 30}", "clip_low=2",
-               "batch=60000 --max_new_tokens=99999", "seed=-1", "gamma=inf")
-    useless = ("beta=1 --stage=sft", "reader=policy --algo=grpo", "credit=step --algo=grpo",
-               "erosion_ninth=0.5", "eval_every=1 --eval_problems=0")
-    evaluated = ("samples=1000000", "batch=0", "max_pixels=-1", f"seed={10 ** 30}", "instruction=\ud800")
+    flags = ("weight_decay=nan|lr=inf|lr_end=nan|max_grad_norm=-inf|lr=-1|beta2=1|clip_low=2|max_tokens=-1|"
+             f"max_steps={10 ** 30}|batch={10 ** 9}|keep={10 ** 30}|seed=-1|gamma=inf|erosion_ninth=0.5|"
+             "batch=60000 --max_new_tokens=99999|beta=1 --stage=sft|reader=policy --algo=grpo|"
+             "credit=step --algo=grpo|eval_every=1 --eval_problems=0").split("|")
+    evaluated = f"samples=1000000|batch=0|max_pixels=-1|seed={10 ** 30}|instruction=\ud800".split("|")
     with scratch() as folder:
-        for main, table in ((train.start, numbers + useless), (evaluation.main, evaluated)):
-            for flags in table:
-                name = "--" + flags.partition("=")[0]
-                assert name in last_words(main, [f"--out={folder}/new", *f"--{flags}".split()]), flags
+        for words in flags + evaluated:
+            main = evaluation.main if words in evaluated else train.start
+            said = last_words(main, [f"--out={folder}/new", *f"--{words}".split()])
+            assert "--" + words.partition("=")[0] in said, (words, said)
         assert not list(folder.iterdir())
 
 
@@ -2467,9 +2466,13 @@ def test_no_weight_that_is_not_finite_is_loaded_or_saved():
         for change in (lambda value: value * math.nan, lambda value: value.to(torch.int8)):
             save_file({**tensors, name: change(tensors[name])}, model / "model.safetensors")
             raises(m.InputError, [str(model), name], m.load_model, model)
-        trainer = small_trainer(folder / "run", stage="sft", save_every=1)
-        trainer.optimizer.adamw.param_groups[1]["weight_decay"] = math.nan     # as a hook of one's own might
-        raises(FloatingPointError, "not finite", train.train, trainer)
+        trainer = small_trainer(folder / "run", stage="sft", save_every=1, max_bad_steps=1)
+        decay, before = trainer.optimizer.adamw.param_groups[1], trainer.model.model.norm.weight.clone()
+        decay["weight_decay"] = math.nan                    # as a hook of one's own might
+        raises(FloatingPointError, "without a finite gradient", train.train, trainer)
+        assert torch.equal(before, trainer.model.model.norm.weight)
+        decay["weight_decay"], trainer.optimizer.masters[name].data[0] = 0.0, math.nan
+        raises(FloatingPointError, "weights that are not finite", trainer.sft_step)
         assert [file.name for file in folder.glob("run/*checkpoint*")] == ["checkpoint-000000"]
         trainer.model.model.norm.weight.data[0] = math.nan
         raises(m.InputError, name, trainer.save)

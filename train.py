@@ -259,7 +259,7 @@ class Optimizer:
     @torch.no_grad()
     def step(self, lr: float) -> float:
         """One update. Returns the gradient norm before clipping; if it is not finite, nothing is updated.
-        FloatingPointError where a weight would not be: the run ends with its last checkpoint."""
+        FloatingPointError where a weight is not, after all: the run ends with its last checkpoint."""
         squares = 0.0
         for name, p in self.params.items():                     # all ranks in the same order
             grad = self.grads.pop(name, torch.zeros_like(p, dtype=torch.float32))
@@ -269,6 +269,8 @@ class Optimizer:
                 self.masters[name].grad = grad
                 squares += grad.norm().item() ** 2
         norm = math.sqrt(all_sum([squares])[0])
+        # rates that are not finite spoil a step as gradients do
+        norm += 0.0 * (lr + sum(group["weight_decay"] for group in self.adamw.param_groups))
         if math.isfinite(norm):
             for group in self.adamw.param_groups:
                 group["lr"] = lr
@@ -584,7 +586,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def check_folder(out: Path):
     """InputError unless this is a run folder, known by its config.json, or empty, or not there yet."""
-    files, ours = list(out.iterdir()) if out.is_dir() else [], not out.exists() or not any(out.glob("*"))
+    files = list(out.iterdir()) if out.is_dir() else []
+    ours = all(re.fullmatch(r"config\.json\.\d+\.new", file.name) for file in files)     # killed at once
     with contextlib.suppress(ValueError):
         ours = ours or read_json(out / "config.json").keys() >= {"stage", "algo", "max_steps"}
     for file in files:

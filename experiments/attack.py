@@ -5,8 +5,8 @@
 
 Takes: the tiny model. Gives: a table of areas and experiments/results/attack.json, written after each area. A
 case fails with a traceback, after 10 seconds, with a message that names neither file nor flag, where a
-foreign byte is changed, a weight on disk is not finite, or a control character reaches the terminal. Most cases
-put each field of a file, or each flag, over a list of bad values, in this process, in temporary folders. Left
+foreign byte is changed, a weight on disk is not finite, or a control character reaches the terminal. Most put
+each field of a file, or each flag, over a list of bad values, in this process, in temporary folders. Left
 out: full disks, which test_all.py has.
 
 Worked example: {"answer": NaN} in a row of --data is one case of "rows"; the message "data.jsonl:1: field
@@ -51,11 +51,11 @@ BAD_FILES = ("", "{", "[]", "3", '"x"', "[" * 99_999, '{"a": ' + "9" * 5000, "\x
 CONTROLS = ("\x1b[31m", "\x1b]0;t\x07", "\x08", "\r", "\x7f", "\x9b31m", "\u202e", "\u2028", "\u200f")
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 TEMPLATES = (LOOP, "{{ 1 / 0 }}", "{{ x.y.z }}", "{% if %}", "{{ raise_exception(1) }}", "x" * 200_000, "x",
-             "{{ ''.__class__.__mro__ }}", "{{ messages[9] }}", "{% include '/etc/passwd' %}", "{" * 9999,
+             "{{ ''.__class__.__mro__ }}", "{{ messages[9] }}", "{% include '/etc/passwd' %}", "{%" * 40_000,
              "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "\x1b[31m", "{{ cycler.__init__.x }}",
              "{{ messages | tojson }}", "{{ 9 ** 9 ** 9 }}", 3, [], {}, None)
 HOSTILE = ("\ud800", "\x1b[31m", "9" * 1000, 10 ** 1000, "1e999", "a" * 10 ** 6, "\\boxed{" * 999, "(" * 5000,
-           True, {"a": {}}, [[]], "\0", "<image>" * 99, "<|image_pad|>", "../../x", "file:///etc", "2^2^2^2^9")
+           True, {"a": {}}, [[]], "\0", "<image>" * 99, "<|image_pad|>", "../../x", "file:///x", "2^2^2^2^9")
 SMALL = ("--model tiny --data tiny:steps=2,kinds=tiles --max_steps 1 --batch 2 --group_size 2 "
          "--max_new_tokens 24 --eval_problems 0 --device cpu").split()
 EVAL = "--model tiny --greedy --max_new_tokens 4 --device cpu".split()
@@ -117,8 +117,14 @@ def mutants(value, name: str = ""):
             yield label, changed
 
 
-def as_texts(value) -> list[tuple]:
-    return [(label, json.dumps(changed) + "\n") for label, changed in mutants(value)]
+def edits(file: Path, prepare=lambda: None):
+    """Write a JSON file with each of its mutants and each bad text, after prepare() -> what it holds now."""
+    whole = json.loads(file.read_text())
+    changes = [(label, json.dumps(changed) + "\n") for label, changed in mutants(whole)]
+    for label, text in [*changes, *zip(BAD_FILES, BAD_FILES)]:
+        prepare()
+        file.write_bytes(text.encode("latin-1"))
+        yield f"{file.name} {label:.60}"
 
 
 def remove(place: Path):
@@ -186,10 +192,8 @@ def models(folder):
     bad, kinds = model_folder(folder), (torch.int8, torch.bool, torch.float8_e4m3fn, torch.half, torch.double)
     for name in ("config.json", "preprocessor_config.json", "generation_config.json", "tokenizer_config.json",
                  "tokenizer.json"):
-        whole = json.loads((bad / name).read_text())
-        for label, text in [*as_texts(whole), *zip(BAD_FILES, BAD_FILES)]:
-            (bad / name).write_bytes(text.encode("latin-1"))
-            yield f"{name} {label:.60}", use, ()
+        for label in edits(bad / name):
+            yield label, use, ()
         for kind in ("fifo", "folder", "link"):
             yield f"{name} is a {kind}", use, plant(kind, bad / name)
         remove(bad / name)
@@ -283,14 +287,16 @@ def results(folder):
     def run():
         evaluation.main([*EVAL, "--data", str(data), "--out", str(out)])
 
+    def again():
+        for file, text in files.items():
+            file.write_text(text)
+
     yield "a run", run, ()
-    row, settings = out.read_text(), saved.read_text()
-    for name, whole in ((out, row), (saved, settings), (part, row)):
-        for label, text in [*as_texts(json.loads(whole)), *zip(BAD_FILES, BAD_FILES)]:
-            out.write_text(row)
-            saved.write_text(settings)
-            name.write_text(text)
-            yield f"{name.name} {label:.60}", run, ()
+    files = {out: out.read_text(), saved: saved.read_text(), part: out.read_text()}
+    for file in files:
+        again()
+        for label in edits(file, again):
+            yield label, run, ()
     for suffix in ("", ".config.json", ".part0", ".part0-mine", ".part", ".new"):
         for kind in ("text", "json", "folder", "fifo", "link", "link to a folder"):
             for file in out.parent.iterdir():
@@ -306,19 +312,17 @@ def runs(folder):
     def resume():
         train.start(["--resume", str(run), "--max_steps", "2"])
 
-    def again(name="", text=""):
+    def again():
         remove(run)
         shutil.copytree(whole, run)
-        if name:
-            (run / name).write_text(text)
 
     yield "a run", lambda: start(*flags), ()
     run.rename(whole)
     for name in ("config.json", last + "trainer.json", "metrics.jsonl", "heldout.json"):
-        for label, text in [*as_texts(json.loads((whole / name).read_text())), *zip(BAD_FILES, BAD_FILES)]:
+        again()
+        for label in edits(run / name, again):
             if name != "config.json" or label.endswith(("{}", "'x'", "nan")):       # of its many fields
-                again(name, text)
-                yield f"{name} {label:.60}", resume, ()
+                yield label, resume, ()
     state = load_file(whole / shard)
     for name in list(state)[::7]:
         for label, value in (("nan", state[name] * float("nan")),
@@ -360,10 +364,9 @@ def texts(folder):
         yield f"--data {control!r}", lambda: start("--data", f"{folder}/{control}"), ()
     remove(run)
     yield "a run", lambda: start("--show_every", 1, "--out", run), ()
-    for label, changed in mutants(json.loads((run / "groups.jsonl").read_text())):
-        (run / "groups.jsonl").write_text(json.dumps(changed))
+    for label in edits(run / "groups.jsonl"):
         if not re.search("ids|logps|sampled|weights", label):
-            yield f"page {label}", lambda: trace.main([str(run)]), ()
+            yield label, lambda: trace.main([str(run)]), ()
 
 
 def processes(folder):

@@ -145,9 +145,10 @@ def attack() -> str:
     return markdown(["area", "cases", "failures", "seconds"], [*rows, ["all", *totals]])
 
 
-TABLES = {"attack": attack, "main": main_job, "study": study, "greedy": greedy, "digits": digits, "localisers": localisers,
-          "localisers_greedy": localisers_greedy, "instruction": instruction,
-          "rates": rates, "repairs": repairs, "reader_cost": reader_cost, "speed": speed, "mutants": mutants}
+TABLES = {"attack": attack, "main": main_job, "study": study, "greedy": greedy, "digits": digits,
+          "localisers": localisers, "localisers_greedy": localisers_greedy, "instruction": instruction,
+          "rates": rates, "repairs": repairs, "reader_cost": reader_cost, "speed": speed,
+          "mutants": mutants}
 
 
 def filled(text: str) -> str:
