@@ -250,8 +250,7 @@ def known_rows(config: EvalConfig, rank: int) -> dict:
                 for name, kind in (("id", str), ("groups", dict), ("correct", bool), ("format", bool)):
                     check(f"--out {file}: field {name!r}", row[name], kind)
                 rows[row["id"], row["mode"], row["sample"]] = {**row, "extracted": row["extracted"]}
-    before = before if rows else settings
-    other = [name for name in settings if before.get(name) != settings[name]]
+    other = [name for name in settings if rows and before.get(name) != settings[name]]
     if other:
         raise ValueError(f"--out {out}: holds rows of other settings ({', '.join(other)}); choose another")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -664,10 +664,8 @@ def load_model(path_or_id: str, device="cpu", dtype=torch.float32) -> Qwen25VL:
     head = stored.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
     # copies: where a tensor lies in the file decides its alignment, and so the last bits of a matmul
     state = {name: tensor.to(device, dtype, copy=True) for name, tensor in stored.items()}
-    try:
+    with reading(folder):                       # it names tensors that are missing, too many, of other shapes
         model.load_state_dict(state, assign=True)
-    except RuntimeError as e:                   # names tensors that are missing, too many or of other shapes
-        raise ValueError(f"{folder}: {' '.join(str(e).split())[:1000]}") from None
     if head is not None and not torch.equal(head.to(device, dtype), model.head_weight):
         raise ValueError(f"{folder}: lm_head.weight differs from the embedding it is tied to")
     return model.train()

@@ -54,8 +54,7 @@ MAX_PIXELS = 2 ** 26            # of one image file; what is kept of it is bound
 
 def escaped(text: str, keep: str = "") -> str:
     """A text of others for terminal and table: control characters by their numbers, but for those to keep."""
-    shown = [c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in str(text)]
-    return "".join(shown)
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
 
 
 @dataclass
@@ -426,8 +425,7 @@ def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None,
 
 
 def encode_prompts(problems: list, codec: Codec, max_tokens: int | None = None, pixels=True) -> list[tuple]:
-    """(problem, prompt) of each; without one whose image has changed or gone since it was checked, with a
-    warning."""
+    """(problem, prompt) of each; one whose image has changed or gone is left out with a warning."""
     found = []
     for problem in problems:
         try:

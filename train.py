@@ -744,8 +744,7 @@ class Log:
             self.lock.seek(0)
             raise InputError(f"--out {self.out}: is in use by {self.lock.read(99) or 'another'}") from None
         self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-        self.lock.flush()
+        print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=self.lock, flush=True)
         write_text(self.out / "config.json", config)
 
     def say(self, text: str):
