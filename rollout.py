@@ -352,10 +352,11 @@ def try_template(codec: Codec, folder: Path):
 
     trial = Thread(target=render, daemon=True)              # one without end does not keep the process
     trial.start()
-    trial.join(10)
+    trial.join(5)
     if trial.is_alive():
         raise InputError(f"{folder}: the chat template does not end")
-    encode_prompt(problem, codec, pixels=False)
+    with reading(folder):
+        encode_prompt(problem, codec, pixels=False)
 
 
 def escape_special(text: str, codec: Codec) -> str:

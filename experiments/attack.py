@@ -56,9 +56,9 @@ TEMPLATES = (LOOP, "{{ 1 / 0 }}", "{{ x.y.z }}", "{% if %}", "{{ raise_exception
              "{{ messages | tojson }}", "{{ 9 ** 9 ** 9 }}", 3, [], {}, None)
 HOSTILE = ("\ud800", "\x1b[31m", "9" * 1000, 10 ** 1000, "1e999", "a" * 10 ** 6, "\\boxed{" * 999, "(" * 5000,
            True, {"a": {}}, [[]], "\0", "<image>" * 99, "<|image_pad|>", "../../x", "file:///x", "2^2^2^2^9")
-SMALL = ("--model tiny --data tiny:steps=2,kinds=tiles --max_steps 1 --batch 2 --group_size 2 "
+SMALL = (f"--model {TINY} --data tiny:steps=2,kinds=tiles --max_steps 1 --batch 2 --group_size 2 "
          "--max_new_tokens 24 --eval_problems 0 --device cpu").split()
-EVAL = "--model tiny --greedy --max_new_tokens 4 --device cpu".split()
+EVAL = f"--model {TINY} --greedy --max_new_tokens 4 --device cpu".split()
 
 
 class Hang(BaseException):
@@ -421,12 +421,14 @@ def attack(area: str) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / area
         folder.mkdir()
+        os.chdir(folder)                                    # some flags name folders relative to here
         for name, case, foreign in AREAS[area](folder):
             cases += 1
             fault = fault_of(case, folder, foreign, SECONDS.get(area, 10))
             if fault:
                 failures[name] = fault
                 print(rollout.escaped(f"{area}: {name}: {fault}"), flush=True)
+        os.chdir(ROOT)
     return {"cases": cases, "failures": failures, "seconds": round(time.time() - started)}
 
 
@@ -435,7 +437,6 @@ def main():
     parser.add_argument("--areas", nargs="+", default=list(AREAS), choices=AREAS, help="which areas (all)")
     parser.add_argument("--again", action="store_true", help="also areas that have results")
     args = parser.parse_args()
-    os.chdir(ROOT)
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     found = json.loads(FILE.read_text()) if FILE.is_file() else {}
