@@ -73,13 +73,13 @@ BOUNDS = {"num_hidden_layers": (1, 1000), "v_depth": (1, 1000), "v_fullatt_block
 
 def fill(config_class, given: dict, where: str = ""):
     """A configuration from a JSON object, absent and null fields by default. ValueError names one without
-    default or out of BOUNDS; those of other integers are 1 and 10^7, of other numbers 10^-12 and 10^12."""
+    default or out of BOUNDS; those of other integers are 1 and 10^8, of other numbers 10^-12 and 10^12."""
     values = {}
     for field in fields(config_class):
         value = given.get(field.name)
         name = f"{where}: field {field.name.replace('v_', 'vision_config.', 1)!r}"
         if value is not None:
-            default = (1e-12, 1e12) if "float" in str(field.type) else (1, 10 ** 7)
+            default = (1e-12, 1e12) if "float" in str(field.type) else (1, 10 ** 8)
             check(name, value, field.type, *BOUNDS.get(field.name, default))
             values[field.name] = tuple(value) if isinstance(value, list) else value
         elif field.default is MISSING:
