@@ -624,17 +624,18 @@ def test_prompt_is_the_chat_template():
 
 def test_published_configs_are_accepted():
     """Qwen2.5-VL-3B, 7B, 32B, 72B: width, inner width, layers, heads, key heads; and what they share."""
-    vision = {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-              "in_chans": 3, "patch_size": 14, "spatial_merge_size": 2, "window_size": 112,
+    vision = {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420,
+              "num_heads": 16, "in_chans": 3, "patch_size": 14, "spatial_merge_size": 2, "window_size": 112,
               "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2}
-    shared = {"model_type": "qwen2_5_vl", "hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-06,
-              "rope_theta": 1000000.0, "sliding_window": 32768, "use_sliding_window": False,
+    shared = {"model_type": "qwen2_5_vl", "hidden_act": "silu", "initializer_range": 0.02,
+              "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "use_sliding_window": False,
               "image_token_id": 151655, "vocab_size": 152064, "tie_word_embeddings": False,
               "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
     names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
     for sizes in ((2048, 11008, 36, 16, 2), (3584, 18944, 28, 28, 4), (5120, 27648, 64, 40, 8),
                   (8192, 29568, 80, 64, 8)):
-        given = {**shared, **dict(zip(names, sizes)), "vision_config": {**vision, "out_hidden_size": sizes[0]}}
+        given = {**shared, **dict(zip(names, sizes))}
+        given |= {"vision_config": {**vision, "out_hidden_size": sizes[0]}}
         assert [getattr(m.Config.from_dict(given), name) for name in names] == list(sizes)
     found = m.ImageConfig.from_dict({"min_pixels": 3136, "max_pixels": 12845056, "image_std": [0.27] * 3})
     assert (found.min_pixels, found.max_pixels, found.image_std) == (3136, 12845056, (0.27,) * 3)
