@@ -1427,7 +1427,7 @@ def test_seams_leave_what_a_model_sampled():
         stem = t.steps[k].start + 1
         new = attribute.replace_end(t, k, stem, new_ids, [-0.75] * len(new_ids), codec)
         want = ids[:stem] + new_ids[:2 + (k == 0)] + ids[stem + 2 + (k == 0):]
-        assert new.ids == want and new.logps.count(-0.75) == 2 + (k == 0)
+        assert new.ids == want and new.logps.count(-0.75) == 2 + (k == 0) and set(new.sampled) == {1}
     codec, ids = qwen_like_codec(), []
     for piece in ("red 4", "<", "/", ">", " 6"):
         ids += rollout.token_ids(piece, codec)
@@ -1462,10 +1462,13 @@ def test_rejection_reason_table():
             ({}, {}, 17, {}, ""), ({}, {}, 16, {}, "too long"), (bad, {}, 17, {}, "not well-formed"),
             (bad, bad, 17, {}, ""), ({}, {}, 17, {5: -4.6}, "too unlikely"),
             ({}, {}, 17, {2: -9, 5: -4.5, 9: -4.5}, ""), ({}, {}, 17, {15: -6.1}, "too unlikely"),
-            (forced, {}, 17, {4: -1.4, 5: -9}, ""), (forced, {}, 17, {4: -1.6}, "too unlikely")):
+            (forced, {}, 17, {4: -1.4, 5: -9}, ""), (forced, {}, 17, {4: -1.6}, "too unlikely"),
+            ({"steps": []}, {}, 17, {0: -30}, "too unlikely")):
         r = repair(four_steps(**source), trajectory=four_steps(**changes, **ids), median_length=median)
         found = rereason.rejection_reason(r, [log_w.get(n, 0.0) for n in range(17)], rereason.Rules())
         assert found == want, (changes, source, median, log_w, found)
+    r.trajectory, r.median_length = four_steps(**ids), 16
+    assert not rereason.rejection_reason(r, [0.0] * 17, rereason.Rules(max_length_ratio=17 / 16))
 
 
 def test_accept_asks_again_where_an_answer_can_be_guessed():
@@ -1493,20 +1496,20 @@ def test_accept_asks_again_where_an_answer_can_be_guessed():
 
 
 def test_how_far_continue_sampling_samples():
-    """Two steps ahead, within the limit."""
+    """So many steps ahead, or 8 tokens, within the limit."""
     codec, t = tiny_codec(), planted(steps=5)
-    for k, most in ((2, 200), (1, 200), (2, 12), (1, t.steps[1].start)):
+    for k, most, ahead in ((2, 200, 3), (1, 200, 1), (2, 12, 2), (1, t.steps[1].start, 2)):
         r, asked, start = repair(t), [], t.steps[k].start
         with swapped(rereason, "sample_on", replies(t.ids[start:], asked)):
-            rereason.continue_sampling(None, codec, [(r, start)], most, 3, rereason.Rules())
+            rereason.continue_sampling(None, codec, [(r, start)], most, 3, rereason.Rules(ahead=ahead))
         if start >= most:
             assert r.outcome == "too long" and not asked
             continue
-        limit = min(most, start + max(8, 2 * (t.steps[-1].stop // 5)))
+        limit = min(most, start + max(8, ahead * (t.steps[-1].stop // 5)))
         new, end = r.trajectory, min(limit, len(t.ids))
         assert asked == [("key/go on/3", t.ids[:start], limit, 1.0, ())] and r.tokens == end - start
         assert (new.steps[:k], new.ids, new.logps[:start]) == (t.steps[:k], t.ids[:end], t.logps[:start])
-        assert r.answer_is_current == new.finished == (end == len(t.ids))
+        assert r.answer_is_current == new.finished == (end == len(t.ids)) and r.turns[-1]["step"] == k
 
 
 def test_hostile_chains_do_not_stop_the_loop():
