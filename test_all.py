@@ -1138,6 +1138,7 @@ def test_reader_is_the_frozen_start():
             assert all(map(torch.equal, trainer.reader.parameters(), before))
             assert not all(map(torch.equal, trainer.model.parameters(), before))
             assert (trainer.reader is trainer.reference) == (beta > 0)
+            assert not any(p.requires_grad for p in trainer.reader.parameters())
         trainer = small_trainer(folder / "b", reader="policy")
         assert trainer.reader is trainer.model and small_trainer(folder / "c", algo="grpo").reader is None
         other = folder / "other"
