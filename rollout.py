@@ -49,7 +49,7 @@ INSTRUCTION = ("First think inside <think> </think>, one step a line, checking e
 # ---- Problems
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")   # others may start programs (EPS)
-MAX_PIXELS = 2 ** 26            # of one image file; what is kept of it is bounded by --max_prompt_tokens
+MAX_PIXELS, TEMPLATE_SECONDS = 2 ** 26, 5               # of one image file; for one chat to be rendered
 
 
 def escaped(text: str, keep: str = "") -> str:
@@ -352,7 +352,7 @@ def try_template(codec: Codec, folder: Path):
 
     trial = Thread(target=render, daemon=True)              # one without end does not keep the process
     trial.start()
-    trial.join(5)
+    trial.join(TEMPLATE_SECONDS)
     if trial.is_alive():
         raise InputError(f"{folder}: the chat template does not end")
     with reading(folder):
