@@ -112,13 +112,13 @@ def evaluate(model, codec, problems: list, samples: int, max_new_tokens: int, se
     """`samples` completions of each problem at temperature 1, or (0) one greedy one -> a record each. Random
     numbers depend on `seed` and the problem's id alone. keep(records) gets new ones as they come."""
     mode, temperature = ("sample", 1.0) if samples else ("greedy", 0.0)
-    pairs = rollout.encode_prompts(problems, codec, pixels=False)
-    problems = [p for p, prompt in sorted(pairs, key=lambda pair: len(pair[1].ids))]
+    problems, prompts = rollout.encode_prompts(problems, codec, pixels=False)
+    order = sorted(range(len(problems)), key=lambda n: len(prompts[n].ids))     # similar lengths together
+    problems = [problems[n] for n in order]
     records, disable = [], None if progress else True          # None: no bar where there is no terminal
     for start in tqdm(range(0, len(problems), batch), mode, leave=False, disable=disable):
-        pairs, new = rollout.encode_prompts(problems[start:start + batch], codec), []   # of similar length
-        part, prompts = [p for p, _ in pairs], [prompt for _, prompt in pairs]
-        keys = [f"eval/{seed}/{p.id}" for p in part]
+        part, prompts = rollout.encode_prompts(problems[start:start + batch], codec)
+        new, keys = [], [f"eval/{seed}/{p.id}" for p in part]
         for group in rollout.sample(model, part, codec, samples or 1, max_new_tokens, temperature, keys, None,
                                     prompts):
             for k, t in enumerate(group):

@@ -682,7 +682,8 @@ def read_tensors(file: Path) -> dict:
 def check_finite(tensors: dict, where):
     """InputError names a tensor that is not all finite floating-point numbers."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+        single = tensor.float() if tensor.dtype == torch.float64 else tensor        # (others need no copy)
+        if not tensor.is_floating_point() or not single.isfinite().all():
             raise InputError(f"{where}: {name} is of {tensor.dtype} or holds numbers that are not finite")
 
 

@@ -175,7 +175,7 @@ def parse_row(row: dict, where: str, folder: Path, instruction: str = "") -> Pro
             raise InputError("field 'key_steps' must be a list")
         name, task = str(first_field(row, "id", where)), str(first_field(row, "task", default=""))
         demonstration = first_field(row, "demonstration", default="")
-        json.dumps(row, ensure_ascii=False, default=str).encode("utf-8")        # a lone surrogate: ValueError
+        json.dumps(row, ensure_ascii=False, default=lambda _: "").encode("utf-8")   # fails on lone surrogates
         images = [image_source(image, folder) for image in images]
         return Problem(name, question, gold, images, choices, key_steps, task, where, demonstration or None)
 
@@ -425,15 +425,16 @@ def encode_prompt(problem: Problem, codec: Codec, max_tokens: int | None = None,
     return Prompt(ids, torch.cat(patches) if patches else None, grids)
 
 
-def encode_prompts(problems: list, codec: Codec, max_tokens: int | None = None, pixels=True) -> list[tuple]:
-    """(problem, prompt) of each; one whose image has changed or gone is left out with a warning."""
-    found = []
+def encode_prompts(problems: list, codec: Codec, max_tokens: int | None = None, pixels=True) -> tuple:
+    """Problems and their prompts; one whose image has changed or gone is left out with a warning."""
+    kept, prompts = [], []
     for problem in problems:
         try:
-            found.append((problem, encode_prompt(problem, codec, max_tokens, pixels)))
+            prompts.append(encode_prompt(problem, codec, max_tokens, pixels))
+            kept.append(problem)
         except InputError as e:
             print(f"warning: {escaped(e)}; the problem is skipped", file=sys.stderr)
-    return found
+    return kept, prompts
 
 
 def mask_image(prompt: Prompt) -> Prompt:

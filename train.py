@@ -383,11 +383,11 @@ class Trainer:
 
     def readable(self, problems: list) -> tuple[list, list]:
         """Problems and prompts; where an image is not in order any more, another takes its place."""
-        pairs = rollout.encode_prompts(problems, self.codec, self.config.max_prompt_tokens)
-        if not pairs:
+        count = len(problems)
+        problems, prompts = rollout.encode_prompts(problems, self.codec, self.config.max_prompt_tokens)
+        if not problems:
             raise InputError("--data: no image of this step can be read any more")
-        problems, prompts = zip(*(pairs * len(problems))[:len(problems)])
-        return list(problems), list(prompts)
+        return (problems * count)[:count], (prompts * count)[:count]
 
     def rl_step(self) -> dict:
         """rollout -> reward -> attribute -> rereason -> grpo: one batch of problems, from prompts to an

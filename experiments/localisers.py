@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attribute  # noqa: E402
+import rereason  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
 from attribute import Check  # noqa: E402
@@ -136,21 +137,17 @@ def monte_carlo(model, codec, trajectories: list, max_new_tokens: int = 256, res
     and after all steps, that is taken for granted. All trajectories side by side."""
     alive, dead, tokens = [0] * len(trajectories), [len(t.steps) for t in trajectories], 0
     while True:
-        asked, problems, prompts, keys, prefixes = [], [], [], [], []
+        asked, requests = [], []
         for n, t in enumerate(trajectories):
             middle = (alive[n] + dead[n]) // 2
             if middle == alive[n]:
                 continue
             prefix = t.ids[:t.steps[middle].start]
             asked.append(n)
-            problems.append(t.problem)
-            prompts.append(t.prompt)
-            keys.append(f"{key}/{t.problem.id}/{prefix}")
-            prefixes.append(prefix)
+            requests.append((t.problem, t.prompt, f"{key}/{t.problem.id}/{prefix}", prefix, max_new_tokens))
         if not asked:
             return alive, tokens
-        groups = rollout.sample(model, problems, codec, restarts, max_new_tokens, 1.0, keys, prefixes,
-                                prompts)
+        groups = rereason.sample_on(model, codec, requests, group_size=restarts)
         for n, group in zip(asked, groups):
             bound = alive if any(map(attribute.is_right, group)) else dead
             bound[n] = (alive[n] + dead[n]) // 2

@@ -195,7 +195,7 @@ def test_monte_carlo_finds_where_success_dies():
     for n, (steps, _) in enumerate(cases):
         rollouts.append(chain(replace(problem, id=str(n)), [f"red {k} 1" for k in range(steps)]))
 
-    def planted(model, problems, codec, restarts, limit, temperature, keys, prefixes, prompts):
+    def planted(model, problems, codec, restarts, limit, temperature, keys, prefixes, prompts, *rest):
         assert (restarts, limit, temperature) == (4, 99, 1.0) and len(prefixes) == len(problems)
         groups = []
         for n, p in enumerate(problems):
