@@ -66,13 +66,13 @@ BOUNDS = {**dict.fromkeys(POSITIVE, (1, 10 ** 6 - 1)), **dict.fromkeys(SHARES, (
           **dict.fromkeys(("samples", "eval_samples"), (0, 4096)), "max_tokens": (0, 10 ** 12),
           "group_size": (2, 4096), "max_pixels": (0, 2 ** 26), "seed": (0, 10 ** 9), "dual_clip": (1, 1e6),
           "rectify_below": (-1, 1), "min_log_w": (-1e6, 0), "beta2": (0, 0.999999),
-          "max_grad_norm": (1e-9, 1e9)}
+          "max_grad_norm": (1e-9, 1e9), "lora": (0, 4096), "lora_alpha": (1e-6, 1e6)}
 CHOICES = {"stage": ("rl", "sft"), "algo": ("ivr", "grpo"), "credit": ("token", "step", "rollout"),
            "dtype": ("auto", "float32", "bfloat16")}
 IVR_ONLY = "credit rectify_below reader reader_window revise min_log_w lambda_r gamma anneal"
 MEANINGLESS = (("stage", "rl", "erosion_first erosion_ninth"), ("algo", "grpo", IVR_ONLY),
                ("stage", "sft", f"algo use_std clip_low clip_high dual_clip beta format_weight {IVR_ONLY}"),
-               ("eval_problems", 0, "eval_data eval_samples eval_every"))
+               ("lora", 0, "lora_alpha"), ("eval_problems", 0, "eval_data eval_samples eval_every"))
 
 
 def check_flags(config):

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -592,25 +592,71 @@ class Qwen25VL(nn.Module):
         return F.linear(hidden, self.head_weight)
 
 
+# ---- LoRA (arXiv 2106.09685): every matrix of the decoder's layers computes W x + alpha / r * B (A x)
+
+class LoRALinear(nn.Linear):
+    """A linear layer, frozen, with its adapter: A (r, in) random, B (out, r) zero, so it begins as it was."""
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float, rng):
+        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        self.weight, self.bias, self.scale = base.weight, base.bias, alpha / r
+        bound = base.in_features ** -0.5
+        A = torch.empty(r, base.in_features).uniform_(-bound, bound, generator=rng)
+        self.lora_A = nn.Parameter(A.to(self.weight))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(base.out_features, r))
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+
+
+def add_lora(model: Qwen25VL, r: int, alpha: float, seed: int = 0):
+    """Freeze the model and give the decoder's layers adapters: they alone learn."""
+    model.requires_grad_(False)
+    rng = torch.Generator().manual_seed(seed)
+    for layer in model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, linear in part.named_children():
+                setattr(part, name, LoRALinear(linear, r, alpha, rng))
+
+
+def without_lora(model: Qwen25VL) -> Qwen25VL:
+    """The frozen model under the adapters: the same tensors, no copies."""
+    with torch.device("meta"):
+        base = Qwen25VL(model.config).requires_grad_(False)
+    weights = {name: p for name, p in model.named_parameters() if "lora_" not in name}
+    base.load_state_dict(weights, assign=True)
+    return base.eval()
+
+
+def adapters(model: Qwen25VL) -> dict:
+    """The adapters' matrices, by the names that PEFT and transformers' Qwen2.5-VL give them."""
+    found = {}
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            found[name.replace("model.", "base_model.model.model.language_model.", 1) + ".weight"] = p
+    return found
+
+
 # ---- Files: config.json, *.safetensors (one file or shards with an index), in the hub's names
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
               "special_tokens_map.json", "chat_template.json", "chat_template.jinja", "config.json",
               "generation_config.json", "preprocessor_config.json", "processor_config.json",
               "video_preprocessor_config.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def resolve(path_or_id: str) -> Path:
     """A local folder as it is, otherwise a hub id, downloaded. FileNotFoundError where it is neither."""
     path = Path(path_or_id)
     if path.is_dir():
-        for file in map(path.joinpath, COMPANIONS):
+        for file in map(path.joinpath, (*COMPANIONS, *ADAPTER_FILES)):
             if file.exists() and not file.is_file():        # opening a fifo would wait
                 raise InputError(f"{file}: is not a regular file")
         return path
     if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/")):
         raise FileNotFoundError(f"--model {path_or_id}: no such folder, nor a hub id of the form owner/name")
-    patterns = ["*.safetensors", "*.safetensors.index.json", *COMPANIONS]
+    patterns = ["*.safetensors", "*.safetensors.index.json", *COMPANIONS, *ADAPTER_FILES]
     with reading(f"--model {path_or_id}"):
         return Path(snapshot_download(path_or_id, allow_patterns=patterns))
 
@@ -646,9 +692,11 @@ def init_model(config: Config, seed: int = 0) -> Qwen25VL:
 
 
 def load_model(path_or_id: str, device="cpu", dtype=torch.float32) -> Qwen25VL:
-    """Build the model from a folder or hub id and load its safetensors. ValueError names what does not
-    fit."""
+    """Build the model from a folder or hub id and load its safetensors; an adapter is merged into its base.
+    ValueError names what does not fit."""
     folder = resolve(str(path_or_id))
+    if (folder / "adapter_config.json").is_file():
+        return load_merged(folder, device, dtype)
     with torch.device("meta"):
         model = Qwen25VL(read_json(folder / "config.json", Config.from_dict))
     index, names, stored = folder / "model.safetensors.index.json", ["model.safetensors"], {}
@@ -687,14 +735,67 @@ def check_finite(tensors: dict, where):
             raise InputError(f"{where}: {name} is of {tensor.dtype} or holds numbers that are not finite")
 
 
+def copy_companions(source: Path, folder: Path):
+    for name in COMPANIONS:
+        if (source / name).is_file() and folder.resolve() != source.resolve():
+            shutil.copy(source / name, folder / name)
+
+
 def save_model(model: Qwen25VL, folder, source, dtype=None, max_shard_bytes: int = 5 * 10 ** 9):
     """Write weights in the hub's names and shards, beside the config, tokenizer and processor files of
     `source` (a folder or hub id), so that from_pretrained opens the folder. dtype None keeps the model's."""
     folder, source = Path(folder), resolve(str(source))
     check_finite(dict(model.named_parameters()), folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in COMPANIONS:
-        if (source / name).is_file() and folder.resolve() != source.resolve():
-            shutil.copy(source / name, folder / name)
+    copy_companions(source, folder)
     state = {name: p.detach().to("cpu", dtype or p.dtype) for name, p in model.named_parameters()}
     save_torch_state_dict(state, folder, max_shard_size=max_shard_bytes)
+
+
+# of a PEFT adapter; the vision tower has layers of the same names
+LORA_SETTINGS = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0,
+                 "target_modules": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"}
+
+
+def save_adapter(model: Qwen25VL, folder, source, alpha: float):
+    """Write the adapters alone, as PEFT does, beside the tokenizer and processor files of `source`, which is
+    noted as their base."""
+    folder, base, found = Path(folder), resolve(str(source)), adapters(model)
+    check_finite(found, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    copy_companions(base, folder)
+    r = model.model.layers[0].self_attn.q_proj.lora_A.shape[0]
+    source = str(base.resolve()) if Path(source).is_dir() else str(source)
+    config = {**LORA_SETTINGS, "base_model_name_or_path": source, "r": r, "lora_alpha": alpha}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    save_file({name: p.detach().cpu() for name, p in found.items()}, folder / "adapter_model.safetensors")
+
+
+def load_adapter(model: Qwen25VL, folder: Path):
+    """Fill the model's adapters from a folder. InputError where they are not the same matrices."""
+    file, expected = folder / "adapter_model.safetensors", adapters(model)
+    found = read_tensors(file)
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found or name not in expected or found[name].shape != expected[name].shape:
+            raise InputError(f"{file}: {name} is missing, unknown or of another shape")
+        expected[name].data.copy_(found[name])
+
+
+def load_merged(folder: Path, device, dtype) -> Qwen25VL:
+    """A plain model from an adapter's folder: W + alpha / r * B A, added in fp32. InputError for adapters
+    of another form than `save_adapter` writes."""
+    config, where = read_json(folder / "adapter_config.json"), f"{folder / 'adapter_config.json'}: field"
+    base, r, alpha = (config.get(name) for name in ("base_model_name_or_path", "r", "lora_alpha"))
+    check(f"{where} 'base_model_name_or_path'", base, str)
+    check(f"{where} 'r'", r, int, 1, 4096)
+    check(f"{where} 'lora_alpha'", alpha, float, 1e-6, 1e6)
+    if (resolve(base) / "adapter_config.json").exists() or config.get("use_rslora") or config.get("use_dora"):
+        raise InputError(f"{where}s: an adapter of an adapter, rsLoRA and DoRA are not supported")
+    model = load_model(base, device, dtype)
+    add_lora(model, r, alpha)
+    load_adapter(model, folder)
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            delta = layer.scale * layer.lora_B.float() @ layer.lora_A.float()
+            layer.weight.data = (layer.weight.float() + delta).to(dtype)
+    return without_lora(model).requires_grad_().train()

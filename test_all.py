@@ -6,6 +6,7 @@ one rank, an uninterrupted run. No network, no GPU.
 import argparse
 import base64
 import contextlib
+import copy
 import functools
 import io
 import itertools
@@ -1995,6 +1996,7 @@ SMALL = {"model": TINY, "data": "tiny:steps=3,kinds=tiles+bars", "max_steps": 2,
 KINDS = {"sft": {"stage": "sft"},
          "ivr": {"rectify_below": 1.0, "data": "tiny:steps=6,kinds=tiles+bars", "max_new_tokens": 70},
          "grpo": {"algo": "grpo", "beta": 0.1, "updates_per_batch": 2, "micro_rows": 5, "max_steps": 1}}
+KINDS["lora"] = {**KINDS["ivr"], "lora": 4, "beta": 0.1, "max_steps": 1}
 FORK = multiprocessing.get_context("fork")
 
 
@@ -2064,7 +2066,8 @@ def two_ranks(folder):
     train.Trainer.sft_step = faulty_step
     train.start(small_flags(folder / "sft-2", save_every=1, stage="sft"))
     small_run(folder / "grpo-2", **KINDS["grpo"])
-    small_run(folder / "ivr-2", **KINDS["ivr"])
+    for kind in ("ivr", "lora"):
+        small_run(folder / f"{kind}-2", **KINDS[kind])
     evaluation.main(eval_flags(folder / "data.jsonl", folder / "rows-2.jsonl"))
     small_run(folder / "faulty", stage="sft")
 
@@ -2131,13 +2134,13 @@ def interrupted_run(folder, kind, ranks, *actions):
 
 
 def interrupted_runs(folder):
-    """Three at the same time; each process is a fork of this one."""
+    """Four at the same time; each process is a fork of this one."""
     import torch._dynamo                                    # Adam and the tokenizer load much: once is enough
     rollout.load_codec(TINY)
     torch.set_num_threads(1)
     jobs = []
     for job in (("sft", 2, "stop", "kill while saving"), ("grpo", 1, "kill while saving", "kill"),
-                ("ivr", 2, "kill")):
+                ("ivr", 2, "kill"), ("lora", 1, "kill")):
         jobs.append(FORK.Process(target=interrupted_run, args=(f"{folder}/{job[0]}", *job)))
         jobs[-1].start()
     sys.exit(any(exit_codes(jobs)))
@@ -2402,7 +2405,7 @@ def test_flags_out_of_bounds_or_without_meaning_are_named():
     flags = ("weight_decay=nan|lr=inf|lr_end=nan|max_grad_norm=-inf|lr=-1|beta2=1|clip_low=2|max_tokens=-1|"
              f"max_steps={10 ** 30}|batch={10 ** 9}|keep={10 ** 30}|seed=-1|gamma=inf|erosion_ninth=0.5|"
              "batch=60000 --max_new_tokens=99999|beta=1 --stage=sft|reader=policy --algo=grpo|"
-             "credit=step --algo=grpo|eval_every=1 --eval_problems=0").split("|")
+             "credit=step --algo=grpo|lora=-1|lora_alpha=16|eval_every=1 --eval_problems=0").split("|")
     evaluated = f"samples=1000000|batch=0|max_pixels=-1|seed={10 ** 30}|instruction=\ud800".split("|")
     with scratch() as folder:
         for words in flags + evaluated:
@@ -2565,6 +2568,39 @@ def test_folders_like_the_hubs_train_and_open_again():
                 mm_token_type_ids=(ids == codec.image_token_id).int(), repetition_penalty=1.0,
                 suppress_tokens=(codec.logit_mask < 0).nonzero()[:, 0].tolist())
             assert found[0, ids.shape[1]:].tolist() == t.ids
+
+
+def test_lora_is_a_product_added_to_frozen_matrices():
+    """Against the sum written out; the frozen model under it shares its tensors and stays as it was."""
+    with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
+        trainer = small_trainer(folder / "run", **KINDS["lora"])
+        model, start, ids = trainer.model, tiny_model(), torch.arange(40)[None]
+        assert torch.equal(model(ids), start(ids)) and len(trainer.optimizer.params) == 4 * 7 * 2
+        assert trainer.reader is trainer.reference
+        shared = dict(model.named_parameters())
+        assert all(p is shared[name] for name, p in trainer.reader.named_parameters())
+        train.train(trainer)
+        assert torch.equal(trainer.reader(ids), start(ids)) and not torch.equal(model(ids), start(ids))
+        summed = copy.deepcopy(start)
+        for name, A in shared.items():
+            if name.endswith("lora_A"):
+                summed.get_parameter(name[:-6] + "weight").data += 32.0 / 4 * shared[name[:-1] + "B"] @ A
+        saved, merged = folder / "run" / "checkpoint-000001", folder / "merged"
+        train.start(["--model", str(saved), "--merge", str(merged)])
+        for found in (summed, m.load_model(saved), m.load_model(merged), reference_model(merged)):
+            logits = found(input_ids=ids)
+            close(getattr(logits, "logits", logits), model(ids), 1e-4)
+        assert "is there already" in last_words(train.start, ["--model", str(saved), "--merge", str(merged)])
+        small_run(folder / "on", model=str(saved), stage="sft", max_steps=1)       # the adapter is merged
+        assert (folder / "on/checkpoint-000001/model.safetensors").is_file()
+        flags = small_flags(folder / "new", model=saved, lora=2)
+        assert "is an adapter already" in last_words(train.start, flags)
+        file = saved / "adapter_config.json"
+        whole = json.loads(file.read_text())
+        for name, value in (("r", 0), ("r", 5), ("lora_alpha", math.nan), ("base_model_name_or_path", None),
+                            ("base_model_name_or_path", str(saved)), ("use_dora", True)):
+            file.write_text(json.dumps({**whole, name: value}))
+            raises(ValueError, str(saved), m.load_model, saved)
 
 
 def test_the_main_job_improves():

@@ -42,7 +42,8 @@ import rereason
 import reward
 import rollout
 from eval import check_flags, evaluate, headline, is_tiny, load_data, report, summarise
-from model import InputError, check, load_model, read_json, read_tensors, reading, save_model
+from model import (InputError, add_lora, check, load_adapter, load_model, read_json, read_tensors, reading,
+                   resolve, save_adapter, save_model, without_lora)
 from tiny import shapes
 
 
@@ -60,6 +61,7 @@ class TrainConfig:
     out: str = ""                       # run folder ("" = runs/<stage>-<time>)
     resume: str = ""                    # run folder or checkpoint to continue, with its saved flags
     check: bool = False                 # only read --data: open all images, name all bad rows
+    merge: str = ""                     # only write --model, with its adapters merged, to this new folder
     # how long
     max_steps: int = 24                 # rollout batches (rl) or optimiser steps (sft)
     max_tokens: int = 0                 # rl: end when so many tokens are generated, all kinds (0 = by steps)
@@ -95,6 +97,8 @@ class TrainConfig:
     weight_decay: float = 0.0           # on matrices only
     max_grad_norm: float = 1.0          # gradients are clipped to this norm
     freeze_vision: bool = False         # leave the vision tower as it is
+    lora: int = 0                       # train adapters of this rank on the decoder alone (0 = train it all)
+    lora_alpha: float = 32.0            # an adapter's output is scaled by lora_alpha / lora
     activation_checkpointing: bool = False      # compute activations again in the backward pass: less memory
     # supervised stage on tiny
     erosion_first: float = 0.0          # chance that step 1 or 2 is read from language ...
@@ -331,9 +335,8 @@ class Trainer:
                              f"{self.world * c.updates_per_batch}")
         self.codec = rollout.load_codec(c.model, c.max_pixels)
         self.data, self.held_out = training_data(c, self.codec)
-        self.model = load_model(checkpoint or c.model, self.device, dtype)
+        self.model = self.load_policy(checkpoint, dtype)
         self.model.activation_checkpointing = c.activation_checkpointing
-        self.model.visual.requires_grad_(not c.freeze_vision)
         self.reference = self.load_frozen(c.model, dtype) if c.beta > 0 else None
         self.reader = self.choose_reader(dtype)
         self.size = sum(p.numel() for p in self.model.parameters())
@@ -345,7 +348,24 @@ class Trainer:
             self.step, self.tokens, self.bad_steps = state["step"], state["tokens"], state["bad_steps"]
             self.optimizer.load(sorted(checkpoint.glob("optimizer-*.safetensors")))
 
+    def load_policy(self, checkpoint: Path | None, dtype):
+        """The model that learns: --model or, resumed, that of the checkpoint."""
+        c = self.config
+        if not c.lora:
+            model = load_model(checkpoint or c.model, self.device, dtype)
+            model.visual.requires_grad_(not c.freeze_vision)
+            return model
+        if (resolve(c.model) / "adapter_config.json").is_file():
+            raise InputError(f"--model {c.model}: is an adapter already; with --lora, --merge it first")
+        model = load_model(c.model, self.device, dtype)
+        add_lora(model, c.lora, c.lora_alpha, c.seed)
+        if checkpoint:
+            load_adapter(model, checkpoint)
+        return model
+
     def load_frozen(self, path: str, dtype):
+        if self.config.lora and path == self.config.model:
+            return without_lora(self.model)
         return load_model(path, self.device, dtype).eval().requires_grad_(False)
 
     def choose_reader(self, dtype):
@@ -552,7 +572,10 @@ class Trainer:
         try:
             if self.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
-                save_model(self.model, part, self.config.model)
+                if self.config.lora:
+                    save_adapter(self.model, part, self.config.model, self.config.lora_alpha)
+                else:
+                    save_model(self.model, part, self.config.model)
             all_gather([])                                      # the folder is there
             shard = f"optimizer-{self.rank + 1:05d}-of-{self.world:05d}.safetensors"
             save_file(self.optimizer.state(), part / shard)
@@ -834,6 +857,14 @@ def train_steps(t: Trainer, log: Log, asked: list) -> int:
     return 0 if t.progress() >= 1 else stopped
 
 
+def merge(c: TrainConfig):
+    """--model as a plain folder. InputError where that exists."""
+    if os.path.lexists(c.merge):
+        raise InputError(f"--merge {c.merge}: is there already; choose another")
+    save_model(load_model(c.model, "cpu", device_and_dtype("cpu", c.dtype)[1]), c.merge, c.model)
+    print(f"{c.merge}: the model, merged")
+
+
 def start(argv=None, trainer_class=Trainer, defaults: dict | None = None):
     """Flags in, run out; bad input ends with one line. defaults: by flag; flags that are given win."""
     try:
@@ -851,6 +882,8 @@ def start(argv=None, trainer_class=Trainer, defaults: dict | None = None):
             config.out = str(checkpoint.parent)
         elif has_run:
             raise ValueError(f"--out {config.out}: holds a run already; --resume it, or choose another")
+        if config.merge:
+            return merge(config)
         if config.check:
             training_data(config, rollout.load_codec(config.model, config.max_pixels))
             return print(f"{config.data}: all rows are good")

@@ -41,7 +41,7 @@ import rollout  # noqa: E402
 import train  # noqa: E402
 from experiments import trace  # noqa: E402
 from experiments.tables import RESULTS, attack as table  # noqa: E402
-from model import load_model  # noqa: E402
+from model import add_lora, load_model, save_adapter  # noqa: E402
 
 FILE, TINY, ABSENT = RESULTS / "attack.json", ROOT / "tiny", object()
 BAD = (ABSENT, None, "x", [], {}, 0, -1, 10 ** 9, float("nan"), 10 ** 40)
@@ -212,6 +212,24 @@ def models(folder):
         (bad / "model.safetensors.index.json").write_text(json.dumps({"weight_map": value}))
         yield f"weight_map {value}", use, ()
     remove(bad / "model.safetensors.index.json")
+    net = load_model(TINY)
+    add_lora(net, 2, 4.0)
+    save_adapter(net, bad, TINY, 4.0)
+    for label in edits(bad / "adapter_config.json", lambda: save_adapter(net, bad, TINY, 4.0)):
+        yield label, use, ()
+    save_adapter(net, bad, TINY, 4.0)
+    file = bad / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in list(tensors)[::7]:
+        for label, tensor in (("nan", tensors[name] * float("nan")), ("cut", tensors[name][:1].clone()),
+                              ("int8", tensors[name].to(torch.int8))):
+            save_file({**tensors, name: tensor}, file)
+            yield f"{name}: {label}", use, ()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for kind in ("fifo", "folder", "link"):
+            save_adapter(net, bad, TINY, 4.0) if not (bad / name).exists() else None
+            yield f"{name} is a {kind}", use, plant(kind, bad / name)
+            remove(bad / name)
     for template in TEMPLATES:
         (bad / "chat_template.json").write_text(json.dumps({"chat_template": template}))
         yield f"template {template!r:.40}", use, ()
@@ -394,7 +412,7 @@ def kills(folder):
         if test_all.exit_codes(test_all.start_ranks(out, kind, 1)) != [0]:
             raise RuntimeError(f"{out} did not end well")
 
-    for kind in ("sft", "grpo", "ivr"):
+    for kind in ("sft", "grpo", "ivr", "lora"):
         started = time.time()
         finish(folder / kind)
         seconds = time.time() - started

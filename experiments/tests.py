@@ -2,6 +2,7 @@
 import base64
 import contextlib
 import csv
+import importlib.util
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attribute  # noqa: E402
+import model as m  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
 import eval as evaluation  # noqa: E402
@@ -26,8 +28,8 @@ from experiments import (benchmarks, localisers, preview, qwen_folder, stepgrpo,
                          walkthrough)
 from experiments.stepgrpo import step_rar, step_reward_parts, step_rvr  # noqa: E402
 from reward import format_ok  # noqa: E402
-from test_all import (TINY, chain, close, data_file, main, raises, scratch, seams,  # noqa: E402
-                      segmentation, small_run, swapped, tiny_codec, tiny_model)
+from test_all import (TINY, chain, close, data_file, main, raises, reference_model, scratch,  # noqa: E402
+                      seams, segmentation, small_run, swapped, tiny_codec, tiny_model)
 from tiny import shapes  # noqa: E402
 
 
@@ -519,6 +521,22 @@ def test_real_vocabulary_from_files_to_transformers():
                         f"--device cpu --out {folder}/rows.jsonl".split())
         assert len(train.read_jsonl(folder / "rows.jsonl")) == 2
         AutoModelForImageTextToText.from_pretrained(ivr / "checkpoint-000001")
+
+
+# ---- LoRA under PEFT
+
+def test_peft_opens_an_adapter():
+    if not importlib.util.find_spec("peft") or not importlib.util.find_spec("accelerate"):
+        return print("skipped: pip install peft")
+    from peft import PeftModel
+    with scratch() as folder:
+        model, ids = tiny_model(), torch.arange(40)[None]
+        m.add_lora(model, 4, 8.0)
+        for name, p in model.named_parameters():
+            p.data += 0.1 * torch.randn_like(p) if name.endswith("lora_B") else 0
+        m.save_adapter(model, folder, TINY, 8.0)
+        opened = PeftModel.from_pretrained(reference_model(TINY), folder)
+        close(opened(input_ids=ids).logits, model(ids), 1e-4)
 
 
 # ---- tables.py
