@@ -90,7 +90,7 @@ class TrainConfig:
     gamma: float = 0.1                  # shape of their importance weight (0 = plain w)
     anneal: float = 0.4                 # the share of groups rectified falls to 0 over this last part
     # the optimiser
-    lr: float = 0.0                     # AdamW's rate after warm-up (0 = by the model's size)
+    lr: float = 0.0                     # AdamW's rate after warm-up (0 = by the model's size; LoRA: 10 x)
     lr_end: float = 1.0                 # share of lr left at the last step (linear decay; 1 = constant)
     warmup_steps: int = 2               # linear warm-up
     beta2: float = 0.98                 # AdamW's second-moment decay
@@ -340,7 +340,8 @@ class Trainer:
         self.reference = self.load_frozen(c.model, dtype) if c.beta > 0 else None
         self.reader = self.choose_reader(dtype)
         self.size = sum(p.numel() for p in self.model.parameters())
-        c.lr = c.lr or (1e-4 if self.size < 1e8 else {"rl": 1e-6, "sft": 1e-5}[c.stage])
+        rate = 1e-4 if self.size < 1e8 else {"rl": 1e-6, "sft": 1e-5}[c.stage]
+        c.lr = c.lr or (10 * rate if c.lora else rate)
         self.optimizer = Optimizer(self.model, c, self.rank, self.world)
         self.step = self.tokens = self.bad_steps = 0            # tokens: generated so far, over all ranks
         if checkpoint:
