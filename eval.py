@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 import rollout
-from model import InputError, check, load_model, read_json, reading, resolve
+from model import InputError, load_model, read_json, reading, require, resolve
 from reward import answers_match, extract_answer, format_ok
 from tiny.shapes import Stream
 
@@ -80,7 +80,7 @@ def check_flags(config):
     values, defaults = vars(config), {f.name: f.default for f in fields(config)}
     for f in fields(config):
         bounds = (0, 10) if f.type is float else (0, 10 ** 6)
-        check(f"--{f.name}", values[f.name], f.type, *BOUNDS.get(f.name, bounds))
+        require(f"--{f.name}", values[f.name], f.type, *BOUNDS.get(f.name, bounds))
         if values[f.name] not in CHOICES.get(f.name, (values[f.name],)):
             raise InputError(f"--{f.name} {values[f.name]}: must be one of {', '.join(CHOICES[f.name])}")
     for name, value, others in MEANINGLESS:
@@ -248,7 +248,7 @@ def known_rows(config: EvalConfig, rank: int) -> dict:
         with reading(f"--out {file}"):
             for row in train.read_jsonl(file):
                 for name, kind in (("id", str), ("groups", dict), ("correct", bool), ("format", bool)):
-                    check(f"--out {file}: field {name!r}", row[name], kind)
+                    require(f"--out {file}: field {name!r}", row[name], kind)
                 rows[row["id"], row["mode"], row["sample"]] = {**row, "extracted": row["extracted"]}
     other = [name for name in settings if rows and before.get(name) != settings[name]]
     if other:

@@ -49,13 +49,13 @@ def reading(where):
         raise InputError(text if text.startswith(str(where)) else f"{where}: {text}") from None
 
 
-def check(name: str, value, kind, low=0, high=0):
+def require(name: str, value, kind, low=0, high=0):
     """InputError, which begins with `name`, unless the value is of this type and a number within bounds (nan
     never is). kind tuple[...]: also a list, its items within bounds."""
     kinds = get_args(kind)
     if kinds and isinstance(value, (list, tuple)):
         for item in value:
-            check(name, item, kinds[0], low, high)
+            require(name, item, kinds[0], low, high)
         good = kinds[-1] is ... or len(value) == len(kinds)
     else:
         good = type(value) is kind or (kind is float and type(value) is int)
@@ -80,7 +80,7 @@ def fill(config_class, given: dict, where: str = ""):
         name = f"{where}: field {field.name.replace('v_', 'vision_config.', 1)!r}"
         if value is not None:
             default = (1e-12, 1e12) if "float" in str(field.type) else (1, 10 ** 8)
-            check(name, value, field.type, *BOUNDS.get(field.name, default))
+            require(name, value, field.type, *BOUNDS.get(field.name, default))
             values[field.name] = tuple(value) if isinstance(value, list) else value
         elif field.default is MISSING:
             raise ValueError(f"{name} is missing")
@@ -120,7 +120,7 @@ class Config:
         """From the hub's config.json, flat (as published) or nested (as transformers 5 writes it). ValueError
         names the file and the field."""
         for part in ("text_config", "vision_config", "rope_parameters", "rope_scaling"):
-            check(f"{where}: field {part!r}", c.get(part) or {}, dict)
+            require(f"{where}: field {part!r}", c.get(part) or {}, dict)
         text, vision = c.get("text_config") or c, c.get("vision_config") or {}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}    # the new name, the old name
         for name, value, supported in (
@@ -786,9 +786,9 @@ def load_merged(folder: Path, device, dtype) -> Qwen25VL:
     of another form than `save_adapter` writes."""
     config, where = read_json(folder / "adapter_config.json"), f"{folder / 'adapter_config.json'}: field"
     base, r, alpha = (config.get(name) for name in ("base_model_name_or_path", "r", "lora_alpha"))
-    check(f"{where} 'base_model_name_or_path'", base, str)
-    check(f"{where} 'r'", r, int, 1, 4096)
-    check(f"{where} 'lora_alpha'", alpha, float, 1e-6, 1e6)
+    require(f"{where} 'base_model_name_or_path'", base, str)
+    require(f"{where} 'r'", r, int, 1, 4096)
+    require(f"{where} 'lora_alpha'", alpha, float, 1e-6, 1e6)
     if (resolve(base) / "adapter_config.json").exists() or config.get("use_rslora") or config.get("use_dora"):
         raise InputError(f"{where}s: an adapter of an adapter, rsLoRA and DoRA are not supported")
     model = load_model(base, device, dtype)

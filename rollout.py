@@ -40,8 +40,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import reward
-from model import (Config, ImageConfig, InputError, KVCache, Qwen25VL, SharedPrompt, check, load_image_config,
-                   preprocess_image, read_json, reading, resolve, smart_resize)
+from model import (Config, ImageConfig, InputError, KVCache, Qwen25VL, SharedPrompt, load_image_config,
+                   preprocess_image, read_json, reading, require, resolve, smart_resize)
 
 INSTRUCTION = ("First think inside <think> </think>, one step a line, checking each step against the image. "
                "Then give only the final answer inside <answer> </answer>.")
@@ -329,7 +329,7 @@ def load_codec(path_or_id: str, max_pixels: int = 0) -> Codec:
     if (folder / "generation_config.json").is_file():
         eos = read_json(folder / "generation_config.json").get("eos_token_id") or eos
     eos = tuple(eos) if isinstance(eos, list) else (eos,)
-    check(f"{folder}: eos token of generation_config.json or tokenizer", eos, tuple[int, ...], 0, size - 1)
+    require(f"{folder}: eos token of generation_config.json or tokenizer", eos, tuple[int, ...], 0, size - 1)
     pad_id = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     specials = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     mask = torch.zeros(config.vocab_size)

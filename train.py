@@ -42,8 +42,8 @@ import rereason
 import reward
 import rollout
 from eval import check_flags, evaluate, headline, is_tiny, load_data, report, summarise
-from model import (InputError, add_lora, check, load_adapter, load_model, read_json, read_tensors, reading,
-                   resolve, save_adapter, save_model, without_lora)
+from model import (InputError, add_lora, load_adapter, load_model, read_json, read_tensors, reading,
+                   require, resolve, save_adapter, save_model, without_lora)
 from tiny import shapes
 
 
@@ -630,7 +630,7 @@ def last_intact(folder: Path) -> Path:
             with reading(file):
                 state = read_json(file)
                 for name in ("step", "tokens", "bad_steps"):
-                    check(f"{file}: field {name!r}", state.get(name), int, 0, 10 ** 15)
+                    require(f"{file}: field {name!r}", state.get(name), int, 0, 10 ** 15)
                 for name, size in state["files"].items():
                     if (checkpoint / name).stat().st_size != size:
                         raise ValueError(f"{checkpoint / name}: was cut")
