@@ -60,7 +60,7 @@ class EvalConfig:
 # ---- Flags, of train.py too: bounds of numbers (of other integers 0 and 10^6, of other floats 0 and 10), the
 # choices of texts, and what a flag makes meaningless
 
-POSITIVE = ("max_steps", "batch", "micro_rows", "keep", "max_bad_steps", "updates_per_batch")
+POSITIVE = ("max_steps", "batch", "micro_tokens", "keep", "max_bad_steps", "updates_per_batch")
 SHARES = ("clip_low", "format_weight", "anneal", "lr_end", "erosion_first", "erosion_ninth")
 BOUNDS = {**dict.fromkeys(POSITIVE, (1, 10 ** 6 - 1)), **dict.fromkeys(SHARES, (0, 1)),
           **dict.fromkeys(("samples", "eval_samples"), (0, 4096)), "max_tokens": (0, 10 ** 12),

@@ -358,8 +358,8 @@ class FullAttention:
 
     def __init__(self, attention_mask, keep_kv: bool = False):
         self.kv = {} if keep_kv else None
-        T, no_padding = attention_mask.shape[1], attention_mask.all()
-        self.mask = None if no_padding else causal_mask(attention_mask.bool(), T)
+        on_the_right = attention_mask[:, 0].all()       # then nothing real comes after padding
+        self.mask = None if on_the_right else causal_mask(attention_mask.bool(), attention_mask.shape[1])
 
     def attend(self, layer: int, q, k, v):
         if self.kv is not None:

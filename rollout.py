@@ -599,17 +599,55 @@ def prefill(model, prompts: list[Prompt], group_size: int, prefixes: list, max_n
 
 # ---- The training forward
 
-def completion_hidden(model: Qwen25VL, prompts: list[Prompt], completions: list[list], pad_id: int):
-    """R lists of tokens and the prompt each continues, computed once where rows share it -> what predicts
-    them, hidden (R, T, D), targets (R, T), completion_mask (R, T). Gradients flow through both."""
-    unique = list(dict.fromkeys(prompts))                       # by identity
-    last, prompt_kv, prompt_mask, start = prefill_prompts(model, unique, pad_id)
-    prompt_of_row = torch.tensor([unique.index(prompt) for prompt in prompts], device=last.device)
+class PromptPass:
+    """Distinct prompts, computed once for the rows that continue them."""
+
+    def __init__(self, model: Qwen25VL, prompts: list[Prompt], pad_id: int):
+        self.place = {prompt: n for n, prompt in enumerate(prompts)}            # by identity
+        self.last, self.kv, self.mask, self.start = prefill_prompts(model, prompts, pad_id)
+
+    def cut(self):
+        """From now on backward passes of rows end here, at leaves that gather their gradients."""
+        self.computed = [self.last, *sum(self.kv.values(), ())]
+        self.leaves = [tensor.detach().requires_grad_() for tensor in self.computed]
+        self.last, *rest = self.leaves
+        self.kv = dict(zip(self.kv, zip(rest[::2], rest[1::2])))
+
+    def backward(self):
+        """What has gathered goes on through the prompts: graphs of rows and of prompts are never in memory at
+        once."""
+        reached = [n for n, leaf in enumerate(self.leaves) if leaf.grad is not None]
+        torch.autograd.backward([self.computed[n] for n in reached], [self.leaves[n].grad for n in reached])
+
+
+def micro_batches(model: Qwen25VL, prompts: list[Prompt], completions: list[list], pad_id: int, budget: int):
+    """For training: yields (indices of some rows, the pass of their prompts), both of at most `budget` padded
+    tokens, rows of like length together. The caller does the rows' backward pass; after the last rows of
+    some prompts these prompts' own follows."""
+    unique = list(dict.fromkeys(prompts))
+    for chunk in token_batches([len(prompt.ids) for prompt in unique], budget):
+        prompt_pass = PromptPass(model, [unique[n] for n in chunk], pad_id)
+        prompt_pass.cut()
+        rows = [n for n, prompt in enumerate(prompts) if prompt in prompt_pass.place]
+        rows.sort(key=lambda n: len(completions[n]))
+        for part in token_batches([len(completions[n]) for n in rows], budget):
+            yield [rows[n] for n in part], prompt_pass
+        prompt_pass.backward()
+
+
+def completion_hidden(model: Qwen25VL, prompts: list[Prompt], completions: list[list], pad_id: int,
+                      prompt_pass: PromptPass | None = None):
+    """R lists of tokens and the prompt each continues -> what predicts them, hidden (R, T, D), targets
+    (R, T), completion_mask (R, T). Prompts are computed once where rows share them, or were in prompt_pass.
+    Gradients flow through both."""
+    prompt_pass = prompt_pass or PromptPass(model, list(dict.fromkeys(prompts)), pad_id)
+    last, start = prompt_pass.last, prompt_pass.start
+    prompt_of_row = torch.tensor([prompt_pass.place[prompt] for prompt in prompts], device=last.device)
     targets, mask = pad(completions, pad_id, device=last.device)
     inputs = targets[:, :-1]                                    # the last token predicts nothing
     hidden = last[prompt_of_row][:, None]                       # (R, 1, D) predicts the first token
     if inputs.shape[1]:
-        context = SharedPrompt(prompt_kv, prompt_mask, prompt_of_row, mask[:, :-1])
+        context = SharedPrompt(prompt_pass.kv, prompt_pass.mask, prompt_of_row, mask[:, :-1])
         positions = start[prompt_of_row][:, None] + torch.arange(inputs.shape[1], device=last.device)
         hidden = torch.cat((hidden, model.rows_hidden(inputs, positions, context)), dim=1)
     return hidden, targets, mask
@@ -624,7 +662,7 @@ def token_logps(hidden, head_weight, targets, logit_mask, temperature=1.0, chunk
         logps = logits.log_softmax(-1)
         spread = logps.new_zeros(len(targets))
         if entropy:
-            spread = -(logps.exp() * logps.clamp(min=-1e4)).sum(-1).detach()
+            spread = -(logps.detach().exp() * logps.detach().clamp(min=-1e4)).sum(-1)
         return logps.gather(1, targets[:, None])[:, 0], spread
 
     parts = []
@@ -643,9 +681,10 @@ def next_logps(model, codec: Codec, hidden):
     return logits.log_softmax(-1).clamp(min=-1e4)
 
 
-def completion_logps(model: Qwen25VL, codec: Codec, prompts: list, completions: list, entropy: bool = False):
+def completion_logps(model: Qwen25VL, codec: Codec, prompts: list, completions: list, entropy: bool = False,
+                     prompt_pass: PromptPass | None = None):
     """As `completion_hidden` -> logps, entropies (zeros unless asked for), completion_mask, all (R, T)."""
-    hidden, targets, mask = completion_hidden(model, prompts, completions, codec.pad_id)
+    hidden, targets, mask = completion_hidden(model, prompts, completions, codec.pad_id, prompt_pass)
     logit_mask = codec.logit_mask.to(hidden.device)
     found, spread = token_logps(hidden[mask], model.head_weight, targets[mask], logit_mask, entropy=entropy)
     zeros = torch.zeros_like(mask, dtype=torch.float32)

@@ -373,6 +373,29 @@ def test_prompts_and_images_are_computed_once():
     assert patches == [once] * 3 and tokens == [whole, whole, (64, 1), whole, (8, 2)]
 
 
+def test_micro_batches_hold_what_fits_and_prompts_once():
+    """Whatever the budget: the gradient of one plain backward pass, each row once, each prompt once."""
+    net, codec, _, groups, rows = random_rollouts()
+    net, prompts, ids = copy.deepcopy(net), [t.prompt for t in rows], [t.ids[:3 + n] for n, t in enumerate(rows)]
+    rollout.completion_logps(net, codec, prompts, ids)[0].sum().backward()
+    plain = {name: p.grad for name, p in net.named_parameters()}
+    longest, decoder = max(len(prompt.ids) for prompt in prompts), net.model.forward
+    for budget, passes in ((9999, 1), (2 * longest, None), (30, 4)):
+        net.zero_grad()
+        seen, sizes = [], []
+        with swapped(net.model, "forward", lambda x, *rest: sizes.append(x.shape[:2]) or decoder(x, *rest)):
+            for part, prompt_pass in rollout.micro_batches(net, prompts, ids, codec.pad_id, budget):
+                some = [prompts[n] for n in part], [ids[n] for n in part]
+                rollout.completion_logps(net, codec, *some, prompt_pass=prompt_pass)[0].sum().backward()
+                seen += part
+                assert len(part) * max(len(ids[n]) for n in part) <= budget or len(part) == 1
+        assert sorted(seen) == list(range(len(rows)))
+        computed = [size for size in sizes if size[1] > 20]
+        assert sum(size[0] for size in computed) == len(groups) and passes in (None, len(computed))
+        for name, p in net.named_parameters():
+            close(p.grad, plain[name], 1e-4 * max(1.0, plain[name].abs().max().item()))
+
+
 def test_next_token_follows_the_distribution():
     logits, free = torch.tensor([[0.2, 0.5, 0.3, 0.0]]).log().clamp(min=-1e9), torch.zeros(4)
     token, logp = rollout.next_token(logits, free, 1.0, torch.tensor([0.65]))
@@ -1995,7 +2018,7 @@ SMALL = {"model": TINY, "data": "tiny:steps=3,kinds=tiles+bars", "max_steps": 2,
          "show_every": 0, "device": "cpu"}
 KINDS = {"sft": {"stage": "sft"},
          "ivr": {"rectify_below": 1.0, "data": "tiny:steps=6,kinds=tiles+bars", "max_new_tokens": 70},
-         "grpo": {"algo": "grpo", "beta": 0.1, "updates_per_batch": 2, "micro_rows": 5, "max_steps": 1}}
+         "grpo": {"algo": "grpo", "beta": 0.1, "updates_per_batch": 2, "micro_tokens": 200, "max_steps": 1}}
 KINDS["lora"] = {**KINDS["ivr"], "lora": 4, "beta": 0.1, "max_steps": 1}
 FORK = multiprocessing.get_context("fork")
 
@@ -2219,7 +2242,7 @@ def test_damaged_checkpoints_and_a_full_disk():
 def test_ivr_without_repairs_is_grpo_whatever_the_micro_batches():
     with scratch() as folder:
         small_run(folder / "grpo", algo="grpo")
-        small_run(folder / "ivr", rectify_below=-1.0, credit="rollout", micro_rows=3,
+        small_run(folder / "ivr", rectify_below=-1.0, credit="rollout", micro_tokens=120,
                   activation_checkpointing=True)
         for row in metrics(folder / "ivr"):
             assert row["sources"] == row["repair_tokens"] == 0 < row["grad_norm"]
@@ -2238,6 +2261,7 @@ def test_first_update_is_the_plain_policy_gradient():
     rows[0].provenance = "restart"                          # at a ratio of 1 a template weighs the same
     with swapped(optimizer, "step", lambda lr: 0.0):
         stats = trainer.update(groups, 0.0)
+    found, optimizer.grads = optimizer.grads, {}            # where the hooks put those below
     assert abs(stats["ratio"] - 1) < 1e-4 and stats["clip_fraction"] == 0 and abs(stats["kl_old"]) < 1e-6
     for t in rows:
         p, size = t.prompt, len(t.ids)
@@ -2246,8 +2270,9 @@ def test_first_update_is_the_plain_policy_gradient():
         entropy -= (logps.exp() * logps.clamp(min=-99)).sum().item() * (t is not rows[0])
         (-t.advantage * logps[range(size), t.ids].sum() / (3 * 3 * 24)).backward()
     close(stats["entropy"], entropy / sum(len(t.ids) for t in rows[1:]), 1e-4)
-    for name, p in net.named_parameters():
-        close(optimizer.grads[name], p.grad, 1e-4 * max(1.0, p.grad.abs().max().item()))
+    for name, grad in optimizer.grads.items():
+        close(found[name], grad, 1e-4 * max(1.0, grad.abs().max().item()))
+    assert found.keys() == optimizer.grads.keys() == dict(net.named_parameters()).keys()
 
 
 def test_tokens_of_every_kind_are_counted():
@@ -2277,9 +2302,9 @@ def test_optimizer_shards_and_masters():
     assert abs(sum(sizes[name] for name in two.masters) - half) <= max(sizes.values()) / 2
     before = {name: p.detach().float() for name, p in one.params.items()}
     for part in (1.0, 2 ** -9):
-        for p in one.params.values():
+        for name, p in one.params.items():
             p.grad = torch.full_like(p, part)
-        one.accumulate()
+            one.fold(name, p)
     assert all((grad == 1 + 2 ** -9).all() for grad in one.grads.values())
     close(one.step(1e-4), norm * (1 + 2 ** -9), 0.1)
     for name, p in one.params.items():                      # Adam's first step is lr, whatever the norm
@@ -2352,7 +2377,7 @@ def test_supervised_stage_learns_from_a_file():
         text = "<think>black 1</think><answer>black</answer>"
         data, length = data_file(folder, demonstration=text), len(rollout.token_ids(text, tiny_codec())) + 1
         small_run(folder / "run", stage="sft", data=str(data), max_steps=99, max_tokens=32 * length, lr=3e-3,
-                  micro_rows=3)
+                  micro_tokens=120)
         losses = [row["loss"] for row in metrics(folder / "run")]
         assert len(losses) == 8 and losses[-1] < 0.3 * losses[0], losses
         flags = small_flags(folder / "new", stage="sft", data=data, max_new_tokens=length - 1)

@@ -28,6 +28,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ class TrainConfig:
     max_prompt_tokens: int = 16384      # a longer prompt is an error
     max_pixels: int = 0                 # larger images are scaled down to this area (0 = the checkpoint's)
     updates_per_batch: int = 1          # optimiser steps on each rollout batch
-    micro_rows: int = 256               # sequences a forward-backward pass
+    micro_tokens: int = 65536           # padded tokens a forward-backward pass, of prompts and of completions
     # the objective
     use_std: bool = False               # divide advantages by the group's standard deviation
     clip_low: float = 0.2               # the ratio is clipped to 1 - clip_low ...
@@ -250,15 +251,17 @@ class Optimizer:
         matrices = [master for master in self.masters.values() if master.dim() > 1]
         vectors = [master for master in self.masters.values() if master.dim() <= 1]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, c.beta2), weight_decay=c.weight_decay)
+        fused = any(master.is_cuda for master in self.masters.values())         # no temporary copies of all
+        self.adamw = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, c.beta2), weight_decay=c.weight_decay,
+                                       fused=fused)
         self.grads = {}                                         # fp32 sums over the micro-batches of a step
-
-    def accumulate(self):
-        """After each backward pass."""
         for name, p in self.params.items():
-            if p.grad is not None:
-                self.grads[name] = self.grads[name].add_(p.grad) if name in self.grads else p.grad.float()
-                p.grad = None
+            p.register_post_accumulate_grad_hook(partial(self.fold, name))
+
+    def fold(self, name: str, p):
+        """A gradient goes into its sum as soon as it is there, so that few are in memory at once."""
+        self.grads[name] = self.grads[name].add_(p.grad) if name in self.grads else p.grad.float()
+        p.grad = None
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
@@ -461,8 +464,9 @@ class Trainer:
         normaliser = self.world * share * c.group_size * c.max_new_tokens
         for first in range(0, len(groups), share):
             rows = [t for t in sum(groups[first:first + share], []) if grpo.has_gradient(t, c.beta)]
-            for start in range(0, len(rows), c.micro_rows):
-                for name, value in self.backward(rows[start:start + c.micro_rows], normaliser).items():
+            prompts, ids = [t.prompt for t in rows], [t.ids for t in rows]
+            for part, prompt_pass in self.micro_batches(prompts, ids):
+                for name, value in self.backward([rows[n] for n in part], prompt_pass, normaliser).items():
                     sums[name] += value
             norms.append(self.optimizer.step(lr))
         loss, tokens, *totals = all_sum(list(sums.values()))
@@ -471,10 +475,14 @@ class Trainer:
             metrics[name] = total / tokens if tokens else None
         return metrics
 
-    def backward(self, rows: list, normaliser: float) -> dict:
+    def micro_batches(self, prompts: list, completions: list):
+        return rollout.micro_batches(self.model, prompts, completions, self.codec.pad_id,
+                                     self.config.micro_tokens)
+
+    def backward(self, rows: list, prompt_pass, normaliser: float) -> dict:
         """Loss and gradients of one micro-batch of trajectories."""
         c, inputs = self.config, (self.codec, [t.prompt for t in rows], [t.ids for t in rows])
-        logps, entropy, _ = rollout.completion_logps(self.model, *inputs, entropy=True)         # (R, T)
+        logps, entropy, _ = rollout.completion_logps(self.model, *inputs, True, prompt_pass)    # (R, T)
         with torch.no_grad():
             ref_logps = rollout.completion_logps(self.reference, *inputs)[0] if self.reference else None
         batch = grpo.collate(rows, self.device)
@@ -482,7 +490,6 @@ class Trainer:
                                        clip_high=c.clip_high, dual_clip=c.dual_clip, beta=c.beta,
                                        ref_logps=ref_logps, lambda_r=c.lambda_r, gamma=c.gamma)
         loss.backward()
-        self.optimizer.accumulate()
         on_policy = (batch["weights"] > 0) & ~batch["rectified"]
         stats |= {"loss": loss, "entropy": (entropy * on_policy).sum()}
         return {name: value.item() for name, value in stats.items()}
@@ -496,12 +503,11 @@ class Trainer:
         self.tokens += int(total)
         self.model.train()
         loss_sum = 0.0
-        for start in range(0, len(problems), c.micro_rows):
-            part = slice(start, start + c.micro_rows)
-            logps, _, _ = rollout.completion_logps(self.model, self.codec, prompts[part], completions[part])
+        for part, prompt_pass in self.micro_batches(prompts, completions):
+            inputs = [prompts[n] for n in part], [completions[n] for n in part]
+            logps, _, _ = rollout.completion_logps(self.model, self.codec, *inputs, prompt_pass=prompt_pass)
             loss = -logps.sum() / total
             loss.backward()
-            self.optimizer.accumulate()
             loss_sum += loss.item()
         norm = self.optimizer.step(lr)
         return {"loss": all_sum([loss_sum])[0], "grad_norm": norm, "lr": lr}
