@@ -356,10 +356,11 @@ class FullAttention:
     """Causal attention within whole sequences padded left or right: attention_mask (B, T). With `keep_kv`
     (prefill) it keeps keys and values in kv: layer -> (k, v), each (B, K, T, d)."""
 
-    def __init__(self, attention_mask, keep_kv: bool = False):
+    def __init__(self, attention_mask, keep_kv: bool = False, device=None):
         self.kv = {} if keep_kv else None
-        on_the_right = attention_mask[:, 0].all()       # then nothing real comes after padding
-        self.mask = None if on_the_right else causal_mask(attention_mask.bool(), attention_mask.shape[1])
+        self.mask = None
+        if not attention_mask[:, 0].all():              # else nothing real comes after padding
+            self.mask = causal_mask(attention_mask.bool(), attention_mask.shape[1]).to(device)
 
     def attend(self, layer: int, q, k, v):
         if self.kv is not None:
@@ -559,18 +560,21 @@ class Qwen25VL(nn.Module):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def prompt_hidden(self, input_ids, attention_mask, pixel_values, image_grid_thw, keep_kv: bool = False):
-        """Whole sequences (arguments as for `forward`) -> (hidden (B, T, D), the context, which holds their
-        keys and values if `keep_kv`, the next position of each (B,))."""
-        c = self.config
+        """Whole sequences (arguments as for `forward`; on the CPU they do not halt a GPU) -> (hidden
+        (B, T, D), the context, which holds their keys and values if `keep_kv`, the next positions (B,))."""
+        c, device = self.config, self.head_weight.device
         grids = [] if image_grid_thw is None else image_grid_thw.tolist()
         positions, next_position = mrope_positions(input_ids, attention_mask, grids, c.image_token_id,
                                                    c.v_spatial_merge_size)
+        input_ids = input_ids.to(device)
         x = self.model.embed_tokens(input_ids)
         if pixel_values is not None:
-            features = self.visual(pixel_values, image_grid_thw, self.activation_checkpointing)     # (M, D)
-            x = x.masked_scatter((input_ids == c.image_token_id)[..., None], features.to(x.dtype))
-        context = FullAttention(attention_mask, keep_kv)
-        return self.model(x, positions, context, self.activation_checkpointing), context, next_position
+            pixels, is_image = pixel_values.to(device), input_ids == c.image_token_id
+            features = self.visual(pixels, image_grid_thw, self.activation_checkpointing)           # (M, D)
+            x = x.masked_scatter(is_image[..., None], features.to(x.dtype))
+        context = FullAttention(attention_mask, keep_kv, device)
+        hidden = self.model(x, positions.to(device), context, self.activation_checkpointing)
+        return hidden, context, next_position.to(device)
 
     def rows_hidden(self, input_ids, position_ids, context):
         """Text tokens (R, T) that continue their prompts, position_ids (R, T) -> hidden (R, T, D)."""

@@ -318,9 +318,8 @@ def load_codec(path_or_id: str, max_pixels: int = 0) -> Codec:
     template = tokenizer.chat_template
     if not template or not isinstance(template, str) or len(template) > 100_000:
         raise ValueError(f"{folder}: chat_template.json and tokenizer have no chat template, or a long one")
-    for piece in re.split(r"\{[{%]", template)[1:]:         # 9 ** 9 ** 9 could not be interrupted
-        if re.search(r"\*|\d{6}", re.split(r"[%}]\}", piece, maxsplit=1)[0]):
-            raise ValueError(f"{folder}: the chat template multiplies, or has numbers of six digits")
+    if re.search(r"\{[{%](?:(?![%}]\}).)*?(\*|\d{6})", template, re.S):      # 9 ** 9 ** 9 never ends
+        raise ValueError(f"{folder}: the chat template multiplies, or has numbers of six digits")
     if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
         raise ValueError(f"{folder}: the tokenizer's <|image_pad|> is not image_token_id of config.json")
     if size > config.vocab_size:
@@ -531,12 +530,14 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
         counts[alive] += room > step
         room = room.masked_fill(torch.isin(token, end_ids), 0)
         if device.type == "cpu" or step % 4 == 3:               # on a GPU the question costs a sync
-            active = (room > step + 1).view(-1, group_size).any(1)      # (prompts in the cache,)
-            if not active.any():
+            active = (room > step + 1).view(-1, group_size).any(1).tolist()     # by prompt in the cache
+            kept = [n for n, is_active in enumerate(active) if is_active]
+            if not kept:
                 break
-            if active.sum() <= 0.9 * len(active):               # groups that ended leave
-                cache.keep_prompts(active.nonzero()[:, 0])
-                rows = active.repeat_interleave(group_size)
+            if len(kept) <= 0.9 * len(active):                  # groups that ended leave
+                kept = torch.tensor(kept, device=device)
+                cache.keep_prompts(kept)
+                rows = (kept[:, None] * group_size + torch.arange(group_size, device=device)).flatten()
                 alive, room, token, position = alive[rows], room[rows], token[rows], position[rows]
         last = model.next_hidden(token[:, None], (position + step)[:, None], cache)[:, 0]
     groups = [[] for _ in problems]
@@ -569,15 +570,14 @@ def next_token(logits, logit_mask, temperature: float, uniform=None):
 
 def prefill_prompts(model: Qwen25VL, prompts: list[Prompt], pad_id: int):
     """Vision and prompts -> last hidden (B, D), keys and values by layer, mask (B, P), next position (B,)."""
-    device = model.head_weight.device
-    ids, mask = pad([prompt.ids for prompt in prompts], pad_id, device=device)              # (B, P)
+    ids, mask = pad([prompt.ids for prompt in prompts], pad_id)                             # (B, P)
     pixels = [prompt.pixel_values for prompt in prompts if prompt.grids]
     grids = [grid for prompt in prompts for grid in prompt.grids]
-    pixels = torch.cat(pixels).to(device) if pixels else None                               # (N, features)
-    grids = torch.tensor(grids, device=device) if grids else None                           # (images, 3)
+    pixels = torch.cat(pixels) if pixels else None                                          # (N, features)
+    grids = torch.tensor(grids) if grids else None                                          # (images, 3)
     hidden, context, next_position = model.prompt_hidden(ids, mask, pixels, grids, keep_kv=True)
-    last = hidden[torch.arange(len(prompts), device=device), mask.sum(1) - 1]
-    return last, context.kv, mask, next_position
+    last = hidden[torch.arange(len(prompts)), mask.sum(1) - 1]
+    return last, context.kv, mask.to(last.device), next_position
 
 
 def prefill(model, prompts: list[Prompt], group_size: int, prefixes: list, max_new_tokens: int, codec):

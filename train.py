@@ -274,8 +274,8 @@ class Optimizer:
                 dist.reduce(grad, self.owner[name])
             if name in self.masters:
                 self.masters[name].grad = grad
-                squares += grad.norm().item() ** 2
-        norm = math.sqrt(all_sum([squares])[0])
+                squares += grad.norm().double() ** 2        # on a GPU each question for a number is a halt
+        norm = math.sqrt(all_sum([float(squares)])[0])
         # rates that are not finite spoil a step as gradients do
         norm += 0.0 * (lr + sum(group["weight_decay"] for group in self.adamw.param_groups))
         if math.isfinite(norm):
@@ -284,8 +284,8 @@ class Optimizer:
             for master in self.masters.values():
                 master.grad.mul_(min(1.0, self.max_grad_norm / (norm + 1e-6)))
             self.adamw.step()
-            finite = [master.isfinite().all().item() for master in self.masters.values()]
-            if all_sum([finite.count(False)])[0]:
+            spoilt = sum((~master.isfinite().all()).float() for master in self.masters.values())
+            if all_sum([float(spoilt)])[0]:
                 raise FloatingPointError("the update makes weights that are not finite: lower --lr")
             for name, p in self.params.items():
                 if name in self.masters:
@@ -619,10 +619,10 @@ def check_folder(out: Path):
     files = list(out.iterdir()) if out.is_dir() else []
     ours = all(re.fullmatch(r"config\.json\.\d+\.new", file.name) for file in files)     # killed at once
     with contextlib.suppress(ValueError):
-        ours = ours or read_json(out / "config.json").keys() >= {"stage", "algo", "max_steps"}
+        ours |= read_json(out / "config.json").keys() >= {"stage", "algo", "max_steps"}
     for file in files:
-        plain = not file.is_symlink() and (file.is_file() or file.is_dir())
-        ours = ours and (plain or not re.fullmatch(OURS, file.name))
+        if re.fullmatch(OURS, file.name) and (file.is_symlink() or not (file.is_file() or file.is_dir())):
+            ours = False
     if not ours:
         raise InputError(f"--out {out}: is not a run's folder, or holds links or the like; choose another")
 

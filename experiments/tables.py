@@ -109,7 +109,8 @@ def instruction() -> str:
 
 
 def rates() -> str:
-    rows = [list(r.values()) for r in load("localisers.json").get("rates", ())]
+    """Where there are twenty steps or more."""
+    rows = [list(r.values()) for r in load("localisers.json")["rates"] if r["right"] + r["wrong"] >= 20]
     return markdown(["steps by", "", "right", "wrong", "false alarms", "found"], rows)
 
 
@@ -139,6 +140,17 @@ def mutants() -> str:
     return markdown(["file", "faults", "noticed"], rows)
 
 
+def gpu() -> str:
+    """A row an update or a sampling at real size."""
+    rows = []
+    for name, r in load("gpu.json")["rows"].items():
+        if "peak" in r:
+            share = f"{100 * r['matmul_share']:.0f} %" if "matmul_share" in r else "-"
+            rows.append([name, f"{r['peak']:.1f}", r["limit"], f"{r['kernels']:,.0f}",
+                         f"{1000 * r['seconds']:,.0f}", share, f"{r['syncs']:g}"])
+    return markdown(["", "peak, GiB", "limit", "kernels", "modelled ms", "in matrix products", "halts"], rows)
+
+
 def attack() -> str:
     found = load("attack.json")
     rows = [[area, r["cases"], len(r["failures"]), r["seconds"]] for area, r in found.items()]
@@ -146,7 +158,7 @@ def attack() -> str:
     return markdown(["area", "cases", "failures", "seconds"], [*rows, ["all", *totals]])
 
 
-TABLES = {"attack": attack, "main": main_job, "study": study, "greedy": greedy, "digits": digits,
+TABLES = {"attack": attack, "gpu": gpu, "main": main_job, "study": study, "greedy": greedy, "digits": digits,
           "localisers": localisers, "localisers_greedy": localisers_greedy, "instruction": instruction,
           "rates": rates, "repairs": repairs, "reader_cost": reader_cost, "speed": speed,
           "mutants": mutants}

@@ -8,6 +8,8 @@ import itertools
 import json
 import math
 import re
+import shutil
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -24,7 +26,7 @@ import model as m  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
 import eval as evaluation  # noqa: E402
-from experiments import (benchmarks, localisers, preview, qwen_folder, stepgrpo, tables, trace,  # noqa: E402
+from experiments import (benchmarks, gpu, localisers, preview, qwen_folder, stepgrpo, tables, trace,  # noqa: E402
                          walkthrough)
 from experiments.stepgrpo import step_rar, step_reward_parts, step_rvr  # noqa: E402
 from reward import format_ok  # noqa: E402
@@ -521,6 +523,28 @@ def test_real_vocabulary_from_files_to_transformers():
                         f"--device cpu --out {folder}/rows.jsonl".split())
         assert len(train.read_jsonl(folder / "rows.jsonl")) == 2
         AutoModelForImageTextToText.from_pretrained(ivr / "checkpoint-000001")
+
+
+# ---- gpu.py
+
+def test_gpu_simulated():
+    """No operation on tensors of two devices, few halts, images encoded once, memory within the limit; and
+    planted faults are noticed."""
+    if not shutil.which("g++"):
+        return print("skipped: there is no g++")
+    small, real, found = "a step of the tiny model", "for the test", {}
+    with scratch() as folder:
+        library = gpu.compile_guard(folder)
+        for job, fault in ((small, None), (small, "to the CPU"), (small, "a number a token"), (real, None),
+                           (real, "all kept")):
+            found[job, fault] = gpu.start_job(job, library, *(["--fault", fault] if fault else []))
+        raises(subprocess.CalledProcessError, "", gpu.start_job, small, library, "--fault", "left on the CPU")
+    whole, update = found[small, None], found[real, None]
+    assert whole["encoded a problem and step"] == 1 and whole["halts a decode step"] < 0.3, whole
+    for fault in ("to the CPU", "a number a token"):
+        assert found[small, fault]["halts a decode step"] > 0.9
+    assert update["peak"] <= update["limit"] and update["step_syncs"] <= 2, update
+    assert found[real, "all kept"]["peak"] > update["limit"]
 
 
 # ---- LoRA under PEFT
