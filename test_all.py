@@ -2371,6 +2371,26 @@ def test_collapse_is_warned_of():
         assert list(train.warnings_of({**stuck, "sources": sources, "repaired": repaired}, stuck)) == kinds
 
 
+def test_memory_is_said_and_what_can_not_fit_refused():
+    """Weights twice with a reader; 12 bytes for each number that learns, over the ranks, and 4 on each."""
+    with scratch() as folder, contextlib.redirect_stdout(io.StringIO()) as said:
+        trainer = small_trainer(folder)
+        c, N = trainer.config, trainer.size
+        for changes, copies, trained in (({}, 2, N), ({"algo": "grpo"}, 1, N), ({"reader": "policy"}, 1, N),
+                                         ({"lora": 4}, 1, 4 * 4 * 2432), ({"algo": "grpo", "beta": 1.0}, 2, N)):
+            parts = train.memory_needed(trainer.model.config, replace(c, **changes), 2, 4)
+            close(parts["weights"], copies * 4 * N / 2 ** 30, 1e-9)
+            close(parts["masters and moments"], 6 * trained / 2 ** 30, 1e-9)
+            close(parts["gradients"], 4 * trained / 2 ** 30, 1e-9)
+            update, sampling = parts["gradients"] + parts["activations"], parts["sampled keys and values"]
+            rest = parts["weights"] + parts["masters and moments"]
+            close(parts["in all"], rest + max(update, sampling), 1e-9)
+        close(sampling, 8 * 2 * 4 * 64 * 40 * 4 / 2 ** 30, 1e-9)        # rows, k and v, layers, width, tokens
+        trainer.check_memory(4, 2 ** 40)
+        assert "needs, in GiB" in said.getvalue()
+        raises(m.InputError, ["--model", "--lora"], trainer.check_memory, 4, 2 ** 20)
+
+
 def test_supervised_stage_learns_from_a_file():
     """The loss falls; tokens of demonstrations are counted, and may end the run."""
     with scratch() as folder:

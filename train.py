@@ -43,8 +43,8 @@ import rereason
 import reward
 import rollout
 from eval import check_flags, evaluate, headline, is_tiny, load_data, report, summarise
-from model import (InputError, add_lora, load_adapter, load_model, read_json, read_tensors, reading,
-                   require, resolve, save_adapter, save_model, without_lora)
+from model import (Config, InputError, Qwen25VL, add_lora, load_adapter, load_model, read_json, read_tensors,
+                   reading, require, resolve, save_adapter, save_model, without_lora)
 from tiny import shapes
 
 
@@ -236,6 +236,30 @@ def stop_signals():
             signal.signal(number, handler)
 
 
+def memory_needed(config, c: TrainConfig, world: int, bytes_each: int) -> dict:
+    """GiB of a rank at its fullest, by part, from the sizes alone. Activations: what each layer keeps of
+    `micro_tokens` tokens (with checkpointing its input), one layer in work, logits of 1,024 tokens."""
+    with torch.device("meta"):
+        net = Qwen25VL(config)
+    L, D, I = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    frozen = net.visual if c.freeze_vision else torch.nn.Module()
+    total = sum(p.numel() for p in net.parameters())
+    trained = total - sum(p.numel() for p in frozen.parameters())
+    if c.lora:
+        trained = c.lora * sum(sum(p.shape) for p in net.model.layers.parameters() if p.dim() > 1)
+    copies = 1 + ((c.stage == "rl" and c.algo == "ivr" and c.reader != "policy" or c.beta > 0) and not c.lora)
+    kept = L * D if c.activation_checkpointing else L * (16 * D + 6 * I)
+    kv_width = D * config.num_key_value_heads // config.num_attention_heads
+    rows = c.batch * c.group_size // world if c.stage == "rl" else 0
+    parts = {"weights": copies * total * bytes_each, "masters and moments": 12 * trained / world,
+             "gradients": 4 * trained,
+             "activations": c.micro_tokens * (kept + 8 * I) * bytes_each + 12 * 1024 * config.vocab_size,
+             "sampled keys and values": 2 * L * kv_width * rows * c.max_new_tokens * bytes_each}
+    static, static_too, gradients, activations, kv = parts.values()
+    parts["in all"] = static + static_too + max(gradients + activations, kv)    # an update, or sampling
+    return {name: value / 2 ** 30 for name, value in parts.items()}
+
+
 class Optimizer:
     """AdamW with fp32 master weights, its state sharded over ranks (ZeRO-1, arXiv 1910.02054): the owner of a
     parameter alone holds its master weight and moments, updates it and broadcasts it."""
@@ -337,6 +361,8 @@ class Trainer:
             raise InputError(f"--batch {c.batch}: must be a multiple of ranks x updates_per_batch = "
                              f"{self.world * c.updates_per_batch}")
         self.codec = rollout.load_codec(c.model, c.max_pixels)
+        if self.device.type == "cuda":
+            self.check_memory(dtype.itemsize, torch.cuda.get_device_properties(self.device).total_memory)
         self.data, self.held_out = training_data(c, self.codec)
         self.model = self.load_policy(checkpoint, dtype)
         self.model.activation_checkpointing = c.activation_checkpointing
@@ -351,6 +377,18 @@ class Trainer:
             state = read_json(checkpoint / "trainer.json")
             self.step, self.tokens, self.bad_steps = state["step"], state["tokens"], state["bad_steps"]
             self.optimizer.load(sorted(checkpoint.glob("optimizer-*.safetensors")))
+
+    def check_memory(self, bytes_each: int, there: int):
+        """Say what the run needs; InputError where a device of so many bytes can not hold it."""
+        config = read_json(resolve(self.config.model) / "config.json", Config.from_dict)
+        parts = memory_needed(config, self.config, self.world, bytes_each)
+        said = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
+        text = f"--model {self.config.model}: needs, in GiB a rank, {said}; there are {there / 2 ** 30:.1f}"
+        if parts["in all"] > there / 2 ** 30:
+            raise InputError(f"{text}. Less need: --lora, --activation_checkpointing, --reader policy, lower "
+                             "--micro_tokens or --batch, more ranks")
+        if self.rank == 0:
+            print(text)
 
     def load_policy(self, checkpoint: Path | None, dtype):
         """The model that learns: --model or, resumed, that of the checkpoint."""

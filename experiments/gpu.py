@@ -25,6 +25,7 @@ import traceback
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 if "PRETENDED_CUDA" in os.environ:      # the compiled guard has to be there before torch
     GUARD_LIBRARY = ctypes.CDLL(os.environ["PRETENDED_CUDA"])
@@ -175,7 +176,7 @@ class Meter(TorchDispatchMode):
             self.sync(name)
         if name == "_pin_memory":
             return args[0]
-        if device is not None:
+        if device is not None and to_cuda:
             kwargs["device"] = torch.device("cpu")
         kwargs.pop("pin_memory", None)
         run = self.run_sizes if self.sizes_only and (ours or to_cuda) else self.run_data
@@ -317,6 +318,7 @@ def pretend(sizes_only: bool):
     torch._C._set_only_lift_cpu_tensors(True)
     torch.cuda.is_available = lambda: True
     torch.cuda.set_device = lambda device: None
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(total_memory=80 * GIB)
     plain = F.scaled_dot_product_attention
 
     def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -390,8 +392,9 @@ def update(name: str) -> dict:
     net, codec, rollout = parts_of(size)
     import model as m
     import train
-    config = train.TrainConfig(lora=lora, activation_checkpointing=True, micro_tokens=8192, lr=1e-6,
-                               max_new_tokens=tokens, device="cuda")
+    config = train.TrainConfig(lora=lora, activation_checkpointing=True, micro_tokens=8192, lr=1e-6, batch=8,
+                               max_new_tokens=tokens, device="cuda", reader="policy")
+    reckoned = train.memory_needed(net.config, config, world, 2)["in all"]
     net.activation_checkpointing = True
     if lora:
         m.add_lora(net, lora, config.lora_alpha)
@@ -422,7 +425,7 @@ def update(name: str) -> dict:
     trainer.optimizer.step = measured_step
     METER.reset()
     trainer.update(groups, 1e-6)
-    return {**found, "peak": max(found["backward"], found["step"]), "limit": limit}
+    return {**found, "peak": max(found["backward"], found["step"]), "limit": limit, "reckoned": reckoned}
 
 
 def sample(name: str) -> dict:

@@ -148,9 +148,11 @@ def gpu() -> str:
     for name, r in load("gpu.json")["rows"].items():
         if "peak" in r and name != "for the test":
             share = f"{100 * r['matmul_share']:.0f} %" if "matmul_share" in r else "-"
-            rows.append([name, f"{r['peak']:.1f}", r["limit"], f"{r['kernels']:,.0f}",
+            reckoned = f"{r['reckoned']:.1f}" if "reckoned" in r else "-"
+            rows.append([name, f"{r['peak']:.1f}", reckoned, r["limit"], f"{r['kernels']:,.0f}",
                          f"{1000 * r['seconds']:,.0f}", share, f"{r['syncs']:g}"])
-    return markdown(["", "peak, GiB", "limit", "kernels", "modelled ms", "in matrix products", "halts"], rows)
+    head = ["", "peak, GiB", "reckoned", "limit", "kernels", "modelled ms", "in matrix products", "halts"]
+    return markdown(head, rows)
 
 
 def attack() -> str:

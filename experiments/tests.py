@@ -544,6 +544,7 @@ def test_gpu_simulated():
     for fault in ("to the CPU", "a number a token"):
         assert found[small, fault]["halts a decode step"] > 0.9
     assert update["peak"] <= update["limit"] and update["step_syncs"] <= 2, update
+    assert 0.9 < update["reckoned"] / update["peak"] < 1.2, update         # (it is within 10 % at real sizes)
     assert found[real, "all kept"]["peak"] > update["limit"]
 
 
