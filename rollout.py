@@ -620,13 +620,13 @@ class PromptPass:
         torch.autograd.backward([self.computed[n] for n in reached], [self.leaves[n].grad for n in reached])
 
 
-def micro_batches(model: Qwen25VL, prompts: list[Prompt], completions: list[list], pad_id: int, budget: int):
+def micro_batches(model: Qwen25VL, codec: Codec, prompts: list[Prompt], completions: list[list], budget: int):
     """For training: yields (indices of some rows, the pass of their prompts), both of at most `budget` padded
     tokens, rows of like length together. The caller does the rows' backward pass; after the last rows of
     some prompts these prompts' own follows."""
     unique = list(dict.fromkeys(prompts))
     for chunk in token_batches([len(prompt.ids) for prompt in unique], budget):
-        prompt_pass = PromptPass(model, [unique[n] for n in chunk], pad_id)
+        prompt_pass = PromptPass(model, [unique[n] for n in chunk], codec.pad_id)
         prompt_pass.cut()
         rows = [n for n, prompt in enumerate(prompts) if prompt in prompt_pass.place]
         rows.sort(key=lambda n: len(completions[n]))

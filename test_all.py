@@ -384,7 +384,7 @@ def test_micro_batches_hold_what_fits_and_prompts_once():
         net.zero_grad()
         seen, sizes = [], []
         with swapped(net.model, "forward", lambda x, *rest: sizes.append(x.shape[:2]) or decoder(x, *rest)):
-            for part, prompt_pass in rollout.micro_batches(net, prompts, ids, codec.pad_id, budget):
+            for part, prompt_pass in rollout.micro_batches(net, codec, prompts, ids, budget):
                 some = [prompts[n] for n in part], [ids[n] for n in part]
                 rollout.completion_logps(net, codec, *some, prompt_pass=prompt_pass)[0].sum().backward()
                 seen += part

@@ -503,7 +503,7 @@ class Trainer:
         for first in range(0, len(groups), share):
             rows = [t for t in sum(groups[first:first + share], []) if grpo.has_gradient(t, c.beta)]
             prompts, ids = [t.prompt for t in rows], [t.ids for t in rows]
-            for part, prompt_pass in self.micro_batches(prompts, ids):
+            for part, prompt_pass in rollout.micro_batches(self.model, self.codec, prompts, ids, c.micro_tokens):
                 for name, value in self.backward([rows[n] for n in part], prompt_pass, normaliser).items():
                     sums[name] += value
             norms.append(self.optimizer.step(lr))
@@ -512,10 +512,6 @@ class Trainer:
         for name, total in zip(names[2:], totals):              # means over the policy's own tokens
             metrics[name] = total / tokens if tokens else None
         return metrics
-
-    def micro_batches(self, prompts: list, completions: list):
-        return rollout.micro_batches(self.model, prompts, completions, self.codec.pad_id,
-                                     self.config.micro_tokens)
 
     def backward(self, rows: list, prompt_pass, normaliser: float) -> dict:
         """Loss and gradients of one micro-batch of trajectories."""
@@ -541,7 +537,8 @@ class Trainer:
         self.tokens += int(total)
         self.model.train()
         loss_sum = 0.0
-        for part, prompt_pass in self.micro_batches(prompts, completions):
+        for part, prompt_pass in rollout.micro_batches(self.model, self.codec, prompts, completions,
+                                                       c.micro_tokens):
             inputs = [prompts[n] for n in part], [completions[n] for n in part]
             logps, _, _ = rollout.completion_logps(self.model, self.codec, *inputs, prompt_pass=prompt_pass)
             loss = -logps.sum() / total
@@ -658,10 +655,8 @@ def check_folder(out: Path):
     ours = all(re.fullmatch(r"config\.json\.\d+\.new", file.name) for file in files)     # killed at once
     with contextlib.suppress(ValueError):
         ours |= read_json(out / "config.json").keys() >= {"stage", "algo", "max_steps"}
-    for file in files:
-        if re.fullmatch(OURS, file.name) and (file.is_symlink() or not (file.is_file() or file.is_dir())):
-            ours = False
-    if not ours:
+    named = [file for file in files if re.fullmatch(OURS, file.name)]
+    if not ours or any(file.is_symlink() or not (file.is_file() or file.is_dir()) for file in named):
         raise InputError(f"--out {out}: is not a run's folder, or holds links or the like; choose another")
 
 
