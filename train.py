@@ -502,8 +502,8 @@ class Trainer:
         normaliser = self.world * share * c.group_size * c.max_new_tokens
         for first in range(0, len(groups), share):
             rows = [t for t in sum(groups[first:first + share], []) if grpo.has_gradient(t, c.beta)]
-            prompts, ids = [t.prompt for t in rows], [t.ids for t in rows]
-            for part, prompt_pass in rollout.micro_batches(self.model, self.codec, prompts, ids, c.micro_tokens):
+            inputs = self.model, self.codec, [t.prompt for t in rows], [t.ids for t in rows]
+            for part, prompt_pass in rollout.micro_batches(*inputs, c.micro_tokens):
                 for name, value in self.backward([rows[n] for n in part], prompt_pass, normaliser).items():
                     sums[name] += value
             norms.append(self.optimizer.step(lr))
