@@ -28,6 +28,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -193,8 +194,10 @@ def init_distributed(device: torch.device) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     store, rank, world = next(dist.rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")     # addresses of an earlier one are dead
+    # the slowest rank may take hours longer; when one fails, torchrun ends the others
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank,
-                            world_size=world, store=dist.PrefixStore(f"attempt {attempt}", store))
+                            world_size=world, store=dist.PrefixStore(f"attempt {attempt}", store),
+                            timeout=timedelta(days=7))
     return rank, world, device
 
 
