@@ -79,8 +79,8 @@ def check_flags(config):
     """InputError names a flag that can not be, or that another one makes meaningless."""
     values, defaults = vars(config), {f.name: f.default for f in fields(config)}
     for f in fields(config):
-        bounds = (0, 10) if f.type is float else (0, 10 ** 6)
-        require(f"--{f.name}", values[f.name], f.type, *BOUNDS.get(f.name, bounds))
+        bounds = BOUNDS.get(f.name, (0, 10 if f.type is float else 10 ** 6))
+        require(f"--{f.name}", values[f.name], f.type, *bounds)
         if values[f.name] not in CHOICES.get(f.name, (values[f.name],)):
             raise InputError(f"--{f.name} {values[f.name]}: must be one of {', '.join(CHOICES[f.name])}")
     for name, value, others in MEANINGLESS:
