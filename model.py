@@ -734,11 +734,14 @@ def read_tensors(file: Path) -> dict:
 def check_finite(tensors: dict, where):
     """InputError names a tensor that is not all finite floating-point numbers."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not (tensor.abs() <= torch.finfo(torch.float32).max).all():
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
             raise InputError(f"{where}: {name} is of {tensor.dtype} or holds numbers that are not finite")
 
 
 def copy_companions(source: Path, folder: Path):
+    """An adapter's folder may hold none: first come those of its base."""
+    if (source / "adapter_config.json").is_file():
+        copy_companions(resolve(read_json(source / "adapter_config.json")["base_model_name_or_path"]), folder)
     for name in COMPANIONS:
         if (source / name).is_file() and folder.resolve() != source.resolve():
             shutil.copy(source / name, folder / name)
@@ -758,6 +761,10 @@ def save_model(model: Qwen25VL, folder, source, dtype=None, max_shard_bytes: int
 # of a PEFT adapter; the vision tower has layers of the same names
 LORA_SETTINGS = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0,
                  "target_modules": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"}
+
+
+OTHER_LORA = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layer_replication",
+              "modules_to_save")
 
 
 def save_adapter(model: Qwen25VL, folder, source, alpha: float):
@@ -792,8 +799,12 @@ def load_merged(folder: Path, device, dtype) -> Qwen25VL:
     require(f"{where} 'base_model_name_or_path'", base, str)
     require(f"{where} 'r'", r, int, 1, 4096)
     require(f"{where} 'lora_alpha'", alpha, float, 1e-6, 1e6)
-    if (resolve(base) / "adapter_config.json").exists() or config.get("use_rslora") or config.get("use_dora"):
-        raise InputError(f"{where}s: an adapter of an adapter, rsLoRA and DoRA are not supported")
+    other = [name for name in OTHER_LORA if config.get(name)]
+    init = config.get("init_lora_weights")                  # some kinds change the base as well
+    if config.get("peft_type") != "LORA" or init not in (None, True, False, "gaussian"):
+        other.append("peft_type or init_lora_weights")
+    if other or (resolve(base) / "adapter_config.json").exists():
+        raise InputError(f"{where}s {', '.join(other) or 'of its base, an adapter too'}: not supported")
     model = load_model(base, device, dtype)
     add_lora(model, r, alpha)
     load_adapter(model, folder)

@@ -606,6 +606,7 @@ class PromptPass:
     def __init__(self, model: Qwen25VL, prompts: list[Prompt], pad_id: int):
         self.place = {prompt: n for n, prompt in enumerate(prompts)}            # by identity
         self.last, self.kv, self.mask, self.start = prefill_prompts(model, prompts, pad_id)
+        self.of_reference = None        # the same prompts under the KL's reference, where it is asked
 
     def cut(self):
         """From now on backward passes of rows end here, at leaves that gather their gradients."""
@@ -623,15 +624,15 @@ class PromptPass:
 
 def micro_batches(model: Qwen25VL, codec: Codec, prompts: list[Prompt], completions: list[list], budget: int):
     """For training: yields (indices of some rows, the pass of their prompts), both of at most `budget` padded
-    tokens, rows of like length together. The caller does the rows' backward pass; after the last rows of
-    some prompts these prompts' own follows."""
+    tokens (a row counts with its prompt, whose keys it reads), rows of like length together. The caller does
+    the rows' backward pass; after the last rows of some prompts these prompts' own follows."""
     unique = list(dict.fromkeys(prompts))
     for chunk in token_batches([len(prompt.ids) for prompt in unique], budget):
         prompt_pass = PromptPass(model, [unique[n] for n in chunk], codec.pad_id)
         prompt_pass.cut()
         rows = [n for n, prompt in enumerate(prompts) if prompt in prompt_pass.place]
         rows.sort(key=lambda n: len(completions[n]))
-        for part in token_batches([len(completions[n]) for n in rows], budget):
+        for part in token_batches([len(prompts[n].ids) + len(completions[n]) for n in rows], budget):
             yield [rows[n] for n in part], prompt_pass
         prompt_pass.backward()
 

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -388,7 +389,8 @@ def test_micro_batches_hold_what_fits_and_prompts_once():
                 some = [prompts[n] for n in part], [ids[n] for n in part]
                 rollout.completion_logps(net, codec, *some, prompt_pass=prompt_pass)[0].sum().backward()
                 seen += part
-                assert len(part) * max(len(ids[n]) for n in part) <= budget or len(part) == 1
+                widest = max(len(ids[n]) + len(prompts[n].ids) for n in part)
+                assert len(part) * widest <= budget or len(part) == 1
         assert sorted(seen) == list(range(len(rows)))
         computed = [size for size in sizes if size[1] > 20]
         assert sum(size[0] for size in computed) == len(groups) and passes in (None, len(computed))
@@ -2275,6 +2277,16 @@ def test_first_update_is_the_plain_policy_gradient():
     assert found.keys() == optimizer.grads.keys() == dict(net.named_parameters()).keys()
 
 
+def test_a_reference_that_is_the_policy_pulls_nowhere():
+    """To the bit, whatever the micro-batches: rounding would become whole steps in Adam."""
+    for budget in (65536, 200, 60):
+        trainer = small_trainer(algo="grpo", beta=0.5, micro_tokens=budget)
+        groups = rollout.sample(trainer.model, trainer.next_batch()[0], trainer.codec, 4, 24)
+        with swapped(trainer.optimizer, "step", lambda lr: 0.0):
+            assert trainer.update(groups, 0.0)["kl_ref"] == 0
+        assert trainer.optimizer.grads and not any(map(torch.any, trainer.optimizer.grads.values())), budget
+
+
 def test_tokens_of_every_kind_are_counted():
     """What was really sampled and really asked, counted beside the trainer."""
     trainer, sizes, asked = small_trainer(**KINDS["ivr"], seed=1, max_tokens=10 ** 4), [], []
@@ -2377,7 +2389,9 @@ def test_memory_is_said_and_what_can_not_fit_refused():
         trainer = small_trainer(folder)
         c, N = trainer.config, trainer.size
         for changes, copies, trained in (({}, 2, N), ({"algo": "grpo"}, 1, N), ({"reader": "policy"}, 1, N),
-                                         ({"lora": 4}, 1, 4 * 4 * 2432), ({"algo": "grpo", "beta": 1.0}, 2, N)):
+                                         ({"lora": 4}, 1, 4 * 4 * 2432), ({"algo": "grpo", "beta": 1.0}, 2, N),
+                                         ({"lora": 4, "reader": "x"}, 2, 4 * 4 * 2432),
+                                         ({"beta": 1.0, "reader": "x"}, 3, N), ({"beta": 1.0}, 2, N)):
             parts = train.memory_needed(trainer.model.config, replace(c, **changes), 2, 4)
             close(parts["weights"], copies * 4 * N / 2 ** 30, 1e-9)
             close(parts["masters and moments"], 6 * trained / 2 ** 30, 1e-9)
@@ -2389,6 +2403,10 @@ def test_memory_is_said_and_what_can_not_fit_refused():
         trainer.check_memory(4, 2 ** 40)
         assert "needs, in GiB" in said.getvalue()
         raises(m.InputError, ["--model", "--lora"], trainer.check_memory, 4, 2 ** 20)
+        parts = train.memory_needed(trainer.model.config, c, 1, 4)
+        certain = parts["weights"] + parts["masters and moments"] + parts["gradients"]
+        trainer.check_memory(4, int(certain * 2 ** 30) + 9)     # only what is certain is refused
+        assert "may run out" in said.getvalue()
 
 
 def test_supervised_stage_learns_from_a_file():
@@ -2538,7 +2556,10 @@ def test_no_weight_that_is_not_finite_is_loaded_or_saved():
     with scratch() as folder, contextlib.redirect_stdout(io.StringIO()):
         model, name = shutil.copytree(TINY, folder / "model"), "model.norm.weight"
         tensors = load_file(model / "model.safetensors")
-        for change in (lambda value: value * math.nan, lambda value: value.to(torch.int8)):
+        for change in (lambda value: value * math.nan, lambda value: value.to(torch.int8),
+                       *(lambda value, dtype=dtype: (value * math.inf).to(dtype) for dtype in
+                         (torch.bfloat16, torch.half, torch.float, torch.double)),
+                       lambda value: value.double() * 1e300):
             save_file({**tensors, name: change(tensors[name])}, model / "model.safetensors")
             raises(m.InputError, [str(model), name], m.load_model, model)
         trainer = small_trainer(folder / "run", stage="sft", save_every=1, max_bad_steps=1)
@@ -2638,12 +2659,29 @@ def test_lora_is_a_product_added_to_frozen_matrices():
         assert "is there already" in last_words(train.start, ["--model", str(saved), "--merge", str(merged)])
         small_run(folder / "on", model=str(saved), stage="sft", max_steps=1)       # the adapter is merged
         assert (folder / "on/checkpoint-000001/model.safetensors").is_file()
+        said = last_words(train.start, ["--resume", str(folder / "run"), "--merge", str(folder / "other")])
+        assert "--merge" in said and "--model" in said and not (folder / "other").exists()
+        bare = folder / "bare"                              # as PEFT itself writes one
+        bare.mkdir()
+        for name in m.ADAPTER_FILES:
+            shutil.copy(saved / name, bare)
+        train.start(["--model", str(bare), "--merge", str(folder / "whole")])
+        close(m.load_model(folder / "whole")(ids), model(ids), 1e-4)
+        rollout.load_codec(str(folder / "whole"))
+        def full_disk(*given, **options):
+            raise SafetensorError("File too large")
+        with swapped(m, "save_torch_state_dict", full_disk):
+            said = last_words(train.start, ["--model", str(saved), "--merge", str(folder / "full")])
+        assert "--merge" in said and not list(folder.glob("full*")), said
         flags = small_flags(folder / "new", model=saved, lora=2)
         assert "is an adapter already" in last_words(train.start, flags)
         file = saved / "adapter_config.json"
         whole = json.loads(file.read_text())
         for name, value in (("r", 0), ("r", 5), ("lora_alpha", math.nan), ("base_model_name_or_path", None),
-                            ("base_model_name_or_path", str(saved)), ("use_dora", True)):
+                            ("base_model_name_or_path", str(saved)), ("use_dora", True),
+                            ("peft_type", "IA3"), ("alpha_pattern", {"q_proj": 1.0}),
+                            ("rank_pattern", {"q_proj": 2}), ("init_lora_weights", "pissa"),
+                            ("layer_replication", [[0, 2]]), ("modules_to_save", ["lm_head"])):
             file.write_text(json.dumps({**whole, name: value}))
             raises(ValueError, str(saved), m.load_model, saved)
 

@@ -240,8 +240,8 @@ def stop_signals():
 
 
 def memory_needed(config, c: TrainConfig, world: int, bytes_each: int) -> dict:
-    """GiB of a rank at its fullest, by part, from the sizes alone. Activations: what each layer keeps of
-    `micro_tokens` tokens (with checkpointing its input), one layer in work, logits of 1,024 tokens."""
+    """GiB of a rank at its fullest, by part, from the sizes alone. Activations, an estimate: what each layer
+    keeps of a pass of rows (with checkpointing its input), one layer in work, logits of 1,024 tokens."""
     with torch.device("meta"):
         net = Qwen25VL(config)
     L, D, I = config.num_hidden_layers, config.hidden_size, config.intermediate_size
@@ -250,13 +250,16 @@ def memory_needed(config, c: TrainConfig, world: int, bytes_each: int) -> dict:
     trained = total - sum(p.numel() for p in frozen.parameters())
     if c.lora:
         trained = c.lora * sum(sum(p.shape) for p in net.model.layers.parameters() if p.dim() > 1)
-    copies = 1 + ((c.stage == "rl" and c.algo == "ivr" and c.reader != "policy" or c.beta > 0) and not c.lora)
+    reads = c.stage == "rl" and c.algo == "ivr"
+    start = (reads and c.reader == "start") or c.beta > 0       # shared by both; under adapters no copy
+    copies = 1 + (start and not c.lora) + (reads and c.reader not in ("start", "policy"))
     kept = L * D if c.activation_checkpointing else L * (16 * D + 6 * I)
     kv_width = D * config.num_key_value_heads // config.num_attention_heads
     rows = c.batch * c.group_size // world if c.stage == "rl" else 0
+    tokens = min(c.micro_tokens, rows * c.max_new_tokens) or c.micro_tokens
     parts = {"weights": copies * total * bytes_each, "masters and moments": 12 * trained / world,
              "gradients": 4 * trained,
-             "activations": c.micro_tokens * (kept + 8 * I) * bytes_each + 12 * 1024 * config.vocab_size,
+             "activations": tokens * (kept + 8 * I) * bytes_each + 12 * 1024 * config.vocab_size,
              "sampled keys and values": 2 * L * kv_width * rows * c.max_new_tokens * bytes_each}
     static, static_too, gradients, activations, kv = parts.values()
     parts["in all"] = static + static_too + max(gradients + activations, kv)    # an update, or sampling
@@ -278,9 +281,9 @@ class Optimizer:
         matrices = [master for master in self.masters.values() if master.dim() > 1]
         vectors = [master for master in self.masters.values() if master.dim() <= 1]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        fused = any(master.is_cuda for master in self.masters.values())         # no temporary copies of all
+        # one parameter after the other: no temporary copies of all at once
         self.adamw = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, c.beta2), weight_decay=c.weight_decay,
-                                       fused=fused)
+                                       foreach=False)
         self.grads = {}                                         # fp32 sums over the micro-batches of a step
         for name, p in self.params.items():
             p.register_post_accumulate_grad_hook(partial(self.fold, name))
@@ -382,16 +385,19 @@ class Trainer:
             self.optimizer.load(sorted(checkpoint.glob("optimizer-*.safetensors")))
 
     def check_memory(self, bytes_each: int, there: int):
-        """Say what the run needs; InputError where a device of so many bytes can not hold it."""
+        """Say what the run needs; InputError where a device of so many bytes can not hold what is certain:
+        weights, masters, moments and gradients."""
         config = read_json(resolve(self.config.model) / "config.json", Config.from_dict)
         parts = memory_needed(config, self.config, self.world, bytes_each)
         said = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
         text = f"--model {self.config.model}: needs, in GiB a rank, {said}; there are {there / 2 ** 30:.1f}"
-        if parts["in all"] > there / 2 ** 30:
-            raise InputError(f"{text}. Less need: --lora, --activation_checkpointing, --reader policy, lower "
-                             "--micro_tokens or --batch, more ranks")
+        less = "less need --lora, --reader policy, --activation_checkpointing, lower --micro_tokens, --batch"
+        if parts["weights"] + parts["masters and moments"] + parts["gradients"] > there / 2 ** 30:
+            raise InputError(f"{text}; {less}, or more ranks")
         if self.rank == 0:
             print(text)
+            if parts["in all"] > there / 2 ** 30:
+                print(f"warning: it may run out of memory; {less}")
 
     def load_policy(self, checkpoint: Path | None, dtype):
         """The model that learns: --model or, resumed, that of the checkpoint."""
@@ -521,7 +527,7 @@ class Trainer:
         c, inputs = self.config, (self.codec, [t.prompt for t in rows], [t.ids for t in rows])
         logps, entropy, _ = rollout.completion_logps(self.model, *inputs, True, prompt_pass)    # (R, T)
         with torch.no_grad():
-            ref_logps = rollout.completion_logps(self.reference, *inputs)[0] if self.reference else None
+            ref_logps = self.reference_logps(inputs, prompt_pass) if self.reference else None
         batch = grpo.collate(rows, self.device)
         loss, stats = grpo.policy_loss(logps, **batch, normaliser=normaliser, clip_low=c.clip_low,
                                        clip_high=c.clip_high, dual_clip=c.dual_clip, beta=c.beta,
@@ -530,6 +536,14 @@ class Trainer:
         on_policy = (batch["weights"] > 0) & ~batch["rectified"]
         stats |= {"loss": loss, "entropy": (entropy * on_policy).sum()}
         return {name: value.item() for name, value in stats.items()}
+
+    def reference_logps(self, inputs: tuple, prompt_pass):
+        """The reference's log-probs (R, T), in the very shapes of the policy's: where both are the same model
+        the KL is 0 to the bit, else Adam would make whole steps of the rounding."""
+        if not prompt_pass.of_reference:
+            prompts = list(prompt_pass.place)
+            prompt_pass.of_reference = rollout.PromptPass(self.reference, prompts, self.codec.pad_id)
+        return rollout.completion_logps(self.reference, *inputs, prompt_pass=prompt_pass.of_reference)[0]
 
     def sft_step(self) -> dict:
         """Imitate demonstrations: cross-entropy, the mean over the tokens of the global batch."""
@@ -902,9 +916,15 @@ def train_steps(t: Trainer, log: Log, asked: list) -> int:
 
 def merge(c: TrainConfig):
     """--model as a plain folder. InputError where that exists."""
-    if os.path.lexists(c.merge):
-        raise InputError(f"--merge {c.merge}: is there already; choose another")
-    save_model(load_model(c.model, "cpu", device_and_dtype("cpu", c.dtype)[1]), c.merge, c.model)
+    part = Path(f"{c.merge}.{os.getpid()}.new")
+    if c.resume or os.path.lexists(c.merge):
+        raise InputError(f"--merge {c.merge}: is there already, or --resume is given; merged is --model")
+    try:
+        save_model(load_model(c.model, "cpu", device_and_dtype("cpu", c.dtype)[1]), part, c.model)
+        part.rename(c.merge)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"--merge {c.merge}: could not be written: {e}") from None
     print(f"{c.merge}: the model, merged")
 
 

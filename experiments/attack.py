@@ -203,6 +203,8 @@ def models(folder):
     for name in list(tensors)[::4]:
         changes = [(kind, tensors[name].to(kind)) for kind in kinds]
         changes += [("nan", tensors[name] * float("nan")), ("cut", tensors[name][:1].clone())]
+        changes += [(f"inf {kind}", (tensors[name] * float("inf")).to(kind)) for kind in kinds[3:]]
+        changes.append(("inf bf16", (tensors[name] * float("inf")).bfloat16()))
         for label, tensor in changes:
             save_file({**tensors, name: tensor}, file)
             yield f"{name}: {label}", use, ()
@@ -222,6 +224,7 @@ def models(folder):
     tensors = load_file(file)
     for name in list(tensors)[::7]:
         for label, tensor in (("nan", tensors[name] * float("nan")), ("cut", tensors[name][:1].clone()),
+                              ("inf", (tensors[name] * float("inf")).bfloat16()),
                               ("int8", tensors[name].to(torch.int8))):
             save_file({**tensors, name: tensor}, file)
             yield f"{name}: {label}", use, ()

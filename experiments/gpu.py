@@ -360,7 +360,7 @@ UPDATES = {"7B, all weights, 8 x 80 GB": ("7B", 8, 0, 8, 1024, 66),
            "3B, all weights, 1 x 80 GB": ("3B", 1, 0, 8, 1024, 66),
            "3B, LoRA, 1 x 24 GB": ("3B", 1, 16, 8, 1024, 20),
            "7B, LoRA, 1 x 40 GB": ("7B", 1, 16, 8, 1024, 34),
-           "for the test": ("3B in small", 1, 0, 8, 1024, 16)}
+           "for the test": ("3B in small", 1, 0, 8, 1024, 18)}
 SAMPLES = {"3B, 8 prompts x 8, 24 GB": ("3B", 8, 20), "7B, 8 prompts x 8": ("7B", 8, 66)}
 
 
@@ -407,7 +407,7 @@ def update(name: str) -> dict:
     trainer.optimizer = train.Optimizer(net, config, 0, world)
     for master in trainer.optimizer.masters.values():       # as after a first step
         moments = {name: torch.zeros_like(master.detach()) for name in ("exp_avg", "exp_avg_sq")}
-        trainer.optimizer.adamw.state[master] = {"step": torch.ones((), device="cuda"), **moments}
+        trainer.optimizer.adamw.state[master] = {"step": torch.ones(()), **moments}
     found, groups, step = {"static": METER.live / GIB}, [], trainer.optimizer.step
     for _ in range(rows // 8):
         prompt = prompt_of(rollout, net)
