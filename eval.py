@@ -235,8 +235,8 @@ def known_rows(config: EvalConfig, rank: int) -> dict:
     settings = asdict(config)
     for name in ("problems", "greedy", "max_prompt_tokens", "batch", "device", "out"):
         del settings[name]
-    files = sorted(file for form in ("*.safetensors", "adapter_config.json")
-                   for file in resolve(config.model).glob(form))
+    folder = resolve(config.model)
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("adapter_config.json")])
     settings["weights"] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     if not is_tiny(config.data):
         settings["rows"] = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()[:16]

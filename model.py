@@ -761,10 +761,10 @@ def save_model(model: Qwen25VL, folder, source, dtype=None, max_shard_bytes: int
 # of a PEFT adapter; the vision tower has layers of the same names
 LORA_SETTINGS = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0,
                  "target_modules": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"}
-
-
-OTHER_LORA = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layer_replication",
-              "modules_to_save")
+UNUSED = dict.fromkeys(("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layer_replication",
+                        "modules_to_save"), (None, False, {}, []))
+# other kinds of init_lora_weights change the base as well
+SUPPORTED_LORA = {"peft_type": ("LORA",), "init_lora_weights": (None, True, False, "gaussian"), **UNUSED}
 
 
 def save_adapter(model: Qwen25VL, folder, source, alpha: float):
@@ -799,12 +799,11 @@ def load_merged(folder: Path, device, dtype) -> Qwen25VL:
     require(f"{where} 'base_model_name_or_path'", base, str)
     require(f"{where} 'r'", r, int, 1, 4096)
     require(f"{where} 'lora_alpha'", alpha, float, 1e-6, 1e6)
-    other = [name for name in OTHER_LORA if config.get(name)]
-    init = config.get("init_lora_weights")                  # some kinds change the base as well
-    if config.get("peft_type") != "LORA" or init not in (None, True, False, "gaussian"):
-        other.append("peft_type or init_lora_weights")
-    if other or (resolve(base) / "adapter_config.json").exists():
-        raise InputError(f"{where}s {', '.join(other) or 'of its base, an adapter too'}: not supported")
+    for name, supported in SUPPORTED_LORA.items():
+        if config.get(name) not in supported:
+            raise InputError(f"{where} {name!r} is {config.get(name)!r:.60}: not supported")
+    if (resolve(base) / "adapter_config.json").exists():
+        raise InputError(f"{where} 'base_model_name_or_path': {base} is an adapter itself, not supported")
     model = load_model(base, device, dtype)
     add_lora(model, r, alpha)
     load_adapter(model, folder)

@@ -624,15 +624,16 @@ class PromptPass:
 
 def micro_batches(model: Qwen25VL, codec: Codec, prompts: list[Prompt], completions: list[list], budget: int):
     """For training: yields (indices of some rows, the pass of their prompts), both of at most `budget` padded
-    tokens (a row counts with its prompt, whose keys it reads), rows of like length together. The caller does
+    tokens (a row counts with the prompt, whose keys it reads), rows of like length together. The caller does
     the rows' backward pass; after the last rows of some prompts these prompts' own follows."""
     unique = list(dict.fromkeys(prompts))
     for chunk in token_batches([len(prompt.ids) for prompt in unique], budget):
         prompt_pass = PromptPass(model, [unique[n] for n in chunk], codec.pad_id)
         prompt_pass.cut()
+        P = prompt_pass.mask.shape[1]
         rows = [n for n, prompt in enumerate(prompts) if prompt in prompt_pass.place]
         rows.sort(key=lambda n: len(completions[n]))
-        for part in token_batches([len(prompts[n].ids) + len(completions[n]) for n in rows], budget):
+        for part in token_batches([P + len(completions[n]) for n in rows], budget):
             yield [rows[n] for n in part], prompt_pass
         prompt_pass.backward()
 

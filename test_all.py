@@ -2668,8 +2668,10 @@ def test_lora_is_a_product_added_to_frozen_matrices():
         train.start(["--model", str(bare), "--merge", str(folder / "whole")])
         close(m.load_model(folder / "whole")(ids), model(ids), 1e-4)
         rollout.load_codec(str(folder / "whole"))
+
         def full_disk(*given, **options):
             raise SafetensorError("File too large")
+
         with swapped(m, "save_torch_state_dict", full_disk):
             said = last_words(train.start, ["--model", str(saved), "--merge", str(folder / "full")])
         assert "--merge" in said and not list(folder.glob("full*")), said

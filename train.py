@@ -245,9 +245,9 @@ def memory_needed(config, c: TrainConfig, world: int, bytes_each: int) -> dict:
     with torch.device("meta"):
         net = Qwen25VL(config)
     L, D, I = config.num_hidden_layers, config.hidden_size, config.intermediate_size
-    frozen = net.visual if c.freeze_vision else torch.nn.Module()
-    total = sum(p.numel() for p in net.parameters())
-    trained = total - sum(p.numel() for p in frozen.parameters())
+    total = trained = sum(p.numel() for p in net.parameters())
+    if c.freeze_vision:
+        trained -= sum(p.numel() for p in net.visual.parameters())
     if c.lora:
         trained = c.lora * sum(sum(p.shape) for p in net.model.layers.parameters() if p.dim() > 1)
     reads = c.stage == "rl" and c.algo == "ivr"
@@ -255,14 +255,14 @@ def memory_needed(config, c: TrainConfig, world: int, bytes_each: int) -> dict:
     copies = 1 + (start and not c.lora) + (reads and c.reader not in ("start", "policy"))
     kept = L * D if c.activation_checkpointing else L * (16 * D + 6 * I)
     kv_width = D * config.num_key_value_heads // config.num_attention_heads
-    rows = c.batch * c.group_size // world if c.stage == "rl" else 0
-    tokens = min(c.micro_tokens, rows * c.max_new_tokens) or c.micro_tokens
-    parts = {"weights": copies * total * bytes_each, "masters and moments": 12 * trained / world,
-             "gradients": 4 * trained,
-             "activations": tokens * (kept + 8 * I) * bytes_each + 12 * 1024 * config.vocab_size,
-             "sampled keys and values": 2 * L * kv_width * rows * c.max_new_tokens * bytes_each}
-    static, static_too, gradients, activations, kv = parts.values()
-    parts["in all"] = static + static_too + max(gradients + activations, kv)    # an update, or sampling
+    sampled = c.batch * c.group_size // world * c.max_new_tokens if c.stage == "rl" else 0
+    tokens = min(c.micro_tokens, sampled) if c.stage == "rl" else c.micro_tokens
+    weights, masters, gradients = copies * total * bytes_each, 12 * trained / world, 4 * trained
+    activations = tokens * (kept + 8 * I) * bytes_each + 12 * 1024 * config.vocab_size
+    kv = 2 * L * kv_width * sampled * bytes_each
+    parts = {"weights": weights, "masters and moments": masters, "gradients": gradients,
+             "activations": activations, "sampled keys and values": kv,
+             "in all": weights + masters + max(gradients + activations, kv)}    # an update, or sampling
     return {name: value / 2 ** 30 for name, value in parts.items()}
 
 
@@ -628,7 +628,7 @@ class Trainer:
         written beside, flushed and renamed, so it is complete or absent. OSError where the disk is full."""
         out, part = Path(self.config.out), Path(self.config.out) / "unfinished-checkpoint"
         target = out / f"checkpoint-{self.step:06d}"
-        try:
+        with all_or_nothing(part, f"{target}: the checkpoint"):
             if self.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
                 if self.config.lora:
@@ -646,9 +646,6 @@ class Trainer:
                 for file in part.iterdir():
                     with open(file, "rb+") as f:
                         os.fsync(f.fileno())
-        except (OSError, SafetensorError) as e:
-            shutil.rmtree(part, ignore_errors=True)
-            raise OSError(f"{target}: the checkpoint could not be written: {e}") from None
         if self.rank == 0:
             shutil.rmtree(target, ignore_errors=True)
             part.rename(target)
@@ -697,6 +694,16 @@ def last_intact(folder: Path) -> Path:
 
 
 # ---- The log
+
+@contextlib.contextmanager
+def all_or_nothing(part: Path, what: str):
+    """Where a folder can not be written whole, nothing of it stays. OSError says `what` it was."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"{what} could not be written: {e}") from None
+
 
 def write_text(file: Path, text: str):
     """Give a file this content, or leave it as it was: written beside, flushed, renamed. Links are kept."""
@@ -916,15 +923,15 @@ def train_steps(t: Trainer, log: Log, asked: list) -> int:
 
 def merge(c: TrainConfig):
     """--model as a plain folder. InputError where that exists."""
+    if c.resume:
+        raise InputError(f"--merge {c.merge}: merges --model, give the checkpoint there and no --resume")
+    if os.path.lexists(c.merge):
+        raise InputError(f"--merge {c.merge}: is there already; choose another")
     part = Path(f"{c.merge}.{os.getpid()}.new")
-    if c.resume or os.path.lexists(c.merge):
-        raise InputError(f"--merge {c.merge}: is there already, or --resume is given; merged is --model")
-    try:
-        save_model(load_model(c.model, "cpu", device_and_dtype("cpu", c.dtype)[1]), part, c.model)
+    model = load_model(c.model, "cpu", device_and_dtype("cpu", c.dtype)[1])
+    with all_or_nothing(part, f"--merge {c.merge}:"):
+        save_model(model, part, c.model)
         part.rename(c.merge)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"--merge {c.merge}: could not be written: {e}") from None
     print(f"{c.merge}: the model, merged")
 
 

@@ -123,7 +123,7 @@ class Meter(TorchDispatchMode):
 
     def reset(self):
         self.syncs, self.kernels, self.peak = collections.Counter(), 0, self.live
-        self.bytes = self.flops = self.seconds = self.matmul_seconds = 0.0
+        self.seconds = self.matmul_seconds = 0.0
 
     def where(self) -> str:
         """The line of ours that is being executed."""
@@ -179,10 +179,11 @@ class Meter(TorchDispatchMode):
         if device is not None and to_cuda:
             kwargs["device"] = torch.device("cpu")
         kwargs.pop("pin_memory", None)
-        run = self.run_sizes if self.sizes_only and (ours or to_cuda) else self.run_data
-        return run(func, name, args, kwargs, to_cuda, bool(device))
+        if self.sizes_only and (ours or to_cuda):
+            return self.run_sizes(func, name, args, kwargs, to_cuda, device is not None)
+        return self.run_data(func, args, kwargs, to_cuda)
 
-    def run_data(self, func, name, args, kwargs, to_cuda, has_device):
+    def run_data(self, func, args, kwargs, to_cuda):
         """Run it on what the tensors hold."""
         plain, options = tree_map(bare, (args, kwargs))
         out = func(*plain, **options)
@@ -199,7 +200,7 @@ class Meter(TorchDispatchMode):
                 return args[0]
             return func(*tree_map(with_data, plain), **options)
         if name in INDEXING:
-            plain = plain[0], self.indices(plain[1], tensors), *plain[2:]
+            plain = plain[0], self.indices(plain[1]), *plain[2:]
         written = [x for x, s in zip(args, func._schema.arguments) if s.alias_info and s.alias_info.is_write]
         any_meta = any(tensor.device.type == "meta" for tensor in tensors)
         if has_device:
@@ -220,7 +221,7 @@ class Meter(TorchDispatchMode):
             self.count(func, name, plain, options, tensors, out)
         return self.result(func, args, kwargs, out, to_cuda)
 
-    def indices(self, given, tensors):
+    def indices(self, given):
         """Bool indices as what they select: their number decides the shape."""
         found = []
         for index in given:
@@ -261,7 +262,7 @@ class Meter(TorchDispatchMode):
 
     def add(self, moved: float, flops: float, speed: float):
         seconds = max(moved / 2.8e12, flops / speed)
-        self.kernels, self.bytes, self.flops = self.kernels + 1, self.bytes + moved, self.flops + flops
+        self.kernels += 1
         self.seconds += seconds + 2e-6
         self.matmul_seconds += seconds if flops else 0
 
@@ -354,18 +355,19 @@ SIZES = {"3B": {**SHARED, "hidden_size": 2048, "intermediate_size": 11008, "num_
                 "vision_config": VISION}}
 SIZES["3B in small"] = {**SIZES["3B"], "num_hidden_layers": 4, "vision_config": {**VISION, "depth": 8}}
 GRID = (48, 86)                         # patches of the image: 1,032 tokens; the prompt has 1,112
-# name: size, GPUs, rank of LoRA, rows of an update (8 a prompt), tokens a row, the limit in GiB
-UPDATES = {"7B, all weights, 8 x 80 GB": ("7B", 8, 0, 8, 1024, 66),
-           "7B, all weights, 8 x 80 GB, 16 rows": ("7B", 8, 0, 16, 1024, 72),
-           "3B, all weights, 1 x 80 GB": ("3B", 1, 0, 8, 1024, 66),
-           "3B, LoRA, 1 x 24 GB": ("3B", 1, 16, 8, 1024, 20),
-           "7B, LoRA, 1 x 40 GB": ("7B", 1, 16, 8, 1024, 34),
-           "for the test": ("3B in small", 1, 0, 8, 1024, 18)}
-SAMPLES = {"3B, 8 prompts x 8, 24 GB": ("3B", 8, 20), "7B, 8 prompts x 8": ("7B", 8, 66)}
+TOKENS = 1024                           # of a row
+# name: size, GPUs, rank of LoRA, prompts of an update (8 rows each), the limit in GiB
+UPDATES = {"7B, all weights, 8 x 80 GB": ("7B", 8, 0, 1, 66),
+           "7B, all weights, 8 x 80 GB, 16 rows": ("7B", 8, 0, 2, 72),
+           "3B, all weights, 1 x 80 GB": ("3B", 1, 0, 1, 66),
+           "3B, LoRA, 1 x 24 GB": ("3B", 1, 16, 1, 20),
+           "7B, LoRA, 1 x 40 GB": ("7B", 1, 16, 1, 34)}
+TEST = {"for the test": ("3B in small", 1, 0, 1, 18)}
+SAMPLES = {"3B, 8 prompts x 8, 24 GB": ("3B", 20), "7B, 8 prompts x 8": ("7B", 66)}     # size, limit
 
 
 def parts_of(size: str):
-    """A model of this size on the pretended device, a codec for it, and the modules that use them."""
+    """A model of this size on the pretended device, and a codec for it."""
     import model as m
     import rollout
     config = m.Config.from_dict(SIZES[size])
@@ -375,11 +377,12 @@ def parts_of(size: str):
     torch.set_default_dtype(torch.float32)
     codec = replace(rollout.load_codec(str(ROOT / "tiny")), image_token_id=config.image_token_id,
                     logit_mask=torch.zeros(config.vocab_size))
-    return net, codec, rollout
+    return net, codec
 
 
-def prompt_of(rollout, net):
+def prompt_of(net):
     """A prompt with one image."""
+    import rollout
     rows, cols = GRID
     ids = [5] * 40 + [net.config.image_token_id] * (rows * cols // 4) + [6] * 40
     return rollout.Prompt(ids, torch.zeros(rows * cols, 1176), [(1, rows, cols)])
@@ -387,13 +390,14 @@ def prompt_of(rollout, net):
 
 def update(name: str) -> dict:
     """One update at real size: peaks of the backward passes and of the optimiser's step."""
-    size, world, lora, rows, tokens, limit = UPDATES[name]
+    size, world, lora, prompts, limit = {**UPDATES, **TEST}[name]
     pretend(sizes_only=True)
-    net, codec, rollout = parts_of(size)
+    net, codec = parts_of(size)
     import model as m
+    import rollout
     import train
     config = train.TrainConfig(lora=lora, activation_checkpointing=True, micro_tokens=8192, lr=1e-6, batch=8,
-                               max_new_tokens=tokens, device="cuda", reader="policy")
+                               max_new_tokens=TOKENS, device="cuda", reader="policy")
     reckoned = train.memory_needed(net.config, config, world, 2)["in all"]
     net.activation_checkpointing = True
     if lora:
@@ -409,9 +413,9 @@ def update(name: str) -> dict:
         moments = {name: torch.zeros_like(master.detach()) for name in ("exp_avg", "exp_avg_sq")}
         trainer.optimizer.adamw.state[master] = {"step": torch.ones(()), **moments}
     found, groups, step = {"static": METER.live / GIB}, [], trainer.optimizer.step
-    for _ in range(rows // 8):
-        prompt = prompt_of(rollout, net)
-        groups.append([rollout.Trajectory(None, prompt, [7] * tokens, [1] * tokens, [-0.5] * tokens, True, "",
+    for _ in range(prompts):
+        prompt = prompt_of(net)
+        groups.append([rollout.Trajectory(None, prompt, [7] * TOKENS, [1] * TOKENS, [-0.5] * TOKENS, True, "",
                                           advantage=0.5) for _ in range(8)])
 
     def measured_step(lr):
@@ -430,12 +434,13 @@ def update(name: str) -> dict:
 
 def sample(name: str) -> dict:
     """64 rows with room for 1,024 tokens: the peak, and what a decode step is, early on."""
-    size, prompts, limit = SAMPLES[name]
+    size, limit = SAMPLES[name]
     pretend(sizes_only=True)
-    net, codec, rollout = parts_of(size)
+    net, codec = parts_of(size)
+    import rollout
     weights, found, steps = METER.live, {}, []
-    problems = [rollout.Problem(f"{n}", "q", "a", []) for n in range(prompts)]
-    encoded, next_hidden = [prompt_of(rollout, net) for _ in problems], net.next_hidden
+    problems = [rollout.Problem(f"{n}", "q", "a", []) for n in range(8)]
+    encoded, next_hidden = [prompt_of(net) for _ in problems], net.next_hidden
     METER.reset()
 
     def measured(token, position, cache):
@@ -445,7 +450,7 @@ def sample(name: str) -> dict:
         return next_hidden(token, position, cache)
 
     net.next_hidden = measured
-    rollout.sample(net.eval(), problems, codec, 8, 1024, prompts=encoded, limits=[20] * prompts)
+    rollout.sample(net.eval(), problems, codec, 8, TOKENS, prompts=encoded, limits=[20] * 8)
     middle, after = steps[10], steps[18]
     return {**found, "weights": weights / GIB, "peak": METER.peak / GIB, "limit": limit,
             "kernels": (after[0] - middle[0]) / 8, "seconds": (after[1] - middle[1]) / 8,
@@ -523,7 +528,7 @@ def kept_activations():
 
 FAULTS = {"to the CPU": to_cpu_in_the_loop, "a number a token": item_in_the_loop,
           "left on the CPU": left_on_the_cpu, "all kept": kept_activations}
-JOBS = {**dict.fromkeys(UPDATES, update), **dict.fromkeys(SAMPLES, sample),
+JOBS = {**dict.fromkeys({**UPDATES, **TEST}, update), **dict.fromkeys(SAMPLES, sample),
         "a step of the tiny model": run}
 
 
@@ -549,11 +554,12 @@ def main(argv=None):
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         library = compile_guard(folder)
-        for job in JOBS:
+        for job in [job for job in JOBS if job not in TEST]:
             rows[job] = start_job(job, library)
             print(job, rows[job], flush=True)
+    from train import write_text                            # here: a job pretends before it is imported
     figures = {"command": "python experiments/gpu.py", "rows": rows}
-    args.results.write_text(json.dumps(figures, indent=1) + "\n")
+    write_text(args.results, json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
