@@ -284,15 +284,15 @@ def check_of(step: Step, t, readings: list[tuple]) -> Check:
 
 
 @torch.no_grad()
-def read_steps(reader, codec, claims: list[tuple], budget: int = 16384) -> dict:
+def read_steps(reader, codec, claims: list[tuple], masked: dict, budget: int = 16384) -> dict:
     """A1's reading. claims: (prompt, tokens before the step, tokens of the step) -> by claim, for each token
     of the step its log-prob under the reader with the image and with it masked, and KL(with || without) of
     the predictions there. Claims of a prompt share it, computed once; at most `budget` tokens go through the
-    model together."""
-    masked, found = {}, {}
+    model together. masked: the prompts with their images masked, added to where one is not in it yet."""
+    found, place = {}, {}
     for prompt, _, _ in claims:
+        place.setdefault(prompt, len(place))                            # neighbours share their prompt
         masked[prompt] = masked.get(prompt) or rollout.mask_image(prompt)
-    place = {prompt: n for n, prompt in enumerate(masked)}              # neighbours share their prompt
     claims = sorted(claims, key=lambda claim: (place[claim[0]], len(claim[2])))
     for batch in rollout.token_batches([len(before) + len(step) for _, before, step in claims], budget):
         part = claims[batch.start:batch.stop]
@@ -319,7 +319,7 @@ class Verifier:
 
     def __init__(self, reader, codec, window: int = 0):
         self.reader, self.codec, self.window = reader, codec, window
-        self.known, self.tokens = {}, 0
+        self.known, self.masked, self.tokens = {}, {}, 0
 
     def context(self, t, k: int) -> list:
         """What the reader has before it reads step k: the chain's opening and the last `window` steps."""
@@ -337,7 +337,7 @@ class Verifier:
                     if claim not in self.known:
                         unknown[claim] = None               # (a set that keeps its order)
         self.tokens += len(unknown)
-        self.known |= read_steps(self.reader, self.codec, list(unknown))
+        self.known |= read_steps(self.reader, self.codec, list(unknown), self.masked)
         for t, k, claim in work:
             t.checks[k] = check_of(t.steps[k], t, self.known[claim])
 

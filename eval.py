@@ -68,7 +68,7 @@ BOUNDS = {**dict.fromkeys(POSITIVE, (1, 10 ** 6 - 1)), **dict.fromkeys(SHARES, (
           "rectify_below": (-1, 1), "min_log_w": (-1e6, 0), "beta2": (0, 0.999999),
           "max_grad_norm": (1e-9, 1e9), "lora": (0, 4096), "lora_alpha": (1e-6, 1e6)}
 CHOICES = {"stage": ("rl", "sft"), "algo": ("ivr", "grpo"), "credit": ("token", "step", "rollout"),
-           "dtype": ("auto", "float32", "bfloat16")}
+           "dtype": ("auto", "float32", "bfloat16"), "activation_checkpointing": ("auto", "yes", "no")}
 IVR_ONLY = "credit rectify_below reader reader_window revise min_log_w lambda_r gamma anneal"
 MEANINGLESS = (("stage", "rl", "erosion_first erosion_ninth"), ("algo", "grpo", IVR_ONLY),
                ("stage", "sft", f"algo use_std clip_low clip_high dual_clip beta format_weight {IVR_ONLY}"),
@@ -301,7 +301,7 @@ def main(argv=None):
         device, dtype = train.device_and_dtype(config.device, config.dtype)
         run(config, *train.init_distributed(device), dtype)
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {rollout.escaped(e, chr(10))}")
+        train.fail(e)
     train.leave()
 
 

@@ -251,11 +251,13 @@ def parse_json(data: bytes, path: Path, line: int = 1):
         return InputError(f"{path}:{line}: not readable: {e}")
 
 
-def load_row(where: str, row, folder: Path, instruction: str, check) -> Problem:
-    """The problem of a row; InputError where it, one of its images or check(problem) is not in order."""
+def load_row(where: str, row, folder: Path, instruction: str, check, whole: bool) -> Problem:
+    """The problem of a row; InputError where it or, of the whole, an image or check(problem) is not in order."""
     if isinstance(row, InputError):
         raise row
     problem = parse_row(row, where, folder, instruction)
+    if not whole:
+        return problem
     for image in problem.images:
         with reading(f"{where}: field 'images'"):
             open_image(image)
@@ -264,14 +266,17 @@ def load_row(where: str, row, folder: Path, instruction: str, check) -> Problem:
     return problem
 
 
-def load_problems(path, image_dir=None, instruction: str = "", check=None, show=20) -> list[Problem]:
-    """Read and check a whole file, see `load_row`. InputError: a line for each bad row, at most `show`."""
+def load_problems(path, image_dir=None, instruction: str = "", check=None, show=20, rank: int = 0,
+                  world: int = 1) -> list[Problem]:
+    """Read and check a file, see `load_row`; of several ranks each looks into the images of its share of rows.
+    InputError: a line for each bad row, at most `show`."""
     path, problems, errors, work = Path(path), {}, [], []
     if not path.is_file():
         raise InputError(f"--data {path}: no such file")
     with ThreadPoolExecutor() as pool:                      # images are decoded in parallel
-        for where, row in read_rows(path):
-            work.append(pool.submit(load_row, where, row, Path(image_dir or path.parent), instruction, check))
+        for n, (where, row) in enumerate(read_rows(path)):
+            given = where, row, Path(image_dir or path.parent), instruction, check, n % world == rank
+            work.append(pool.submit(load_row, *given))
         for loading in tqdm(work, desc="checking rows", leave=False, disable=None):
             try:
                 p = loading.result()
@@ -377,6 +382,7 @@ class Prompt:
     ids: list
     pixel_values: torch.Tensor | None   # (N, features)
     grids: list                         # (1, rows, cols) in patches of each image
+    kept: dict | None = None            # {}: what models compute of it is kept, while no weight changes
 
 
 def image_grid(image, config: ImageConfig) -> tuple[int, int, int]:
@@ -441,7 +447,8 @@ def mask_image(prompt: Prompt) -> Prompt:
     """The same prompt, its images all of the mean colour: what language alone says."""
     if prompt.pixel_values is None:
         return prompt
-    return Prompt(prompt.ids, torch.zeros_like(prompt.pixel_values), prompt.grids)
+    kept = None if prompt.kept is None else {}
+    return Prompt(prompt.ids, torch.zeros_like(prompt.pixel_values), prompt.grids, kept)
 
 
 def pad(rows: list[list], value, left: bool = False, device="cpu"):
@@ -570,6 +577,29 @@ def next_token(logits, logit_mask, temperature: float, uniform=None):
 
 
 def prefill_prompts(model: Qwen25VL, prompts: list[Prompt], pad_id: int):
+    """As `compute_prompts`; those that keep what is computed of them go through each model once."""
+    if any(prompt.kept is None for prompt in prompts):
+        return compute_prompts(model, prompts, pad_id)
+    new = [prompt for prompt in dict.fromkeys(prompts) if model not in prompt.kept]
+    if new:
+        last, kv, _, position = compute_prompts(model, new, pad_id)
+        for n, prompt in enumerate(new):
+            own = {}
+            for layer, (k, v) in kv.items():
+                own[layer] = torch.stack((k[n], v[n]), dim=2)[:, :len(prompt.ids)]          # (K, P, 2, d)
+            prompt.kept[model] = last[n], own, position[n]
+    last, kvs, position = zip(*[prompt.kept[model] for prompt in prompts])
+    mask = torch.arange(max(len(prompt.ids) for prompt in prompts)) < torch.tensor(
+        [[len(prompt.ids)] for prompt in prompts])                                          # (B, P)
+    kv = {}
+    for layer in kvs[0]:
+        rows = [own[layer].transpose(0, 1) for own in kvs]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)                    # (B, P, K, 2, d)
+        kv[layer] = padded[..., 0, :].transpose(1, 2), padded[..., 1, :].transpose(1, 2)
+    return torch.stack(last), kv, mask.to(last[0].device), torch.stack(position)
+
+
+def compute_prompts(model: Qwen25VL, prompts: list[Prompt], pad_id: int):
     """Vision and prompts -> last hidden (B, D), keys and values by layer, mask (B, P), next position (B,)."""
     ids, mask = pad([prompt.ids for prompt in prompts], pad_id)                             # (B, P)
     pixels = [prompt.pixel_values for prompt in prompts if prompt.grids]

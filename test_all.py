@@ -374,6 +374,27 @@ def test_prompts_and_images_are_computed_once():
     assert patches == [once] * 3 and tokens == [whole, whole, (64, 1), whole, (8, 2)]
 
 
+@torch.no_grad()
+def test_prompts_that_keep_what_is_computed_of_them():
+    """In other batches, orders and numbers than those they were computed in: as without; nothing twice."""
+    net, codec, problems, groups, _ = random_rollouts()
+    plain, computed, compute = [group[0].prompt for group in groups], [], rollout.compute_prompts
+    keeping = [replace(prompt, kept={}) for prompt in plain]
+    with swapped(rollout, "compute_prompts", lambda m, part, pad: computed.append(part) or compute(m, part, pad)):
+        for places in ([2], [3, 0, 3], [0, 1, 2, 3], [1, 1]):
+            last, kv, mask, position = rollout.prefill_prompts(net, [plain[n] for n in places], codec.pad_id)
+            found = rollout.prefill_prompts(net, [keeping[n] for n in places], codec.pad_id)
+            close(found[0], last, 1e-4)
+            assert torch.equal(found[2], mask) and torch.equal(found[3], position)
+            for layer in kv:                                # past the end of a prompt nothing is promised
+                for ours, want in zip(found[1][layer], kv[layer]):
+                    close(ours.transpose(1, 2)[mask], want.transpose(1, 2)[mask], 1e-4)
+        other, before = copy.deepcopy(net), len(computed)
+        rollout.prefill_prompts(other, keeping, codec.pad_id)       # another model has its own
+    own = [[keeping.index(prompt) for prompt in part] for part in computed if part[0] in keeping]
+    assert own == [[2], [3, 0], [1], [0, 1, 2, 3]] and len(computed) == before + 1
+
+
 def test_micro_batches_hold_what_fits_and_prompts_once():
     """Whatever the budget: the gradient of one plain backward pass, each row once, each prompt once."""
     net, codec, _, groups, rows = random_rollouts()
@@ -519,6 +540,10 @@ def test_bad_rows_among_ten_thousand():
         with contextlib.redirect_stdout(io.StringIO()) as out:
             train.start([*flags, "--check"])
         assert "all rows are good" in out.getvalue() and not (folder / "run").exists()
+        write_rows(folder, [{**GOOD_ROW, "id": f"row {n}", "images": ["text.png"]} for n in range(9)])
+        for rank in range(3):                               # each of three ranks looks into its share
+            said = raises(rollout.InputError, "text.png", rollout.load_problems, path, rank=rank, world=3)
+            assert re.findall(r"jsonl:(\d)", said) == [str(n) for n in range(1 + rank, 10, 3)], said
 
 
 def test_other_files_than_lines():
@@ -1126,7 +1151,7 @@ def test_reader_reads_a_step_without_its_chain():
             want.append(torch.stack((seen[own], masked[own], say.sum(-1)), dim=-1))                 # (T, 3)
     order = random.Random(0).sample(range(len(claims)), len(claims))
     for budget, part in ((16384, order), (60, order), (1, order[:5])):
-        found = attribute.read_steps(net, codec, [claims[i] for i in part], budget=budget)
+        found = attribute.read_steps(net, codec, [claims[i] for i in part], {}, budget)
         assert set(found) == {claims[i] for i in part}
         for i in part:
             close(found[claims[i]], want[i], 1e-3)
@@ -1145,7 +1170,7 @@ def test_reader_reads_each_claim_once():
             stop = step.start + attribute.parts_of(step, t.ids, codec)[0]
             claim = t.prompt, tuple(verifier.context(t, k)), tuple(t.ids[step.start:stop])
             assert codec.tokenizer.decode(claim[2]) == step.text and verifier.claim(t, k) == claim
-            readings = attribute.read_steps(net, codec, [claim])[claim]
+            readings = attribute.read_steps(net, codec, [claim], {})[claim]
             close(t.checks[k].gap, attribute.check_of(step, t, readings).gap, 1e-4)
     known, verifier.reader = [list(t.checks) for t in texts], None      # from here on nothing can be read
     verifier(texts[::-1])
@@ -1810,18 +1835,29 @@ def test_choose_source_and_where_the_rectified_one_goes():
 
 @functools.lru_cache
 def step_with_repairs():
-    """A whole training step at rate 0: the trainer, its metrics, the problems encoded, the images opened."""
+    """A whole training step at rate 0: the trainer, its metrics, the problems encoded, the images opened, the
+    prompts that each model computed outside the update."""
     encoded, opened, encode, open_image = [], [], rollout.encode_prompt, rollout.open_image
+    computed, compute = [], rollout.compute_prompts
+
+    def noted(model, prompts, pad_id):
+        if not torch.is_grad_enabled():
+            computed.extend((model, prompt) for prompt in prompts)
+        return compute(model, prompts, pad_id)
+
     trainer = small_trainer(data="tiny:steps=9,kinds=tiles+bars", batch=6, max_new_tokens=110, lr=1e-12)
     with (swapped(rollout, "encode_prompt", lambda p, *rest: encoded.append(p) or encode(p, *rest)),
-          swapped(rollout, "open_image", lambda image: opened.append(image) or open_image(image))):
-        return trainer, trainer.rl_step(), encoded, opened
+          swapped(rollout, "open_image", lambda image: opened.append(image) or open_image(image)),
+          swapped(rollout, "compute_prompts", noted)):
+        return trainer, trainer.rl_step(), encoded, opened, computed
 
 
 def test_a_step_with_repairs():
-    """Each problem is encoded once. The group keeps its size and the source; the rectified one is credited
-    whole, of the source the tokens at fault."""
-    trainer, metrics, encoded, opened = step_with_repairs()
+    """Each problem is encoded once, its prompt computed once by each model, masked too by the reader. The group
+    keeps its size and the source; the rectified one is credited whole, of the source the tokens at fault."""
+    trainer, metrics, encoded, opened, computed = step_with_repairs()
+    assert len(computed) == len(set(computed)) and len(computed) == 3 * len(encoded)
+    assert all(t.prompt.kept is None for t in sum(metrics["groups"], []))
     assert [problem.id for problem in encoded] == [problem.id for problem in trainer.next_batch()[0]]
     assert len(opened) == len({id(image) for image in opened}) == len(encoded)
     assert metrics["repaired"] >= 2 and metrics["revisions"] >= 2 and metrics["check_tokens"] > 6
@@ -1836,7 +1872,7 @@ def test_a_step_with_repairs():
 
 def test_degenerate_groups():
     """All right, all wrong, all cut off: no gradient, nothing that is not finite, nothing to repair."""
-    trainer, metrics, _, _ = step_with_repairs()
+    trainer, metrics, *_ = step_with_repairs()
     keys, verifier = list("abcdef"), attribute.Verifier(trainer.model, trainer.codec)
     for right, finished in ((1.0, True), (0.0, True), (0.0, False)):
         rewards, groups = {"accuracy": right, "format": right, "total": right}, []
@@ -2245,7 +2281,7 @@ def test_ivr_without_repairs_is_grpo_whatever_the_micro_batches():
     with scratch() as folder:
         small_run(folder / "grpo", algo="grpo")
         small_run(folder / "ivr", rectify_below=-1.0, credit="rollout", micro_tokens=120,
-                  activation_checkpointing=True)
+                  activation_checkpointing="yes")
         for row in metrics(folder / "ivr"):
             assert row["sources"] == row["repair_tokens"] == 0 < row["grad_norm"]
         same_runs(folder / "grpo", folder / "ivr", 1e-6)

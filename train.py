@@ -71,7 +71,7 @@ class TrainConfig:
     group_size: int = 8                 # G: completions a problem
     max_new_tokens: int = 0             # L_max: length limit of a completion (0 = 128 on tiny, else 1024)
     max_prompt_tokens: int = 16384      # a longer prompt is an error
-    max_pixels: int = 0                 # larger images are scaled down to this area (0 = the checkpoint's)
+    max_pixels: int = 0                 # larger images are scaled to this area (0 = 1 MP on cuda, else no change)
     updates_per_batch: int = 1          # optimiser steps on each rollout batch
     micro_tokens: int = 65536           # padded tokens a forward-backward pass, of prompts and of completions
     # the objective
@@ -101,7 +101,7 @@ class TrainConfig:
     freeze_vision: bool = False         # leave the vision tower as it is
     lora: int = 0                       # train adapters of this rank on the decoder alone (0 = train it all)
     lora_alpha: float = 32.0            # an adapter's output is scaled by lora_alpha / lora
-    activation_checkpointing: bool = False      # compute activations again in the backward pass: less memory
+    activation_checkpointing: str = "auto"      # activations twice, less memory: yes | no (auto = yes on cuda)
     # supervised stage on tiny
     erosion_first: float = 0.0          # chance that step 1 or 2 is read from language ...
     erosion_ninth: float = 0.0          # ... and from step 9 on (linear in between)
@@ -136,8 +136,9 @@ def parse_flags(config_class, argv=None, defaults: dict | None = None):
 
 # ---- Data
 
-def training_data(c: TrainConfig, codec) -> tuple:
-    """Training problems (endless on tiny) and held-out ones. InputError names the rows that are bad."""
+def training_data(c: TrainConfig, codec, rank: int = 0, world: int = 1) -> tuple:
+    """Training problems (endless on tiny) and held-out ones. InputError names the rows that are bad, of this
+    rank's share."""
     def check(problem):
         rollout.encode_prompt(problem, codec, c.max_prompt_tokens, pixels=False)
         if c.stage == "sft":
@@ -147,7 +148,8 @@ def training_data(c: TrainConfig, codec) -> tuple:
         data = shapes.Stream(c.data, "train", c.seed, run=c.batch)
         check(data[0])
     else:
-        data = rollout.load_problems(c.data, c.image_dir, c.instruction, check, show=None if c.check else 20)
+        show = None if c.check else 20
+        data = rollout.load_problems(c.data, c.image_dir, c.instruction, check, show, rank, world)
     held_out = []
     if c.eval_problems and (c.eval_data or is_tiny(c.data)):
         held_out = load_data(c.eval_data or c.data, "heldout", c.eval_problems, c.image_dir, c.instruction)
@@ -215,6 +217,12 @@ def all_sum(values: list[float]) -> list[float]:
     return torch.tensor(all_gather([values]), dtype=torch.float64).sum(0).tolist()
 
 
+def fail(e: Exception):
+    """End with a line that says why; of several processes it names this one."""
+    who = f" in rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    sys.exit(f"error{who}: {rollout.escaped(e, chr(10))}")
+
+
 def leave():
     """The end: no rank leaves while another still talks."""
     if dist.is_initialized():
@@ -253,7 +261,7 @@ def memory_needed(config, c: TrainConfig, world: int, bytes_each: int) -> dict:
     reads = c.stage == "rl" and c.algo == "ivr"
     start = (reads and c.reader == "start") or c.beta > 0       # shared by both; under adapters no copy
     copies = 1 + (start and not c.lora) + (reads and c.reader not in ("start", "policy"))
-    kept = L * D if c.activation_checkpointing else L * (16 * D + 6 * I)
+    kept = L * D if c.activation_checkpointing == "yes" else L * (16 * D + 6 * I)
     kv_width = D * config.num_key_value_heads // config.num_attention_heads
     sampled = c.batch * c.group_size // world * c.max_new_tokens if c.stage == "rl" else 0
     tokens = min(c.micro_tokens, sampled) if c.stage == "rl" else c.micro_tokens
@@ -363,15 +371,22 @@ class Trainer:
         c = self.config = config
         device, dtype = device_and_dtype(c.device, c.dtype)
         self.rank, self.world, self.device = init_distributed(device)
+        checkpoint = all_gather([checkpoint])[0]                # chosen once, should they see different ones
+        if c.activation_checkpointing == "auto":
+            c.activation_checkpointing = "yes" if device.type == "cuda" else "no"
+        if device.type == "cuda":
+            c.max_pixels = c.max_pixels or 1_003_520            # 1,280 image tokens
+            torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for each shape
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")    # fewer holes
         if c.batch % (self.world * c.updates_per_batch):
             raise InputError(f"--batch {c.batch}: must be a multiple of ranks x updates_per_batch = "
                              f"{self.world * c.updates_per_batch}")
         self.codec = rollout.load_codec(c.model, c.max_pixels)
         if self.device.type == "cuda":
             self.check_memory(dtype.itemsize, torch.cuda.get_device_properties(self.device).total_memory)
-        self.data, self.held_out = training_data(c, self.codec)
+        self.data, self.held_out = training_data(c, self.codec, self.rank, self.world)
         self.model = self.load_policy(checkpoint, dtype)
-        self.model.activation_checkpointing = c.activation_checkpointing
+        self.model.activation_checkpointing = c.activation_checkpointing == "yes"
         self.reference = self.load_frozen(c.model, dtype) if c.beta > 0 else None
         self.reader = self.choose_reader(dtype)
         self.size = sum(p.numel() for p in self.model.parameters())
@@ -391,7 +406,7 @@ class Trainer:
         parts = memory_needed(config, self.config, self.world, bytes_each)
         said = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
         text = f"--model {self.config.model}: needs, in GiB a rank, {said}; there are {there / 2 ** 30:.1f}"
-        less = "less need --lora, --reader policy, --activation_checkpointing, lower --micro_tokens, --batch"
+        less = "less need --lora, --reader policy, lower --micro_tokens, --batch"
         if parts["weights"] + parts["masters and moments"] + parts["gradients"] > there / 2 ** 30:
             raise InputError(f"{text}; {less}, or more ranks")
         if self.rank == 0:
@@ -466,6 +481,8 @@ class Trainer:
         c, model, codec, progress = self.config, self.model, self.codec, self.progress()
         problems, keys = self.next_batch()
         problems, prompts = self.readable(problems)
+        for prompt in prompts:
+            prompt.kept = {}                                # policy and reader compute it once a step
 
         # rollout: G completions a problem, at temperature 1, so the stored log-probs are the policy's own
         model.eval()
@@ -490,6 +507,9 @@ class Trainer:
             groups, repairs = rereason.rectify_groups(model, codec, groups, hard, keys, verifier, c,
                                                       self.score)
             metrics |= self.repair_metrics(groups, repairs, verifier)
+
+        for prompt in prompts:
+            prompt.kept = None                              # weights change now
 
         # grpo: advantages within each group, credit to the tokens at fault, the clipped objective
         grpo.assign_advantages(groups, c.use_std)
@@ -635,17 +655,18 @@ class Trainer:
                     save_adapter(self.model, part, self.config.model, self.config.lora_alpha)
                 else:
                     save_model(self.model, part, self.config.model)
+                for file in part.iterdir():
+                    flush(file)
             all_gather([])                                      # the folder is there
-            shard = f"optimizer-{self.rank + 1:05d}-of-{self.world:05d}.safetensors"
-            save_file(self.optimizer.state(), part / shard)
+            shard = part / f"optimizer-{self.rank + 1:05d}-of-{self.world:05d}.safetensors"
+            save_file(self.optimizer.state(), shard)
+            flush(shard)
             all_gather([])                                      # all ranks have written
             if self.rank == 0:
                 state = {"step": self.step, "tokens": self.tokens, "bad_steps": self.bad_steps,
                          "files": {file.name: file.stat().st_size for file in part.iterdir()}}
                 (part / "trainer.json").write_text(json.dumps(state))
-                for file in part.iterdir():
-                    with open(file, "rb+") as f:
-                        os.fsync(f.fileno())
+                flush(part / "trainer.json")
         if self.rank == 0:
             shutil.rmtree(target, ignore_errors=True)
             part.rename(target)
@@ -703,6 +724,12 @@ def all_or_nothing(part: Path, what: str):
     except (OSError, SafetensorError) as e:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"{what} could not be written: {e}") from None
+
+
+def flush(file: Path):
+    """What was written of a file is on the disk when this returns."""
+    with open(file, "rb+") as f:
+        os.fsync(f.fileno())
 
 
 def write_text(file: Path, text: str):
@@ -959,11 +986,11 @@ def start(argv=None, trainer_class=Trainer, defaults: dict | None = None):
             return print(f"{config.data}: all rows are good")
         trainer = trainer_class(config, checkpoint)
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {rollout.escaped(e, chr(10))}")
+        fail(e)
     try:
         train(trainer)
     except (FloatingPointError, InputError, OSError) as e:      # a full disk
-        sys.exit(f"error: {rollout.escaped(e, chr(10))}")
+        fail(e)
 
 
 if __name__ == "__main__":

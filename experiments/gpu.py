@@ -396,7 +396,7 @@ def update(name: str) -> dict:
     import model as m
     import rollout
     import train
-    config = train.TrainConfig(lora=lora, activation_checkpointing=True, micro_tokens=8192, lr=1e-6, batch=8,
+    config = train.TrainConfig(lora=lora, activation_checkpointing="yes", micro_tokens=8192, lr=1e-6, batch=8,
                                max_new_tokens=TOKENS, device="cuda", reader="policy")
     reckoned = train.memory_needed(net.config, config, world, 2)["in all"]
     net.activation_checkpointing = True
