@@ -252,7 +252,7 @@ def parse_json(data: bytes, path: Path, line: int = 1):
 
 
 def load_row(where: str, row, folder: Path, instruction: str, check, whole: bool) -> Problem:
-    """The problem of a row; InputError where it or, of the whole, an image or check(problem) is not in order."""
+    """The problem of a row; InputError where it is bad or, of the whole, an image or check(problem)."""
     if isinstance(row, InputError):
         raise row
     problem = parse_row(row, where, folder, instruction)
@@ -268,7 +268,7 @@ def load_row(where: str, row, folder: Path, instruction: str, check, whole: bool
 
 def load_problems(path, image_dir=None, instruction: str = "", check=None, show=20, rank: int = 0,
                   world: int = 1) -> list[Problem]:
-    """Read and check a file, see `load_row`; of several ranks each looks into the images of its share of rows.
+    """Read and check a file, see `load_row`; of several ranks each looks into the images of its own rows.
     InputError: a line for each bad row, at most `show`."""
     path, problems, errors, work = Path(path), {}, [], []
     if not path.is_file():

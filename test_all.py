@@ -380,7 +380,12 @@ def test_prompts_that_keep_what_is_computed_of_them():
     net, codec, problems, groups, _ = random_rollouts()
     plain, computed, compute = [group[0].prompt for group in groups], [], rollout.compute_prompts
     keeping = [replace(prompt, kept={}) for prompt in plain]
-    with swapped(rollout, "compute_prompts", lambda m, part, pad: computed.append(part) or compute(m, part, pad)):
+
+    def noted(model, prompts, pad_id):
+        computed.append(prompts)
+        return compute(model, prompts, pad_id)
+
+    with swapped(rollout, "compute_prompts", noted):
         for places in ([2], [3, 0, 3], [0, 1, 2, 3], [1, 1]):
             last, kv, mask, position = rollout.prefill_prompts(net, [plain[n] for n in places], codec.pad_id)
             found = rollout.prefill_prompts(net, [keeping[n] for n in places], codec.pad_id)
@@ -1853,8 +1858,9 @@ def step_with_repairs():
 
 
 def test_a_step_with_repairs():
-    """Each problem is encoded once, its prompt computed once by each model, masked too by the reader. The group
-    keeps its size and the source; the rectified one is credited whole, of the source the tokens at fault."""
+    """Each problem is encoded once, its prompt computed once by each model, masked too by the reader. The
+    group keeps its size and the source; the rectified one is credited whole, of the source the tokens at
+    fault."""
     trainer, metrics, encoded, opened, computed = step_with_repairs()
     assert len(computed) == len(set(computed)) and len(computed) == 3 * len(encoded)
     assert all(t.prompt.kept is None for t in sum(metrics["groups"], []))

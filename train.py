@@ -71,7 +71,7 @@ class TrainConfig:
     group_size: int = 8                 # G: completions a problem
     max_new_tokens: int = 0             # L_max: length limit of a completion (0 = 128 on tiny, else 1024)
     max_prompt_tokens: int = 16384      # a longer prompt is an error
-    max_pixels: int = 0                 # larger images are scaled to this area (0 = 1 MP on cuda, else no change)
+    max_pixels: int = 0                 # images are scaled down to this area (0 = 1 MP on cuda, else as is)
     updates_per_batch: int = 1          # optimiser steps on each rollout batch
     micro_tokens: int = 65536           # padded tokens a forward-backward pass, of prompts and of completions
     # the objective
@@ -101,7 +101,7 @@ class TrainConfig:
     freeze_vision: bool = False         # leave the vision tower as it is
     lora: int = 0                       # train adapters of this rank on the decoder alone (0 = train it all)
     lora_alpha: float = 32.0            # an adapter's output is scaled by lora_alpha / lora
-    activation_checkpointing: str = "auto"      # activations twice, less memory: yes | no (auto = yes on cuda)
+    activation_checkpointing: str = "auto"      # activations again, not kept: yes | no (auto: yes on cuda)
     # supervised stage on tiny
     erosion_first: float = 0.0          # chance that step 1 or 2 is read from language ...
     erosion_ninth: float = 0.0          # ... and from step 9 on (linear in between)
