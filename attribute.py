@@ -294,15 +294,15 @@ def read_steps(reader, codec, claims: list[tuple], masked: dict, budget: int = 1
         place.setdefault(prompt, len(place))                            # neighbours share their prompt
         masked[prompt] = masked.get(prompt) or rollout.mask_image(prompt)
     claims = sorted(claims, key=lambda claim: (place[claim[0]], len(claim[2])))
-    for batch in rollout.token_batches([len(before) + len(step) for _, before, step in claims], budget):
+    for batch in rollout.token_batches([2 * (len(before) + len(step)) for _, before, step in claims], budget):
         part = claims[batch.start:batch.stop]
         prompts, rows = [prompt for prompt, _, _ in part], [before + step for _, before, step in part]
-        seen, targets, mask = rollout.completion_hidden(reader, prompts, rows, codec.pad_id)     # (R, T, D)
-        blind, _, _ = rollout.completion_hidden(reader, [masked[p] for p in prompts], rows, codec.pad_id)
-        readings = []
-        for hidden, other, target in zip(seen[mask].split(1024), blind[mask].split(1024),
-                                         targets[mask].split(1024)):
-            logps = torch.stack([rollout.next_logps(reader, codec, h) for h in (hidden, other)])
+        prompts += [masked[prompt] for prompt in prompts]
+        hidden, targets, mask = rollout.completion_hidden(reader, prompts, rows * 2, codec.pad_id)
+        seen, blind = hidden[mask].chunk(2)                                             # (N, D) each
+        targets, readings = targets[mask][:len(seen)], []
+        for one, other, target in zip(seen.split(1024), blind.split(1024), targets.split(1024)):
+            logps = torch.stack([rollout.next_logps(reader, codec, h) for h in (one, other)])
             own = logps.gather(2, target.expand(2, -1)[:, :, None])[:, :, 0]        # (2, N, V) -> (2, N)
             say = (logps[0].exp() * (logps[0] - logps[1])).sum(-1)                  # (N,)
             readings += zip(*own.tolist(), say.tolist())

@@ -68,9 +68,12 @@ def rectify(model, codec, repairs: list[Repair], verifier, max_new_tokens: int, 
         if not active:
             return
         verifier([r.trajectory for r in active])
+        passed = [r for r in active if r.trajectory.finished and r.trajectory.steps and first_doubt(r) is None]
+        margins = attribute.answer_margins(model, codec, [r.trajectory for r in passed])
+        margins = {id(r): found for r, found in zip(passed, margins)}
         todo = {"revise": [], "continue": []}
         for r in active:
-            action, where = next_action(r, model, codec, rules)
+            action, where = next_action(r, margins.get(id(r)), rules)
             if action == "give up":
                 r.outcome = "given up"
             else:
@@ -90,8 +93,9 @@ def first_doubt(r: Repair) -> int | None:
     return None
 
 
-def next_action(r: Repair, model, codec, rules: Rules) -> tuple[str, int]:
-    """What to do next with one trajectory: ("revise", a step), ("continue", a token), ("give up", 0)."""
+def next_action(r: Repair, margins: list | None, rules: Rules) -> tuple[str, int]:
+    """What to do next with one trajectory: ("revise", a step), ("continue", a token), ("give up", 0). margins:
+    its answer's (A2), where it has ended and every step passed."""
     t, k = r.trajectory, first_doubt(r)                     # k None: every step passed its check
     incomplete = k is None and not t.finished               # nothing wrong so far, only unfinished
     # Did the last edit help? The first suspect step must have moved to the right of it.
@@ -102,7 +106,6 @@ def next_action(r: Repair, model, codec, rules: Rules) -> tuple[str, int]:
     if incomplete:
         return "continue", len(t.ids)
     if k is None:                                           # every step passed, yet the answer is wrong
-        margins = attribute.answer_margins(model, codec, [t])[0]
         if margins[-1] > 0:
             r.edited_steps.append(len(t.steps))         # the steps imply the gold: only the answer is sampled
             return "continue", t.steps[-1].stop

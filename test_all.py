@@ -1363,8 +1363,7 @@ def test_next_action_table():
         t.finished, t.steps = options.get("finished", True), options.get("steps", t.steps)
         r = repair(t, failures=failures, tokens=options.get("tokens", 0), edited_steps=list(edited),
                    confirmed=options.get("confirmed", set()))
-        with swapped(attribute, "answer_margins", lambda model, codec, trajectories: [margins]):
-            found = rereason.next_action(r, None, None, rereason.Rules(revise=options.get("revise", True)))
+        found = rereason.next_action(r, margins, rereason.Rules(revise=options.get("revise", True)))
         assert [*found, r.failures, r.edited_steps] == want, (check, edited, failures, options, found)
 
 
