@@ -2742,6 +2742,15 @@ def test_the_main_job_improves():
         assert after["avg@4"]["mean"] > before["avg@4"]["mean"] + 0.05, (before, after)
 
 
+def test_the_main_job_names_the_other_algorithm():
+    runs = m.read_json(ROOT / "experiments" / "results" / "seeds.json")["runs"]
+    for algo, other in (("ivr", "grpo"), ("grpo", "ivr")):
+        greedy = [run["after"]["greedy"]["mean"] for run in runs if run["algo"] == other]
+        said = train.counterpart(train.TrainConfig(algo=algo))
+        assert f"--algo {other}: greedy {100 * sum(greedy) / len(greedy):.1f} %" in said and "seeds.json" in said
+    assert train.counterpart(train.TrainConfig(data="tiny:steps=3")) == ""
+
+
 def test_experiments():
     done = subprocess.run([sys.executable, ROOT / "experiments" / "tests.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

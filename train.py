@@ -893,6 +893,18 @@ class Log:
 
 # ---- The run
 
+def counterpart(c: TrainConfig) -> str:
+    """What the other algorithm gets in the main job, from the stored runs of experiments/seeds.py; else ""."""
+    file = Path(__file__).parent / "experiments" / "results" / "seeds.json"
+    if (c.stage, c.model, c.data) != ("rl", "tiny", "tiny") or not file.is_file():
+        return ""
+    other, parts = "grpo" if c.algo == "ivr" else "ivr", []
+    runs = [run["after"] for run in read_json(file)["runs"] if run["algo"] == other]
+    for name in ("greedy", "avg@4"):
+        parts.append(f"{name} {100 * sum(run[name]['mean'] for run in runs) / len(runs):.1f} %")
+    return f"stored, --algo {other}: {', '.join(parts)}, {len(runs)} seeds (experiments/results/{file.name})"
+
+
 def train(t: Trainer) -> dict:
     """The whole run, from where the trainer is -> held-out figures {"before", "after"}, None where there are
     none. SystemExit where a signal stopped it, FloatingPointError where it diverged."""
@@ -913,6 +925,8 @@ def train(t: Trainer) -> dict:
     if not stopped:
         figures["after"] = t.evaluate()
         log.held_out(figures)
+        if stored := counterpart(c):
+            log.say(stored)
     leave()
     log.say(f"checkpoint {c.out}/checkpoint-{t.step:06d}, to continue: python train.py --resume {c.out}")
     if stopped:
