@@ -478,6 +478,11 @@ def run(name: str) -> dict:
         decode.append((within, len(steps), sum((METER.syncs - before).values()) - within))
         return groups
 
+    def counted_compute(model, prompts, pad_id):
+        calls["computed"] += 0 if torch.is_grad_enabled() else len(prompts)
+        return compute(model, prompts, pad_id)
+
+    compute, rollout.compute_prompts = rollout.compute_prompts, counted_compute
     rollout.encode_prompt, rollout.sample, save = counted_encode, counted_sample, train.save_file
     train.save_file = lambda tensors, file: save({name: bare(t) for name, t in tensors.items()}, file)
     with tempfile.TemporaryDirectory() as folder:
@@ -488,7 +493,9 @@ def run(name: str) -> dict:
         calls.clear()
         train.train(trainer)
     within, steps, around = map(sum, zip(*decode))
-    return {"encoded a problem and step": calls["encoded"] / 4, "samplings": len(decode),
+    return {"encoded a problem and step": calls["encoded"] / 4, "computed": calls["computed"] / 4,
+            "samplings": len(decode), "checkpointing": config.activation_checkpointing,
+            "max_pixels": config.max_pixels, "cuDNN attention": torch.backends.cuda.cudnn_sdp_enabled(),
             "halts a decode step": within / steps, "other halts a sampling": around / len(decode),
             "halts": METER.syncs.most_common(12)}
 

@@ -541,6 +541,8 @@ def test_gpu_simulated():
         raises(subprocess.CalledProcessError, "", gpu.start_job, small, library, "--fault", "left on the CPU")
     whole, update = found[small, None], found[real, None]
     assert whole["encoded a problem and step"] == 1 and whole["halts a decode step"] < 0.3, whole
+    assert whole["computed"] == 3, whole                    # by the policy, by the reader, masked too
+    assert (whole["checkpointing"], whole["max_pixels"], whole["cuDNN attention"]) == ("yes", 1_003_520, False)
     for fault in ("to the CPU", "a number a token"):
         assert found[small, fault]["halts a decode step"] > 0.9
     assert update["peak"] <= update["limit"] and update["step_syncs"] <= 2, update
