@@ -900,6 +900,8 @@ def counterpart(c: TrainConfig) -> str:
         return ""
     other, parts = "grpo" if c.algo == "ivr" else "ivr", []
     runs = [run["after"] for run in read_json(file)["runs"] if run["algo"] == other]
+    if not runs:
+        return ""
     for name in ("greedy", "avg@4"):
         parts.append(f"{name} {100 * sum(run[name]['mean'] for run in runs) / len(runs):.1f} %")
     return f"stored, --algo {other}: {', '.join(parts)}, {len(runs)} seeds (experiments/results/{file.name})"

@@ -24,7 +24,9 @@ def held_out(out: Path, flags: list) -> dict:
     file, config = out / "heldout.json", asdict(parse_flags(TrainConfig, [*flags, "--out", str(out)]))
     if (out / "config.json").is_file():
         saved = json.loads((out / "config.json").read_text())
-        config["lr"] = config["lr"] or saved["lr"]              # 0: chosen by the run
+        for name in ("lr", "max_pixels", "activation_checkpointing"):       # chosen by the run if not given
+            if config[name] == getattr(TrainConfig, name):
+                config[name] = saved[name]
         if {**saved, "resume": ""} != config:
             sys.exit(f"error: {out} is a run with other flags; choose another --folder")
     if not file.is_file() or json.loads(file.read_text())["after"] is None:

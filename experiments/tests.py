@@ -26,8 +26,8 @@ import model as m  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
 import eval as evaluation  # noqa: E402
-from experiments import (benchmarks, gpu, localisers, preview, qwen_folder, stepgrpo, tables, trace,  # noqa: E402
-                         walkthrough)
+from experiments import (benchmarks, gpu, localisers, preview, qwen_folder, seeds, stepgrpo,  # noqa: E402
+                         tables, trace, walkthrough)
 from experiments.stepgrpo import step_rar, step_reward_parts, step_rvr  # noqa: E402
 from reward import format_ok  # noqa: E402
 from test_all import (TINY, chain, close, data_file, main, raises, reference_model, scratch,  # noqa: E402
@@ -548,6 +548,20 @@ def test_gpu_simulated():
     assert update["peak"] <= update["limit"] and update["step_syncs"] <= 2, update
     assert 0.9 < update["reckoned"] / update["peak"] < 1.2, update         # (it is within 10 % at real sizes)
     assert found[real, "all kept"]["peak"] > update["limit"]
+
+
+# ---- seeds.py
+
+def test_seeds_are_run_once_and_with_the_flags_given():
+    flags = ("--data tiny:steps=2,kinds=tiles --max_steps 1 --batch 2 --group_size 2 --max_new_tokens 40 "
+             "--eval_problems 2 --eval_samples 1 --device cpu").split()
+    with scratch() as folder:
+        found = seeds.held_out(folder / "run", flags)
+        written = (folder / "run" / "heldout.json").stat().st_mtime_ns
+        assert found["before"].keys() == found["after"].keys() == {"greedy", "avg@1"}
+        assert seeds.held_out(folder / "run", flags) == found
+        assert (folder / "run" / "heldout.json").stat().st_mtime_ns == written
+        raises(SystemExit, "other flags", seeds.held_out, folder / "run", [*flags, "--seed", "5"])
 
 
 # ---- LoRA under PEFT
