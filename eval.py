@@ -19,7 +19,6 @@ import glob
 import hashlib
 import json
 import math
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from functools import partial

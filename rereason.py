@@ -68,7 +68,10 @@ def rectify(model, codec, repairs: list[Repair], verifier, max_new_tokens: int, 
         if not active:
             return
         verifier([r.trajectory for r in active])
-        passed = [r for r in active if r.trajectory.finished and r.trajectory.steps and first_doubt(r) is None]
+        passed = []                                         # every step did, yet the answer is wrong
+        for r in active:
+            if r.trajectory.finished and r.trajectory.steps and first_doubt(r) is None:
+                passed.append(r)
         margins = attribute.answer_margins(model, codec, [r.trajectory for r in passed])
         margins = {id(r): found for r, found in zip(passed, margins)}
         todo = {"revise": [], "continue": []}
@@ -94,8 +97,8 @@ def first_doubt(r: Repair) -> int | None:
 
 
 def next_action(r: Repair, margins: list | None, rules: Rules) -> tuple[str, int]:
-    """What to do next with one trajectory: ("revise", a step), ("continue", a token), ("give up", 0). margins:
-    its answer's (A2), where it has ended and every step passed."""
+    """What to do next with one trajectory: ("revise", a step), ("continue", a token), ("give up", 0).
+    margins: its answer's (A2), where it has ended and every step passed."""
     t, k = r.trajectory, first_doubt(r)                     # k None: every step passed its check
     incomplete = k is None and not t.finished               # nothing wrong so far, only unfinished
     # Did the last edit help? The first suspect step must have moved to the right of it.

@@ -589,14 +589,13 @@ def prefill_prompts(model: Qwen25VL, prompts: list[Prompt], pad_id: int):
                 own[layer] = torch.stack((k[n], v[n]), dim=2)[:, :len(prompt.ids)]          # (K, P, 2, d)
             prompt.kept[model] = last[n], own, position[n]
     last, kvs, position = zip(*[prompt.kept[model] for prompt in prompts])
-    mask = torch.arange(max(len(prompt.ids) for prompt in prompts)) < torch.tensor(
-        [[len(prompt.ids)] for prompt in prompts])                                          # (B, P)
+    _, mask = pad([prompt.ids for prompt in prompts], pad_id, device=last[0].device)        # (B, P)
     kv = {}
     for layer in kvs[0]:
         rows = [own[layer].transpose(0, 1) for own in kvs]
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)                    # (B, P, K, 2, d)
         kv[layer] = padded[..., 0, :].transpose(1, 2), padded[..., 1, :].transpose(1, 2)
-    return torch.stack(last), kv, mask.to(last[0].device), torch.stack(position)
+    return torch.stack(last), kv, mask, torch.stack(position)
 
 
 def compute_prompts(model: Qwen25VL, prompts: list[Prompt], pad_id: int):

@@ -894,17 +894,18 @@ class Log:
 # ---- The run
 
 def counterpart(c: TrainConfig) -> str:
-    """What the other algorithm gets in the main job, from the stored runs of experiments/seeds.py; else ""."""
+    """What the other algorithm gets in the main job, from stored runs of experiments/seeds.py; else ""."""
     file = Path(__file__).parent / "experiments" / "results" / "seeds.json"
     if (c.stage, c.model, c.data) != ("rl", "tiny", "tiny") or not file.is_file():
         return ""
     other, parts = "grpo" if c.algo == "ivr" else "ivr", []
     runs = [run["after"] for run in read_json(file)["runs"] if run["algo"] == other]
-    if not runs:
+    for name in runs[0] if runs else ():
+        if name == "greedy" or name.startswith("avg@"):
+            parts.append(f"{name} {100 * sum(run[name]['mean'] for run in runs) / len(runs):.1f} %")
+    if not parts:
         return ""
-    for name in ("greedy", "avg@4"):
-        parts.append(f"{name} {100 * sum(run[name]['mean'] for run in runs) / len(runs):.1f} %")
-    return f"stored, --algo {other}: {', '.join(parts)}, {len(runs)} seeds (experiments/results/{file.name})"
+    return f"stored, --algo {other}: {', '.join(parts)}, {len(runs)} seeds (experiments/results/seeds.json)"
 
 
 def train(t: Trainer) -> dict:

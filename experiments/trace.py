@@ -123,7 +123,7 @@ def main(argv=None):
         with reading(args.run):
             write_page(args.run, args.signals)
     except ValueError as e:
-        sys.exit(f"error: {rollout.escaped(e)}")
+        train.fail(e)
     print(f"to look at: {args.run / 'trace.html'}")
 
 

@@ -149,7 +149,7 @@ def main(argv=None):
             raise ValueError("--stage sft: a step of --stage rl is told")
         Told(config).rl_step()
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {rollout.escaped(e)}")
+        train.fail(e)
 
 
 if __name__ == "__main__":
