@@ -242,7 +242,7 @@ def run_layer(layer, checkpointing: bool, *args):
     return layer(*args)
 
 
-def vision_layout(grid_thw: list, merge: int, window: int):
+def vision_layout(grid_thw: list, merge: int, window: int, device):
     """Where the patches of all images lie. grid_thw: (1, rows, cols) an image; `window`: its side in patches.
 
     Returns (row and column of each patch (N, 2), full groups, window groups): groups are index tensors
@@ -256,16 +256,17 @@ def vision_layout(grid_thw: list, merge: int, window: int):
         across, down = math.ceil(w / window), math.ceil(h / window)
         window_ids.append(windows_before + place[:, 0] // window * across + place[:, 1] // window)
         windows_before += across * down
-    return torch.cat(places), segments(torch.cat(image_ids)), segments(torch.cat(window_ids))
+    full, windows = segments(torch.cat(image_ids), device), segments(torch.cat(window_ids), device)
+    return torch.cat(places), full, windows
 
 
-def segments(ids):
+def segments(ids, device) -> list:
     """Indices of equal ids, segments of equal length stacked -> list of (n, L) index tensors."""
     counts = torch.unique(ids, return_counts=True)[1].tolist()
     by_length = {}
     for segment in torch.argsort(ids, stable=True).split(counts):
         by_length.setdefault(len(segment), []).append(segment)
-    return [torch.stack(group) for group in by_length.values()]
+    return [torch.stack(group).to(device) for group in by_length.values()]
 
 
 class VisionAttention(nn.Module):
@@ -317,9 +318,7 @@ class VisionTower(nn.Module):
         c, device = self.c, pixel_values.device
         # a window is a whole number of merge blocks
         window = c.v_window_size // c.v_spatial_merge_size // c.v_patch_size * c.v_spatial_merge_size
-        place, full, windows = vision_layout(grid_thw.tolist(), c.v_spatial_merge_size, window)
-        full = [index.to(device) for index in full]
-        windows = [index.to(device) for index in windows]
+        place, full, windows = vision_layout(grid_thw.tolist(), c.v_spatial_merge_size, window, device)
         d = c.v_hidden_size // c.v_num_heads
         inv_freq = 1.0 / 10000.0 ** (torch.arange(0, d // 2, 2, dtype=torch.float) / (d // 2))
         angles = (place[:, :, None].float() * inv_freq).flatten(1)                      # (N, d/2), rows first
@@ -353,18 +352,16 @@ def causal_mask(real, T: int):
 
 
 class FullAttention:
-    """Causal attention within whole sequences padded left or right: attention_mask (B, T). With `keep_kv`
-    (prefill) it keeps keys and values in kv: layer -> (k, v), each (B, K, T, d)."""
+    """Causal attention within whole sequences padded left or right: attention_mask (B, T). Keeps keys and
+    values in kv: layer -> (k, v), each (B, K, T, d)."""
 
-    def __init__(self, attention_mask, keep_kv: bool = False, device=None):
-        self.kv = {} if keep_kv else None
-        self.mask = None
+    def __init__(self, attention_mask, device):
+        self.kv, self.mask = {}, None
         if not attention_mask[:, 0].all():              # else nothing real comes after padding
             self.mask = causal_mask(attention_mask.bool(), attention_mask.shape[1]).to(device)
 
     def attend(self, layer: int, q, k, v):
-        if self.kv is not None:
-            self.kv.setdefault(layer, (k, v))           # with activation checkpointing a layer runs twice
+        self.kv.setdefault(layer, (k, v))               # with activation checkpointing a layer runs twice
         return sdpa(q, k, v, self.mask, causal=self.mask is None)
 
 
@@ -559,9 +556,9 @@ class Qwen25VL(nn.Module):
         """Output embedding (V, D)."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def prompt_hidden(self, input_ids, attention_mask, pixel_values, image_grid_thw, keep_kv: bool = False):
-        """Whole sequences (arguments as for `forward`; on the CPU they do not halt a GPU) -> (hidden
-        (B, T, D), the context, which holds their keys and values if `keep_kv`, the next positions (B,))."""
+    def prompt_hidden(self, input_ids, attention_mask, pixel_values, image_grid_thw):
+        """Whole sequences (arguments as for `forward`; on the CPU they do not halt a GPU) -> hidden
+        (B, T, D), keys and values by layer, next positions (B,)."""
         c, device = self.config, self.head_weight.device
         grids = [] if image_grid_thw is None else image_grid_thw.tolist()
         positions, next_position = mrope_positions(input_ids, attention_mask, grids, c.image_token_id,
@@ -572,9 +569,9 @@ class Qwen25VL(nn.Module):
             pixels, is_image = pixel_values.to(device), input_ids == c.image_token_id
             features = self.visual(pixels, image_grid_thw, self.activation_checkpointing)           # (M, D)
             x = x.masked_scatter(is_image[..., None], features.to(x.dtype))
-        context = FullAttention(attention_mask, keep_kv, device)
+        context = FullAttention(attention_mask, device)
         hidden = self.model(x, positions.to(device), context, self.activation_checkpointing)
-        return hidden, context, next_position.to(device)
+        return hidden, context.kv, next_position.to(device)
 
     def rows_hidden(self, input_ids, position_ids, context):
         """Text tokens (R, T) that continue their prompts, position_ids (R, T) -> hidden (R, T, D)."""

@@ -36,12 +36,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import reward
 from model import (Config, ImageConfig, InputError, KVCache, Qwen25VL, SharedPrompt, load_image_config,
-                   preprocess_image, read_json, reading, require, resolve, smart_resize)
+                   preprocess_image, read_json, reading, require, resolve, run_layer, smart_resize)
 
 INSTRUCTION = ("First think inside <think> </think>, one step a line, checking each step against the image. "
                "Then give only the final answer inside <answer> </answer>.")
@@ -605,9 +604,9 @@ def compute_prompts(model: Qwen25VL, prompts: list[Prompt], pad_id: int):
     grids = [grid for prompt in prompts for grid in prompt.grids]
     pixels = torch.cat(pixels) if pixels else None                                          # (N, features)
     grids = torch.tensor(grids) if grids else None                                          # (images, 3)
-    hidden, context, next_position = model.prompt_hidden(ids, mask, pixels, grids, keep_kv=True)
+    hidden, kv, next_position = model.prompt_hidden(ids, mask, pixels, grids)
     last = hidden[torch.arange(len(prompts)), mask.sum(1) - 1]
-    return last, context.kv, mask.to(last.device), next_position
+    return last, kv, mask.to(last.device), next_position
 
 
 def prefill(model, prompts: list[Prompt], group_size: int, prefixes: list, max_new_tokens: int, codec):
@@ -697,13 +696,8 @@ def token_logps(hidden, head_weight, targets, logit_mask, temperature=1.0, chunk
             spread = -(logps.detach().exp() * logps.detach().clamp(min=-1e4)).sum(-1)
         return logps.gather(1, targets[:, None])[:, 0], spread
 
-    parts = []
-    for inputs in zip(hidden.split(chunk), targets.split(chunk)):
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(logps_of_chunk, *inputs, use_reentrant=False))
-        else:                                                   # nothing to compute again
-            parts.append(logps_of_chunk(*inputs))
-    logps, entropies = zip(*parts)
+    chunks = zip(hidden.split(chunk), targets.split(chunk))
+    logps, entropies = zip(*[run_layer(logps_of_chunk, True, *inputs) for inputs in chunks])
     return torch.cat(logps), torch.cat(entropies)
 
 
