@@ -96,12 +96,16 @@ def is_tiny(data: str) -> bool:
     return data.partition(":")[0] == "tiny"
 
 
-def load_data(data: str, split: str, count: int = 0, image_dir: str = "", instruction: str = "") -> list:
-    """The first `count` problems of a file (0 = all), or of a tiny spec (0 = 256)."""
+def load_heldout(config, data: str, count: int, codec) -> list:
+    """The first `count` problems of a file (0 = all), or of a tiny spec (0 = 256), checked."""
     if is_tiny(data):
-        stream = Stream(data, split)
-        return [stream[i] for i in range(count or 256)]
-    return rollout.load_problems(data, image_dir, instruction)[:count or None]
+        stream = Stream(data, "heldout")
+        problems = [stream[i] for i in range(count or 256)]
+    else:
+        problems = rollout.load_problems(data, config.image_dir, config.instruction)[:count or None]
+    for problem in problems:
+        rollout.encode_prompt(problem, codec, config.max_prompt_tokens, pixels=False)
+    return problems
 
 
 # ---- Running a model
@@ -263,12 +267,10 @@ def known_rows(config: EvalConfig, rank: int) -> dict:
 def run(config: EvalConfig, rank: int, world: int, device, dtype):
     """The whole job: load and check, complete what is missing, report, write."""
     import train
-    problems = load_data(config.data, "heldout", config.problems, config.image_dir, config.instruction)
+    codec = rollout.load_codec(config.model, config.max_pixels)
+    problems = load_heldout(config, config.data, config.problems, codec)
     if not (config.greedy or config.samples):
         config.greedy, config.samples = True, 4
-    codec = rollout.load_codec(config.model, config.max_pixels)
-    for p in problems:
-        rollout.encode_prompt(p, codec, config.max_prompt_tokens, pixels=False)
     out, rows, keep = Path(config.out), {}, None
     if config.out:                                          # before the work, not after it
         rows = known_rows(config, rank)

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import reward
@@ -250,32 +251,28 @@ def parse_json(data: bytes, path: Path, line: int = 1):
         return InputError(f"{path}:{line}: not readable: {e}")
 
 
-def load_row(where: str, row, folder: Path, instruction: str, check, whole: bool) -> Problem:
-    """The problem of a row; InputError where it is bad or, of the whole, an image or check(problem)."""
-    if isinstance(row, InputError):
-        raise row
-    problem = parse_row(row, where, folder, instruction)
-    if not whole:
-        return problem
-    for image in problem.images:
-        with reading(f"{where}: field 'images'"):
-            open_image(image)
-    if check:
-        check(problem)
-    return problem
-
-
 def load_problems(path, image_dir=None, instruction: str = "", check=None, show=20, rank: int = 0,
                   world: int = 1) -> list[Problem]:
-    """Read and check a file, see `load_row`; of several ranks each looks into the images of its own rows.
+    """Read and check a file; of several ranks each opens the images and does check(problem) of its own rows.
     InputError: a line for each bad row, at most `show`."""
-    path, problems, errors, work = Path(path), {}, [], []
+    path, problems, errors = Path(path), {}, []
     if not path.is_file():
         raise InputError(f"--data {path}: no such file")
+
+    def load(n, where, row):
+        if isinstance(row, InputError):
+            raise row
+        problem = parse_row(row, where, Path(image_dir or path.parent), instruction)
+        if n % world == rank:
+            for image in problem.images:
+                with reading(f"{where}: field 'images'"):
+                    open_image(image)
+            if check:
+                check(problem)
+        return problem
+
     with ThreadPoolExecutor() as pool:                      # images are decoded in parallel
-        for n, (where, row) in enumerate(read_rows(path)):
-            given = where, row, Path(image_dir or path.parent), instruction, check, n % world == rank
-            work.append(pool.submit(load_row, *given))
+        work = [pool.submit(load, n, *row) for n, row in enumerate(read_rows(path))]
         for loading in tqdm(work, desc="checking rows", leave=False, disable=None):
             try:
                 p = loading.result()
@@ -585,14 +582,13 @@ def prefill_prompts(model: Qwen25VL, prompts: list[Prompt], pad_id: int):
         for n, prompt in enumerate(new):
             own = {}
             for layer, (k, v) in kv.items():
-                own[layer] = torch.stack((k[n], v[n]), dim=2)[:, :len(prompt.ids)]          # (K, P, 2, d)
-            prompt.kept[model] = last[n], own, position[n]
+                own[layer] = torch.stack((k[n], v[n]), dim=2)[:, :len(prompt.ids)].transpose(0, 1)
+            prompt.kept[model] = last[n], own, position[n]                  # own: (P, K, 2, d) by layer
     last, kvs, position = zip(*[prompt.kept[model] for prompt in prompts])
     _, mask = pad([prompt.ids for prompt in prompts], pad_id, device=last[0].device)        # (B, P)
     kv = {}
     for layer in kvs[0]:
-        rows = [own[layer].transpose(0, 1) for own in kvs]
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)                    # (B, P, K, 2, d)
+        padded = pad_sequence([own[layer] for own in kvs], batch_first=True)                # (B, P, K, 2, d)
         kv[layer] = padded[..., 0, :].transpose(1, 2), padded[..., 1, :].transpose(1, 2)
     return torch.stack(last), kv, mask, torch.stack(position)
 
@@ -644,8 +640,7 @@ class PromptPass:
         self.kv = dict(zip(self.kv, zip(rest[::2], rest[1::2])))
 
     def backward(self):
-        """What has gathered goes on through the prompts: graphs of rows and of prompts are never in memory at
-        once."""
+        """What has gathered goes on through the prompts, when no graph of rows is in memory any more."""
         reached = [n for n, leaf in enumerate(self.leaves) if leaf.grad is not None]
         torch.autograd.backward([self.computed[n] for n in reached], [self.leaves[n].grad for n in reached])
 

@@ -43,7 +43,7 @@ import grpo
 import rereason
 import reward
 import rollout
-from eval import check_flags, evaluate, headline, is_tiny, load_data, report, summarise
+from eval import check_flags, evaluate, headline, is_tiny, load_heldout, report, summarise
 from model import (Config, InputError, Qwen25VL, add_lora, load_adapter, load_model, read_json, read_tensors,
                    reading, require, resolve, save_adapter, save_model, without_lora)
 from tiny import shapes
@@ -150,12 +150,9 @@ def training_data(c: TrainConfig, codec, rank: int = 0, world: int = 1) -> tuple
     else:
         show = None if c.check else 20
         data = rollout.load_problems(c.data, c.image_dir, c.instruction, check, show, rank, world)
-    held_out = []
     if c.eval_problems and (c.eval_data or is_tiny(c.data)):
-        held_out = load_data(c.eval_data or c.data, "heldout", c.eval_problems, c.image_dir, c.instruction)
-    for problem in held_out:
-        rollout.encode_prompt(problem, codec, c.max_prompt_tokens, pixels=False)
-    return data, held_out
+        return data, load_heldout(c, c.eval_data or c.data, c.eval_problems, codec)
+    return data, []
 
 
 def demonstration(problem, c: TrainConfig, codec) -> list[int]:
