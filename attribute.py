@@ -112,10 +112,8 @@ def thoughts_of(text: str) -> tuple[int, int]:
     """Where the thoughts begin and end: from <think> (or the start) to </think> (or the answer), without
     lines that announce the answer."""
     begin = text.find("<think>") + len("<think>") if "<think>" in text else 0
-    end = len(text)
-    for tag in ("</think>", "<answer>", "### The final answer"):
-        if begin <= text.find(tag, begin) < end:
-            end = text.find(tag, begin)
+    ends = [text.find(tag, begin) for tag in ("</think>", "<answer>", "### The final answer")]
+    end = min((place for place in ends if place >= 0), default=len(text))
     while True:
         last_line = text.rfind("\n", begin, begin + len(text[begin:end].rstrip())) + 1
         if last_line <= begin or not ANSWER.match(text, last_line, end):
@@ -224,8 +222,7 @@ def select_groups(groups, keys: list[str], config, progress: float) -> list[int]
 
 
 def locatable_failures(group: list) -> list:
-    """Screening: the rollouts whose failure can be located: wrong, ended by themselves, readable, two steps
-    or more."""
+    """Screening: failures that can be located: wrong, ended by themselves, readable, two steps or more."""
     found = []
     for t in group:
         wrong = t.rewards["accuracy"] == 0 and t.finished
@@ -244,8 +241,7 @@ def is_right(t) -> bool:
 
 @dataclass
 class Check:
-    """What A1 says of a step: its largest gap, in nats, and which token of the step is the first suspect one
-    (None: none is)."""
+    """What A1 says of a step: its largest gap, in nats, and its first suspect token (None: none is)."""
     gap: float
     token: int | None = None
 
@@ -256,15 +252,11 @@ class Check:
 
 def first_suspect(checks: list) -> int | None:
     """The first suspect step (0-based); None without one."""
-    for k, check in enumerate(checks):
-        if check.is_suspect:
-            return k
-    return None
+    return next((k for k, check in enumerate(checks) if check.is_suspect), None)
 
 
 def faulty_tokens(step: Step, check: Check) -> tuple[int, int]:
-    """The tokens (start, stop) to blame for a suspect step: the first suspect one (the rest of the step
-    follows from it), or all where none is known."""
+    """The tokens (start, stop) to blame for a suspect step: the first suspect one; all if none is known."""
     if check.token is None:
         return step.start, step.stop
     return step.start + check.token, step.start + check.token + 1
@@ -313,9 +305,8 @@ def read_steps(reader, codec, claims: list[tuple], masked: dict, budget: int = 1
 
 
 class Verifier:
-    """Fills in the `checks` of trajectories that have steps, by A1; nothing is read twice in this object's
-    life. For a signal of your own override `__call__`. window: how many steps before a step are read with it.
-    tokens: what reading cost so far, one a step."""
+    """Fills in the `checks` of trajectories that have steps, by A1; reads nothing twice. For a signal of your
+    own override `__call__`. window: steps before a step to read with it. tokens: one for each step read."""
 
     def __init__(self, reader, codec, window: int = 0):
         self.reader, self.codec, self.window = reader, codec, window
@@ -327,15 +318,13 @@ class Verifier:
         return opening + t.ids[t.steps[first].start:t.steps[k].start]
 
     def __call__(self, trajectories: list):
-        work, unknown = [], {}
+        work = []
         for t in trajectories:
             t.checks = [Check(0.0)] * len(t.steps)
             for k, step in enumerate(t.steps):
                 if not claims_nothing(step.text):
-                    claim = self.claim(t, k)
-                    work.append((t, k, claim))
-                    if claim not in self.known:
-                        unknown[claim] = None               # (a set that keeps its order)
+                    work.append((t, k, self.claim(t, k)))
+        unknown = dict.fromkeys(claim for _, _, claim in work if claim not in self.known)
         self.tokens += len(unknown)
         self.known |= read_steps(self.reader, self.codec, list(unknown), self.masked)
         for t, k, claim in work:

@@ -139,8 +139,7 @@ def policy_loss(logps, old_logps, advantages, weights, normaliser: float, clip_l
 
 
 def group_shares(correct):
-    """Shares of groups that are all right, all wrong, and mixed. correct (B, G) of 0/1 -> dict. Only mixed
-    groups carry a GRPO signal."""
+    """Shares of groups all right, all wrong and mixed (which alone teach GRPO). correct (B, G) of 0 and 1."""
     mean = correct.float().mean(dim=1)
     right, wrong = (mean == 1).float().mean().item(), (mean == 0).float().mean().item()
     return {"all_right": right, "all_wrong": wrong, "mixed": 1 - right - wrong}

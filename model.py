@@ -386,9 +386,8 @@ class SharedPrompt:
 
 
 class KVCache(SharedPrompt):
-    """Sampling: G rows continue each of B prompts, row b * G + g being the g-th of prompt b. Keys and values
-    go into buffers of `max_len` columns, all rows' into the same column: forced tokens are padded on the
-    left."""
+    """Sampling: G rows continue each of B prompts, row b * G + g is the g-th of prompt b. Keys and values go
+    to buffers of `max_len` columns, all rows' into the same one: forced tokens are padded on the left."""
 
     def __init__(self, prompt_kv: dict, prompt_mask, group_size: int, max_len: int):
         B, device, self.G, self.len = len(prompt_mask), prompt_mask.device, group_size, 0
@@ -507,10 +506,9 @@ class Decoder(nn.Module):
 
 
 def mrope_positions(input_ids, attention_mask, grids: list, image_token_id: int, merge: int):
-    """Positions (3, B, T) and the next free position (B,). Text advances all three axes by one; an image of
-    h x w merged tokens keeps time fixed, counts rows and columns, and the text after it continues max(h, w)
-    later. grids: (1, rows, cols) in patches of every image, in order. ValueError where the image tokens do
-    not match."""
+    """Positions (3, B, T) and the next free one (B,). Text advances all three axes by one; an image of h x w
+    merged tokens keeps time fixed, counts rows and columns, and the text after it continues max(h, w) later.
+    grids: (1, rows, cols) in patches of each image. ValueError where the image tokens do not match."""
     ids, mask = input_ids.cpu(), attention_mask.bool().cpu()
     positions = torch.ones(3, *ids.shape, dtype=torch.long)
     next_position, image = [], 0
@@ -539,8 +537,7 @@ def mrope_positions(input_ids, attention_mask, grids: list, image_token_id: int,
 
 
 class Qwen25VL(nn.Module):
-    """The whole model. `forward` gives logits as transformers would; the others serve sampler and
-    training."""
+    """The whole model. `forward` gives logits as transformers would; the rest serves sampler and training."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -663,8 +660,7 @@ def resolve(path_or_id: str) -> Path:
 
 
 def read_json(path: Path, parse=None):
-    """A JSON object from a file, or parse(object, name of the file). ValueError names the file (and the line,
-    where it is not JSON)."""
+    """A JSON object from a file, or parse(object, name of the file). ValueError names the file."""
     if not path.is_file():
         raise ValueError(f"{path}: file is missing")
     with reading(f"{path}: not JSON"):

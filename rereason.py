@@ -284,9 +284,8 @@ def confirm_guessable(model, codec, repairs: list, max_new_tokens: int):
 # ---- Where the results go
 
 def rectify_groups(model, codec, groups, hard: list[int], keys: list[str], verifier, config, score):
-    """Repair one failed rollout of each hard group. A rectified trajectory replaces another wrong rollout,
-    so it stands beside its source and G is unchanged. score(t): its rewards. Returns the groups and all
-    repairs."""
+    """Repair one failed rollout of each hard group. A rectified trajectory replaces another wrong rollout, so
+    it stands beside its source and G is unchanged. score(t): its rewards. Returns groups and repairs."""
     repairs, group_of_repair = [], []
     for n in hard:
         source = attribute.choose_source(groups[n])

@@ -664,8 +664,7 @@ def micro_batches(model: Qwen25VL, codec: Codec, prompts: list[Prompt], completi
 def completion_hidden(model: Qwen25VL, prompts: list[Prompt], completions: list[list], pad_id: int,
                       prompt_pass: PromptPass | None = None):
     """R lists of tokens and the prompt each continues -> what predicts them, hidden (R, T, D), targets
-    (R, T), completion_mask (R, T). Prompts are computed once where rows share them, or were in prompt_pass.
-    Gradients flow through both."""
+    (R, T), completion_mask (R, T), with gradients. Rows share prompts, computed here or in prompt_pass."""
     prompt_pass = prompt_pass or PromptPass(model, list(dict.fromkeys(prompts)), pad_id)
     last, start = prompt_pass.last, prompt_pass.start
     prompt_of_row = torch.tensor([prompt_pass.place[prompt] for prompt in prompts], device=last.device)

@@ -137,8 +137,7 @@ def parse_flags(config_class, argv=None, defaults: dict | None = None):
 # ---- Data
 
 def training_data(c: TrainConfig, codec, rank: int = 0, world: int = 1) -> tuple:
-    """Training problems (endless on tiny) and held-out ones. InputError names the rows that are bad, of this
-    rank's share."""
+    """Training problems (endless on tiny) and held-out ones. InputError names this rank's bad rows."""
     def check(problem):
         rollout.encode_prompt(problem, codec, c.max_prompt_tokens, pixels=False)
         if c.stage == "sft":
@@ -473,8 +472,7 @@ class Trainer:
         return (problems * count)[:count], (prompts * count)[:count]
 
     def rl_step(self) -> dict:
-        """rollout -> reward -> attribute -> rereason -> grpo: one batch of problems, from prompts to an
-        update."""
+        """rollout -> reward -> attribute -> rereason -> grpo: one batch, from prompts to an update."""
         c, model, codec, progress = self.config, self.model, self.codec, self.progress()
         problems, keys = self.next_batch()
         problems, prompts = self.readable(problems)
@@ -594,9 +592,8 @@ class Trainer:
         return {**means, **shares, "rollout_tokens": tokens}
 
     def repair_metrics(self, groups, repairs, verifier) -> dict:
-        """What attribution and the Re-Reasoning Loop did, over all ranks; their tokens are counted here. With
-        a step oracle also the shares found of wrong steps, doubted of right ones, of revisions that are
-        true."""
+        """What attribution and the Re-Reasoning Loop did, over all ranks; and counts its tokens. With a
+        step oracle also the shares found of wrong steps, doubted of right ones, and of true revisions."""
         counts = Counter(sources=len(repairs), check_tokens=verifier.tokens, repair_tokens=verifier.tokens)
         for r in repairs:
             counts.update(repaired=r.outcome == "repaired", revisions=r.num_revisions, repair_tokens=r.tokens)
