@@ -233,8 +233,7 @@ def locatable_failures(group: list) -> list:
 
 def is_right(t) -> bool:
     """The verifier of restarts and repairs: the training reward's own accuracy."""
-    p = t.problem
-    return reward.reward_parts(t.text, p.answer, p.choices, t.finished)["accuracy"] == 1
+    return reward.reward_parts(t.text, t.problem.answer, t.problem.choices, t.finished)["accuracy"] == 1
 
 
 # ---- A1

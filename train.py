@@ -599,23 +599,22 @@ class Trainer:
             counts.update(repaired=r.outcome == "repaired", revisions=r.num_revisions, repair_tokens=r.tokens)
             for turn in r.turns if r.source.problem.oracle else ():
                 if turn["what"] == "revise" and turn["after"] != turn["before"]:
-                    counts.update(judged=1, true=shapes.is_right(r.source.problem, turn["after"]))
+                    counts.update(judged=1, true_revisions=shapes.is_right(r.source.problem, turn["after"]))
         for t in sum(groups, []):
             suspect = [check.is_suspect for check in t.checks or ()]
             counts["suspects"] += sum(suspect)
             if t.problem.oracle and suspect and t.provenance == "policy":
                 for verdict, doubted in zip(shapes.verdicts(t), suspect):
-                    right = verdict == "true"
-                    counts.update(right=right, wrong=not right, false=right and doubted,
-                                  found=doubted and not right)
+                    if verdict == "true":
+                        counts.update(right=1, false_alarms=doubted)
+                    else:
+                        counts.update(wrong=1, found=doubted)
         totals = sum(all_gather([counts]), Counter())
         self.tokens += totals["repair_tokens"]
-        metrics = {}
-        for name in ("sources", "repaired", "revisions", "repair_tokens", "check_tokens", "suspects"):
-            metrics[name] = totals[name]
-        for name, part, of in (("found", "found", "wrong"), ("false_alarms", "false", "right"),
-                               ("true_revisions", "true", "judged")):
-            metrics[name] = totals[part] / totals[of] if totals[of] else None
+        names = ("sources", "repaired", "revisions", "repair_tokens", "check_tokens", "suspects")
+        metrics = {name: totals[name] for name in names}
+        for name, of in (("found", "wrong"), ("false_alarms", "right"), ("true_revisions", "judged")):
+            metrics[name] = totals[name] / totals[of] if totals[of] else None
         return metrics
 
     def evaluate(self, short: bool = False) -> dict | None:
@@ -734,8 +733,7 @@ def write_text(file: Path, text: str):
     part = file.with_name(f"{file.name}.{os.getpid()}.new")
     with open(part, "x", encoding="utf-8") as f:
         f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
+    flush(part)
     part.replace(file)
 
 
