@@ -67,20 +67,19 @@ def assign_credit(groups, credit: str):
     """Eq. (6). credit: what is at fault in a failed rollout of the policy, "token" (each suspect one), "step"
     (each suspect step) or "rollout" (nothing in particular, as in GRPO). Where nothing is suspect all share
     the blame. A rollout that was cut off has no weight. Others keep weight 1."""
-    for group in groups:
-        for t in group:
-            t.weights = None
-            if t.provenance != "policy" or t.rewards["accuracy"]:
-                continue
-            if not t.finished:
-                t.weights = [0.0] * len(t.ids)
-            elif credit != "rollout" and t.advantage < 0:
-                faulty = []
-                for step, check in zip(t.steps or (), t.checks or ()):
-                    if check.is_suspect:
-                        whole = (step.start, step.stop)
-                        faulty.append(whole if credit == "step" else attribute.faulty_tokens(step, check))
-                t.weights = step_credit(len(t.ids), faulty or [(0, len(t.ids))])
+    for t in sum(groups, []):
+        t.weights = None
+        if t.provenance != "policy" or t.rewards["accuracy"]:
+            continue
+        if not t.finished:
+            t.weights = [0.0] * len(t.ids)
+        elif credit != "rollout" and t.advantage < 0:
+            faulty = []
+            for step, check in zip(t.steps or (), t.checks or ()):
+                if check.is_suspect:
+                    whole = (step.start, step.stop)
+                    faulty.append(whole if credit == "step" else attribute.faulty_tokens(step, check))
+            t.weights = step_credit(len(t.ids), faulty or [(0, len(t.ids))])
 
 
 # ---- The loss

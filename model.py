@@ -175,18 +175,19 @@ class ImageConfig:
         return fill(ImageConfig, given, where)
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size (height, width) nearest to the given one, both sides multiples of `factor`, the area within
-    bounds. Source: Qwen2-VL. ValueError for aspect ratios beyond 200."""
+def smart_resize(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
+    """The size (height, width) nearest to the given one, both sides multiples of a merge block, the area
+    within bounds. Source: Qwen2-VL. ValueError for aspect ratios beyond 200."""
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"aspect ratio of a {width}x{height} image is beyond 200:1")
+    factor = config.patch_size * config.merge_size
     h, w = round(height / factor) * factor, round(width / factor) * factor
-    if h * w > max_pixels:
-        scale = math.sqrt(height * width / max_pixels)
+    if h * w > config.max_pixels:
+        scale = math.sqrt(height * width / config.max_pixels)
         h = max(factor, math.floor(height / scale / factor) * factor)
         w = max(factor, math.floor(width / scale / factor) * factor)
-    elif h * w < min_pixels:
-        scale = math.sqrt(min_pixels / (height * width))
+    elif h * w < config.min_pixels:
+        scale = math.sqrt(config.min_pixels / (height * width))
         h, w = math.ceil(height * scale / factor) * factor, math.ceil(width * scale / factor) * factor
     return h, w
 
@@ -195,7 +196,7 @@ def preprocess_image(image: Image.Image, config: ImageConfig) -> tuple[np.ndarra
     """One RGB image -> (patches (N, C * temporal * patch * patch), grid (1, rows, columns) in patches).
     Patches are ordered by merge block, the four of a block beside each other."""
     p, m = config.patch_size, config.merge_size
-    h, w = smart_resize(image.height, image.width, p * m, config.min_pixels, config.max_pixels)
+    h, w = smart_resize(image.height, image.width, config)
     if (w, h) != image.size:
         image = image.resize((w, h), Image.Resampling.BICUBIC)
     x = np.asarray(image, dtype=np.float32) / 255.0                                     # (h, w, C)

@@ -286,20 +286,17 @@ def confirm_guessable(model, codec, repairs: list, max_new_tokens: int):
 def rectify_groups(model, codec, groups, hard: list[int], keys: list[str], verifier, config, score):
     """Repair one failed rollout of each hard group. A rectified trajectory replaces another wrong rollout, so
     it stands beside its source and G is unchanged. score(t): its rewards. Returns groups and repairs."""
-    repairs, group_of_repair = [], []
+    repairs = {}                                            # by the group's number
     for n in hard:
         source = attribute.choose_source(groups[n])
         if source:
             median = sorted(len(t.ids) for t in groups[n])[len(groups[n]) // 2]
-            repairs.append(Repair(source, replace(source), f"rectify/{keys[n]}/0", median))
-            group_of_repair.append(n)
+            repairs[n] = Repair(source, replace(source), f"rectify/{keys[n]}/0", median)
     rules, groups = Rules(min_log_w=config.min_log_w, revise=config.revise), list(map(list, groups))
-    rectify(model, codec, repairs, verifier, config.max_new_tokens, rules)
-    for n, r in zip(group_of_repair, repairs):
+    rectify(model, codec, list(repairs.values()), verifier, config.max_new_tokens, rules)
+    for n, r in repairs.items():
         if r.outcome == "repaired":
             r.trajectory.rewards = score(r.trajectory)
-            for i, t in enumerate(groups[n]):
-                if t.rewards["accuracy"] == 0 and t is not r.source:
-                    place = i                               # the last of the other wrong ones
-            groups[n][place] = r.trajectory
-    return groups, repairs
+            wrong = [i for i, t in enumerate(groups[n]) if not t.rewards["accuracy"] and t is not r.source]
+            groups[n][wrong[-1]] = r.trajectory
+    return groups, list(repairs.values())

@@ -386,9 +386,8 @@ def image_grid(image, config: ImageConfig) -> tuple[int, int, int]:
     image = open_image(image, decode=False)
     turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8) and image.format != "TIFF"    # Pillow turns these
     width, height = image.size[::-1] if turned else image.size
-    p, m = config.patch_size, config.merge_size
-    height, width = smart_resize(height, width, p * m, config.min_pixels, config.max_pixels)
-    return 1, height // p, width // p
+    height, width = smart_resize(height, width, config)
+    return 1, height // config.patch_size, width // config.patch_size
 
 
 def render_chat(problem: Problem, codec: Codec) -> str:

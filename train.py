@@ -486,9 +486,8 @@ class Trainer:
                                 prompts=prompts)
 
         # reward: rules only, no model
-        for group in groups:
-            for t in group:
-                t.rewards = self.score(t)
+        for t in sum(groups, []):
+            t.rewards = self.score(t)
         metrics, repairs = self.rollout_metrics(groups), []
 
         if c.algo == "ivr":
@@ -541,8 +540,7 @@ class Trainer:
         """Loss and gradients of one micro-batch of trajectories."""
         c, inputs = self.config, (self.codec, [t.prompt for t in rows], [t.ids for t in rows])
         logps, entropy, _ = rollout.completion_logps(self.model, *inputs, True, prompt_pass)    # (R, T)
-        with torch.no_grad():
-            ref_logps = self.reference_logps(inputs, prompt_pass) if self.reference else None
+        ref_logps = self.reference_logps(inputs, prompt_pass) if self.reference else None
         batch = grpo.collate(rows, self.device)
         loss, stats = grpo.policy_loss(logps, **batch, normaliser=normaliser, clip_low=c.clip_low,
                                        clip_high=c.clip_high, dual_clip=c.dual_clip, beta=c.beta,
@@ -552,6 +550,7 @@ class Trainer:
         stats |= {"loss": loss, "entropy": (entropy * on_policy).sum()}
         return {name: value.item() for name, value in stats.items()}
 
+    @torch.no_grad()
     def reference_logps(self, inputs: tuple, prompt_pass):
         """The reference's log-probs (R, T), in the very shapes of the policy's: where both are the same model
         the KL is 0 to the bit, else Adam would make whole steps of the rounding."""
