@@ -336,12 +336,12 @@ class VisionTower(nn.Module):
 # ---- Attention and its caches: context.attend(layer, q, k, v) of the new tokens -> (R, H, T, d), with q
 # (R, H, T, d), k and v (R, K, T, d)
 
-def sdpa(q, k, v, mask=None, causal: bool = False):
-    """Grouped-query attention: k and v (R, K, S, d); `mask` broadcasts to (R, H, T, S), True = attend."""
+def sdpa(q, k, v, mask=None):
+    """Grouped-query: k, v (R, K, S, d); mask broadcasts to (R, H, T, S), True = attend, None = causal."""
     rep = q.shape[1] // k.shape[1]
     if mask is not None and rep > 1:            # no fused CUDA kernel takes both a mask and grouped heads
         k, v, rep = k.repeat_interleave(rep, 1), v.repeat_interleave(rep, 1), 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=rep > 1)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=rep > 1)
 
 
 def causal_mask(real, T: int):
@@ -363,7 +363,7 @@ class FullAttention:
 
     def attend(self, layer: int, q, k, v):
         self.kv.setdefault(layer, (k, v))               # with activation checkpointing a layer runs twice
-        return sdpa(q, k, v, self.mask, causal=self.mask is None)
+        return sdpa(q, k, v, self.mask)
 
 
 class SharedPrompt:
@@ -598,7 +598,7 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, rng):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
-        self.weight, self.bias, self.scale = base.weight, base.bias, alpha / r
+        self.weight, self.bias, self.alpha, self.scale = base.weight, base.bias, alpha, alpha / r
         bound = base.in_features ** -0.5
         A = torch.empty(r, base.in_features).uniform_(-bound, bound, generator=rng)
         self.lora_A = nn.Parameter(A.to(self.weight))
@@ -741,17 +741,6 @@ def copy_companions(source: Path, folder: Path):
             shutil.copy(source / name, folder / name)
 
 
-def save_model(model: Qwen25VL, folder, source, dtype=None, max_shard_bytes: int = 5 * 10 ** 9):
-    """Write weights in the hub's names and shards, beside the config, tokenizer and processor files of
-    `source` (a folder or hub id), so that from_pretrained opens the folder. dtype None keeps the model's."""
-    folder, source = Path(folder), resolve(str(source))
-    check_finite(dict(model.named_parameters()), folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    copy_companions(source, folder)
-    state = {name: p.detach().to("cpu", dtype or p.dtype) for name, p in model.named_parameters()}
-    save_torch_state_dict(state, folder, max_shard_size=max_shard_bytes)
-
-
 # of a PEFT adapter; the vision tower has layers of the same names
 LORA_SETTINGS = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0,
                  "target_modules": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"}
@@ -761,18 +750,24 @@ UNUSED = dict.fromkeys(("use_rslora", "use_dora", "rank_pattern", "alpha_pattern
 SUPPORTED_LORA = {"peft_type": ("LORA",), "init_lora_weights": (None, True, False, "gaussian"), **UNUSED}
 
 
-def save_adapter(model: Qwen25VL, folder, source, alpha: float):
-    """Write the adapters alone, as PEFT does, beside the tokenizer and processor files of `source`, which is
-    noted as their base."""
+def save_model(model: Qwen25VL, folder, source, dtype=None, max_shard_bytes: int = 5 * 10 ** 9):
+    """Write weights in the hub's names and shards, beside the config, tokenizer and processor files of
+    `source` (a folder or hub id), so that from_pretrained opens the folder. dtype None keeps the model's.
+    Where there are adapters, these alone, as PEFT does, with `source` noted as their base."""
     folder, base, found = Path(folder), resolve(str(source)), adapters(model)
-    check_finite(found, folder)
+    parameters = found or dict(model.named_parameters())
+    check_finite(parameters, folder)
+    state = {name: p.detach().to("cpu", dtype or p.dtype) for name, p in parameters.items()}
     folder.mkdir(parents=True, exist_ok=True)
     copy_companions(base, folder)
-    r = model.model.layers[0].self_attn.q_proj.lora_A.shape[0]
+    if not found:
+        return save_torch_state_dict(state, folder, max_shard_size=max_shard_bytes)
+    layer = model.model.layers[0].self_attn.q_proj
     source = str(base.resolve()) if Path(source).is_dir() else str(source)
-    config = {**LORA_SETTINGS, "base_model_name_or_path": source, "r": r, "lora_alpha": alpha}
+    config = {**LORA_SETTINGS, "base_model_name_or_path": source, "r": len(layer.lora_A),
+              "lora_alpha": layer.alpha}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    save_file({name: p.detach().cpu() for name, p in found.items()}, folder / "adapter_model.safetensors")
+    save_file(state, folder / "adapter_model.safetensors")
 
 
 def load_adapter(model: Qwen25VL, folder: Path):
@@ -787,7 +782,7 @@ def load_adapter(model: Qwen25VL, folder: Path):
 
 def load_merged(folder: Path, device, dtype) -> Qwen25VL:
     """A plain model from an adapter's folder: W + alpha / r * B A, added in fp32. InputError for adapters
-    of another form than `save_adapter` writes."""
+    of another form than `save_model` writes."""
     config, where = read_json(folder / "adapter_config.json"), f"{folder / 'adapter_config.json'}: field"
     base, r, alpha = (config.get(name) for name in ("base_model_name_or_path", "r", "lora_alpha"))
     require(f"{where} 'base_model_name_or_path'", base, str)

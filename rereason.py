@@ -74,13 +74,12 @@ def rectify(model, codec, repairs: list[Repair], verifier, max_new_tokens: int, 
                 passed.append(r)
         margins = attribute.answer_margins(model, codec, [r.trajectory for r in passed])
         margins = {id(r): found for r, found in zip(passed, margins)}
-        todo = {"revise": [], "continue": []}
+        todo = {"revise": [], "continue": [], "give up": []}
         for r in active:
             action, where = next_action(r, margins.get(id(r)), rules)
-            if action == "give up":
-                r.outcome = "given up"
-            else:
-                todo[action].append((r, where))
+            todo[action].append((r, where))
+        for r, _ in todo["give up"]:
+            r.outcome = "given up"
         todo["continue"] += revise_steps(model, codec, todo["revise"], verifier, turn, rules)
         continue_sampling(model, codec, todo["continue"], max_new_tokens, turn, rules)
     for r in accept(model, codec, repairs, max_new_tokens, rules):

@@ -45,7 +45,7 @@ import reward
 import rollout
 from eval import check_flags, evaluate, headline, is_tiny, load_heldout, report, summarise
 from model import (Config, InputError, Qwen25VL, add_lora, load_adapter, load_model, read_json, read_tensors,
-                   reading, require, resolve, save_adapter, save_model, without_lora)
+                   reading, require, resolve, save_model, without_lora)
 from tiny import shapes
 
 
@@ -643,10 +643,7 @@ class Trainer:
         with all_or_nothing(part, f"{target}: the checkpoint"):
             if self.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
-                if self.config.lora:
-                    save_adapter(self.model, part, self.config.model, self.config.lora_alpha)
-                else:
-                    save_model(self.model, part, self.config.model)
+                save_model(self.model, part, self.config.model)
                 for file in part.iterdir():
                     flush(file)
             all_gather([])                                      # the folder is there

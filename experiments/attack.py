@@ -41,7 +41,7 @@ import rollout  # noqa: E402
 import train  # noqa: E402
 from experiments import trace  # noqa: E402
 from experiments.tables import RESULTS, attack as table  # noqa: E402
-from model import add_lora, load_model, save_adapter  # noqa: E402
+from model import add_lora, load_model, save_model  # noqa: E402
 
 FILE, TINY, ABSENT = RESULTS / "attack.json", ROOT / "tiny", object()
 BAD = (ABSENT, None, "x", [], {}, 0, -1, 10 ** 9, float("nan"), 10 ** 40)
@@ -216,10 +216,10 @@ def models(folder):
     remove(bad / "model.safetensors.index.json")
     net = load_model(TINY)
     add_lora(net, 2, 4.0)
-    save_adapter(net, bad, TINY, 4.0)
-    for label in edits(bad / "adapter_config.json", lambda: save_adapter(net, bad, TINY, 4.0)):
+    save_model(net, bad, TINY)
+    for label in edits(bad / "adapter_config.json", lambda: save_model(net, bad, TINY)):
         yield label, use, ()
-    save_adapter(net, bad, TINY, 4.0)
+    save_model(net, bad, TINY)
     file = bad / "adapter_model.safetensors"
     tensors = load_file(file)
     for name in list(tensors)[::7]:
@@ -230,7 +230,7 @@ def models(folder):
             yield f"{name}: {label}", use, ()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         for kind in ("fifo", "folder", "link"):
-            save_adapter(net, bad, TINY, 4.0) if not (bad / name).exists() else None
+            save_model(net, bad, TINY) if not (bad / name).exists() else None
             yield f"{name} is a {kind}", use, plant(kind, bad / name)
             remove(bad / name)
     for template in TEMPLATES:
