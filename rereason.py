@@ -139,33 +139,23 @@ def revise_steps(model, codec, revisions: list, verifier, turn: int, rules: Rule
     for (temperature, stop_ids), (part, requests) in calls.items():
         replies = sample_on(verifier.reader, codec, requests, temperature, stop_ids)
         for (r, k, stem), (reply,) in zip(part, replies):
+            t, old, forced = r.trajectory, r.trajectory.steps[k], reply.sampled.count(0)
+            new = attribute.replace_end(t, k, stem, reply.ids[forced:], reply.logps[forced:], codec)
+            written = new.steps[k].text if new else "nothing"
+            r.turns.append({"what": "revise", "step": k, "before": old.text, "after": written})
             r.tokens += sum(reply.sampled)
-            outcome = take_revision(r, k, stem, reply, temperature == 0, codec)
-            if outcome == "changed":
+            if new and written != old.text:
+                r.trajectory, r.answer_is_current, r.num_revisions = new, False, r.num_revisions + 1
                 changed.append((r, k))
-            elif outcome == "nothing new":                  # restart one step to the left
+            elif new and temperature == 0:                  # the first choice is what stands there
+                r.confirmed.add(tuple(t.ids[old.start:old.stop]))
+                r.edited_steps.pop()
+            else:                                           # no whole step, or again the same
                 r.failures += 1
-                r.edited_steps[-1] = max(0, k - 1)
-                continuations.append((r, r.trajectory.steps[r.edited_steps[-1]].start))
+                r.edited_steps[-1] = max(0, k - 1)          # restart one step to the left
+                continuations.append((r, t.steps[r.edited_steps[-1]].start))
     verifier([r.trajectory for r, _ in changed])
     return continuations + resume_points(model, codec, changed, rules)
-
-
-def take_revision(r: Repair, k: int, stem: int, reply, greedy: bool, codec) -> str:
-    """Put what the reader wrote in the place of step k from token `stem` on: "changed"; "confirmed" where its
-    first choice is what stands there; "nothing new" where it wrote no whole step, or again the same."""
-    t, old, forced = r.trajectory, r.trajectory.steps[k], reply.sampled.count(0)
-    new = attribute.replace_end(t, k, stem, reply.ids[forced:], reply.logps[forced:], codec)
-    written = new.steps[k].text if new else "nothing"
-    r.turns.append({"what": "revise", "step": k, "before": old.text, "after": written})
-    if written == old.text and greedy:
-        r.confirmed.add(tuple(t.ids[old.start:old.stop]))
-        r.edited_steps.pop()
-        return "confirmed"
-    if not new or written == old.text:
-        return "nothing new"
-    r.trajectory, r.answer_is_current, r.num_revisions = new, False, r.num_revisions + 1
-    return "changed"
 
 
 def sample_on(model, codec, requests: list[tuple], temperature=1.0, stop_ids=(), group_size=1) -> list[list]:
