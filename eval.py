@@ -183,10 +183,8 @@ def summarise(records: list[dict]) -> dict:
         table = torch.tensor(list(by_problem.values()), dtype=torch.float64)    # (problems, n samples, 3)
         n, (right, form, unread) = table.shape[1], table.sum(1).T
         out["greedy" if mode == "greedy" else f"avg@{n}"] = figure((right / n).tolist())
-        k = 2
-        while k <= n:
+        for k in (2 ** power for power in range(1, n.bit_length())):           # 2, 4 ... up to n
             out[f"pass@{k}"] = figure([pass_at_k(n, int(count), k) for count in right])
-            k *= 2
         out[f"{mode} format"] = figure((form / n).tolist())
         out[f"{mode} parse fail"] = figure((unread / n).tolist())
     return out

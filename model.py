@@ -248,24 +248,22 @@ def vision_layout(grid_thw: list, merge: int, window: int, device):
 
     Returns (row and column of each patch (N, 2), full groups, window groups): groups are index tensors
     (n, L), n segments of equal length L that attend within themselves; each patch is in one of them."""
-    places, image_ids, window_ids, windows_before = [], [], [], 0
+    places, image_ids = [], []
     for image, (_, h, w) in enumerate(grid_thw):
         place = torch.cartesian_prod(torch.arange(h), torch.arange(w))                  # (h * w, 2)
         place = place.view(h // merge, merge, w // merge, merge, 2).transpose(1, 2).reshape(-1, 2)  # by block
         places.append(place)
-        image_ids.append(torch.full((h * w,), image))
-        across, down = math.ceil(w / window), math.ceil(h / window)
-        window_ids.append(windows_before + place[:, 0] // window * across + place[:, 1] // window)
-        windows_before += across * down
-    full, windows = segments(torch.cat(image_ids), device), segments(torch.cat(window_ids), device)
-    return torch.cat(places), full, windows
+        image_ids.append(torch.full((h * w, 1), image))
+    place, image_id = torch.cat(places), torch.cat(image_ids)                           # (N, 2), (N, 1)
+    window_id = torch.cat((image_id, place // window), dim=1)                           # (N, 3)
+    return place, segments(image_id, device), segments(window_id, device)
 
 
 def segments(ids, device) -> list:
-    """Indices of equal ids, segments of equal length stacked -> list of (n, L) index tensors."""
-    counts = torch.unique(ids, return_counts=True)[1].tolist()
+    """Indices of equal rows of ids, segments of equal length stacked -> list of (n, L) index tensors."""
+    _, segment_of, counts = torch.unique(ids, dim=0, return_inverse=True, return_counts=True)
     by_length = {}
-    for segment in torch.argsort(ids, stable=True).split(counts):
+    for segment in torch.argsort(segment_of, stable=True).split(counts.tolist()):
         by_length.setdefault(len(segment), []).append(segment)
     return [torch.stack(group).to(device) for group in by_length.values()]
 
@@ -320,8 +318,7 @@ class VisionTower(nn.Module):
         # a window is a whole number of merge blocks
         window = c.v_window_size // c.v_spatial_merge_size // c.v_patch_size * c.v_spatial_merge_size
         place, full, windows = vision_layout(grid_thw.tolist(), c.v_spatial_merge_size, window, device)
-        d = c.v_hidden_size // c.v_num_heads
-        inv_freq = 1.0 / 10000.0 ** (torch.arange(0, d // 2, 2, dtype=torch.float) / (d // 2))
+        inv_freq = frequencies(c.v_hidden_size // c.v_num_heads // 2, 10000.0, "cpu")
         angles = (place[:, :, None].float() * inv_freq).flatten(1)                      # (N, d/2), rows first
         angles = torch.cat((angles, angles), dim=-1)[:, None].to(device)                # (N, 1, d)
         cos, sin = angles.cos(), angles.sin()

@@ -596,7 +596,7 @@ def compute_prompts(model: Qwen25VL, prompts: list[Prompt], pad_id: int):
     """Vision and prompts -> last hidden (B, D), keys and values by layer, mask (B, P), next position (B,)."""
     ids, mask = pad([prompt.ids for prompt in prompts], pad_id)                             # (B, P)
     pixels = [prompt.pixel_values for prompt in prompts if prompt.grids]
-    grids = [grid for prompt in prompts for grid in prompt.grids]
+    grids = sum([prompt.grids for prompt in prompts], [])
     pixels = torch.cat(pixels) if pixels else None                                          # (N, features)
     grids = torch.tensor(grids) if grids else None                                          # (images, 3)
     hidden, kv, next_position = model.prompt_hidden(ids, mask, pixels, grids)
