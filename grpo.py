@@ -103,7 +103,7 @@ def collate(trajectories: list, device) -> dict:
 
 def policy_loss(logps, old_logps, advantages, weights, normaliser: float, clip_low: float = 0.2,
                 clip_high: float = 0.28, dual_clip: float = 3.0, beta: float = 0.0, ref_logps=None,
-                rectified=None, lambda_r: float = 1.0, gamma: float = 0.1):
+                rectified=torch.tensor(False), lambda_r: float = 1.0, gamma: float = 0.1):
     """Eq. (2)-(8): the loss, to be minimised, and its diagnostics.
 
     All tensors (R, T). old_logps: log mu, what each token was sampled with. weights: omega, the
@@ -118,10 +118,9 @@ def policy_loss(logps, old_logps, advantages, weights, normaliser: float, clip_l
     objective = torch.minimum(ratio * advantages, clipped * advantages)           # Eq. (3): clip-higher
     objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages),
                             objective)                                            # Eq. (4)
-    if rectified is not None:
-        w = log_ratio.clamp(max=math.log(10)).exp()
-        shaped = lambda_r * advantages * (shaped_ratio(w, gamma) if gamma > 0 else w)
-        objective = torch.where(rectified, shaped, objective)
+    w = log_ratio.clamp(max=math.log(10)).exp()
+    shaped = lambda_r * advantages * (shaped_ratio(w, gamma) if gamma > 0 else w)
+    objective = torch.where(rectified, shaped, objective)
     loss = -(weights * objective).sum() / normaliser                              # Eq. (8)
     kl = torch.zeros_like(ratio)
     if beta > 0:
@@ -129,8 +128,7 @@ def policy_loss(logps, old_logps, advantages, weights, normaliser: float, clip_l
         kl = delta.exp() - delta - 1                                              # Eq. (5): k3, >= 0
         loss = loss + beta * (weights * kl).sum() / normaliser
     with torch.no_grad():
-        on = (weights > 0).float()
-        on = on if rectified is None else on * ~rectified                    # the rest is of the policy's own
+        on = (weights > 0).float() * ~rectified                              # the rest is of the policy's own
         outside = ((ratio < 1 - clip_low) & (advantages < 0)) | ((ratio > 1 + clip_high) & (advantages > 0))
         stats = {"tokens": on.sum(), "clip_fraction": (on * outside).sum(), "kl_ref": (on * kl).sum(),
                  "kl_old": (on * (ratio - 1 - log_ratio)).sum(), "ratio": (on * ratio).sum()}

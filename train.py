@@ -519,7 +519,7 @@ class Trainer:
     def update(self, groups, lr: float) -> dict:
         """`updates_per_batch` optimiser steps, each on its share of the groups."""
         names = ("loss", "tokens", "entropy", "clip_fraction", "kl_ref", "kl_old", "ratio")
-        c, sums, norms = self.config, dict.fromkeys(names, 0.0), []
+        c, sums, norms = self.config, Counter(dict.fromkeys(names, 0.0)), []
         self.model.train()
         share = len(groups) // c.updates_per_batch
         normaliser = self.world * share * c.group_size * c.max_new_tokens
@@ -527,8 +527,7 @@ class Trainer:
             rows = [t for t in sum(groups[first:first + share], []) if grpo.has_gradient(t, c.beta)]
             inputs = self.model, self.codec, [t.prompt for t in rows], [t.ids for t in rows]
             for part, prompt_pass in rollout.micro_batches(*inputs, c.micro_tokens):
-                for name, value in self.backward([rows[n] for n in part], prompt_pass, normaliser).items():
-                    sums[name] += value
+                sums.update(self.backward([rows[n] for n in part], prompt_pass, normaliser))
             norms.append(self.optimizer.step(lr))
         loss, tokens, *totals = all_sum(list(sums.values()))
         metrics = {"loss": loss / len(norms), "grad_norm": sum(norms) / len(norms), "lr": lr}
