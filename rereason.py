@@ -107,16 +107,15 @@ def next_action(r: Repair, margins: list | None, rules: Rules) -> tuple[str, int
         return "give up", 0
     if incomplete:
         return "continue", len(t.ids)
+    restart = not rules.revise
     if k is None:                                           # every step passed, yet the answer is wrong
         if margins[-1] > 0:
             r.edited_steps.append(len(t.steps))         # the steps imply the gold: only the answer is sampled
             return "continue", t.steps[-1].stop
         k = attribute.largest_margin_drop(margins)
-        if k in r.edited_steps:                             # not the image: a slip of reasoning
-            r.edited_steps.append(k)
-            return "continue", t.steps[k].start
+        restart |= k in r.edited_steps                      # not the image: a slip of reasoning
     r.edited_steps.append(k)
-    return ("revise", k) if rules.revise else ("continue", t.steps[k].start)
+    return ("continue", t.steps[k].start) if restart else ("revise", k)
 
 
 # ---- Revision: the reader continues the step's own words
