@@ -1,4 +1,4 @@
-"""Where a failed rollout lost the image: screening, steps, two signals, and the verifier that applies them.
+"""Where a failed rollout lost the image: screening, steps, the signal A1, and the verifier that applies it.
 
 Takes: rollouts with their rewards, the policy, and the reader: a frozen model, the pristine visual prior.
 Gives: `steps` and `checks` on each trajectory; the first suspect step is where rereason.py looks at the image
@@ -11,11 +11,10 @@ choice:
     A1 re-reading       the reader scores a step's own tokens without the chain that led there: after image,
                         question and the last `window` steps alone. A token is suspect where the image has a
                         say, and what the chain or language made easy is not what the reader sees
-    A2 answer margin    log p(gold) - log p(own answer) after each step: where the chain turns wrong
 
-Both are forward passes only; A1 counts as one generated token a step all the same. Nothing is asked: there is
-no instruction to follow and no reply to parse. The gold answer only scores (A2). Left out: visual dependence
-(A3), Monte-Carlo restarts (A4), random and oracle localisers, all in experiments/localisers.py.
+That is forward passes only; it counts as one generated token a step all the same. Nothing is asked: there is
+no instruction to follow and no reply to parse. Left out: the answer's margin (A2), visual dependence (A3),
+Monte-Carlo restarts (A4), random and oracle localisers, all in experiments/localisers.py.
 
 Worked example: "blue 7 9" stands ninth in a chain. The policy wrote the 7 with probability 0.9. The reader,
 with image and question alone, gives it 0.05 after "blue", and 0.3 where the image is masked: its prediction
@@ -307,7 +306,7 @@ class Verifier:
     """Fills in the `checks` of trajectories that have steps, by A1; reads nothing twice. For a signal of your
     own override `__call__`. window: steps before a step to read with it. tokens: one for each step read."""
 
-    def __init__(self, reader, codec, window: int = 0):
+    def __init__(self, reader, codec, window: int = 1):
         self.reader, self.codec, self.window = reader, codec, window
         self.known, self.masked, self.tokens = {}, {}, 0
 
@@ -356,36 +355,3 @@ def attribute(groups, hard: list[int], verifier: Verifier, codec, credit: str):
         if n in hard or (mixed and credit != "rollout"):
             failures += locatable_failures(group)
     verifier(failures)
-
-
-# ---- A2
-
-@torch.no_grad()
-def answer_margins(model, codec, trajectories: list, budget: int = 32768) -> list[list[float]]:
-    """A2. For each trajectory the margins M_0 .. M_T: mean log-prob of the gold answer minus that of its own
-    answer, teacher-forced after the first k steps and the cue that opens an answer. Positive: from there the
-    policy would still prefer the right answer."""
-    margins, where, prompts, rows = [], [], [], []
-    for t in trajectories:
-        cue = rollout.token_ids("</think><answer>" if "<think>" in t.text else "\nThe answer is ", codec)
-        own = reward.extract_answer(t.text, t.problem.choices) or ""
-        ends = [step.start for step in t.steps] + [t.steps[-1].stop]
-        margins.append([0.0] * len(ends))
-        for sign, text in ((1, t.problem.answer), (-1, own)):
-            answer = rollout.token_ids(rollout.escape_special(text, codec), codec)
-            for k, end in enumerate(ends):
-                where.append((margins[-1], k, sign, len(answer)))
-                prompts.append(t.prompt)
-                rows.append(t.ids[:end] + cue + answer)
-    for batch in rollout.token_batches(list(map(len, rows)), budget):
-        part = slice(batch.start, batch.stop)
-        logps, _, mask = rollout.completion_logps(model, codec, prompts[part], rows[part])
-        for (own_margins, k, sign, n), row, length in zip(where[part], logps.tolist(), mask.sum(1).tolist()):
-            own_margins[k] += sign * sum(row[length - n:length]) / max(1, n)
-    return margins
-
-
-def largest_margin_drop(margins: list[float]) -> int:
-    """The step (0-based) with the largest drop of the margin; of equal ones the first."""
-    drops = [before - after for before, after in zip(margins, margins[1:])]
-    return drops.index(max(drops))

@@ -60,7 +60,7 @@ class EvalConfig:
 # choices of texts, and what a flag makes meaningless
 
 POSITIVE = ("max_steps", "batch", "micro_tokens", "keep", "max_bad_steps", "updates_per_batch")
-SHARES = ("clip_low", "format_weight", "anneal", "lr_end", "erosion_first", "erosion_ninth")
+SHARES = ("clip_low", "format_weight", "anneal", "lr_end", "erosion_first", "erosion_last")
 BOUNDS = {**dict.fromkeys(POSITIVE, (1, 10 ** 6 - 1)), **dict.fromkeys(SHARES, (0, 1)),
           **dict.fromkeys(("samples", "eval_samples"), (0, 4096)), "max_tokens": (0, 10 ** 12),
           "group_size": (2, 4096), "max_pixels": (0, 2 ** 26), "seed": (0, 10 ** 9), "dual_clip": (1, 1e6),
@@ -69,7 +69,7 @@ BOUNDS = {**dict.fromkeys(POSITIVE, (1, 10 ** 6 - 1)), **dict.fromkeys(SHARES, (
 CHOICES = {"stage": ("rl", "sft"), "algo": ("ivr", "grpo"), "credit": ("token", "step", "rollout"),
            "dtype": ("auto", "float32", "bfloat16"), "activation_checkpointing": ("auto", "yes", "no")}
 IVR_ONLY = "credit rectify_below reader reader_window revise min_log_w lambda_r gamma anneal"
-MEANINGLESS = (("stage", "rl", "erosion_first erosion_ninth"), ("algo", "grpo", IVR_ONLY),
+MEANINGLESS = (("stage", "rl", "erosion_first erosion_last"), ("algo", "grpo", IVR_ONLY),
                ("stage", "sft", f"algo use_std clip_low clip_high dual_clip beta format_weight {IVR_ONLY}"),
                ("lora", 0, "lora_alpha"), ("eval_problems", 0, "eval_data eval_samples eval_every"))
 

@@ -10,9 +10,8 @@ the trajectory is right. How is our choice:
                 step's own words from the first suspect token to the end of the step; greedily, then sampled
     keep        later steps that agree with the image and that the policy would still write
     continue    where nothing is left to keep, in the clean context; check the new steps as they come
-    verify      with the reward. Wrong although every step agrees: the reader rewrites the step where the
-                answer's margin drops, the second time the policy restarts there. A revision that says
-                nothing new: restart one step to the left. After some failures: give up
+    verify      with the reward. Wrong although every step agrees: the answer is sampled again. A revision
+                that says nothing new: restart one step to the left. After some failures: give up
 
 So several errors are repaired one by one, for a few tokens each. Each token keeps the probability mu it was
 sampled with, by the model and in the context it came from. Left out: rollouts that were cut off.
@@ -68,15 +67,9 @@ def rectify(model, codec, repairs: list[Repair], verifier, max_new_tokens: int, 
         if not active:
             return
         verifier([r.trajectory for r in active])
-        passed = []                                         # every step did, yet the answer is wrong
-        for r in active:
-            if r.trajectory.finished and r.trajectory.steps and first_doubt(r) is None:
-                passed.append(r)
-        margins = attribute.answer_margins(model, codec, [r.trajectory for r in passed])
-        margins = {id(r): found for r, found in zip(passed, margins)}
         todo = {"revise": [], "continue": [], "give up": []}
         for r in active:
-            action, where = next_action(r, margins.get(id(r)), rules)
+            action, where = next_action(r, rules)
             todo[action].append((r, where))
         for r, _ in todo["give up"]:
             r.outcome = "given up"
@@ -95,9 +88,8 @@ def first_doubt(r: Repair) -> int | None:
     return None
 
 
-def next_action(r: Repair, margins: list | None, rules: Rules) -> tuple[str, int]:
-    """What to do next with one trajectory: ("revise", a step), ("continue", a token), ("give up", 0).
-    margins: its answer's (A2), where it has ended and every step passed."""
+def next_action(r: Repair, rules: Rules) -> tuple[str, int]:
+    """What to do next with one trajectory: ("revise", a step), ("continue", a token), ("give up", 0)."""
     t, k = r.trajectory, first_doubt(r)                     # k None: every step passed its check
     incomplete = k is None and not t.finished               # nothing wrong so far, only unfinished
     # Did the last edit help? The first suspect step must have moved to the right of it.
@@ -107,30 +99,26 @@ def next_action(r: Repair, margins: list | None, rules: Rules) -> tuple[str, int
         return "give up", 0
     if incomplete:
         return "continue", len(t.ids)
-    restart = not rules.revise
-    if k is None:                                           # every step passed, yet the answer is wrong
-        if margins[-1] > 0:
-            r.edited_steps.append(len(t.steps))         # the steps imply the gold: only the answer is sampled
-            return "continue", t.steps[-1].stop
-        k = attribute.largest_margin_drop(margins)
-        restart |= k in r.edited_steps                      # not the image: a slip of reasoning
+    if k is None:                                           # every step passed: only the answer is sampled
+        r.edited_steps.append(len(t.steps))
+        return "continue", t.steps[-1].stop
     r.edited_steps.append(k)
-    return ("continue", t.steps[k].start) if restart else ("revise", k)
+    return ("revise", k) if rules.revise else ("continue", t.steps[k].start)
 
 
 # ---- Revision: the reader continues the step's own words
 
 def revise_steps(model, codec, revisions: list, verifier, turn: int, rules: Rules) -> list:
-    """Rewrite one step of each trajectory from its first suspect token on: greedily the first time; later,
-    and where A2 alone doubts, at temperature 1. revisions: (repair, step). Returns (repair, token) pairs that
-    the policy continues from that token; the others turn to their next suspect step."""
+    """Rewrite one step of each trajectory from its first suspect token on: greedily the first time, later at
+    temperature 1. revisions: (repair, step). Returns (repair, token) pairs that the policy continues from
+    that token; the others turn to their next suspect step."""
     calls, changed, continuations = {}, [], []
     for r, k in revisions:
         t, step, check = r.trajectory, r.trajectory.steps[k], r.trajectory.checks[k]
         stem = step.start + (check.token or 0)
         prefix = verifier.context(t, k) + t.ids[step.start:stem]
         limit = len(prefix) + 16 + 2 * (step.stop - step.start)
-        temperature = 0.0 if check.is_suspect and r.edited_steps.count(k) == 1 else 1.0
+        temperature = 0.0 if r.edited_steps.count(k) == 1 else 1.0
         stop_ids = () if "\n" in step.text else codec.newline_ids
         part, requests = calls.setdefault((temperature, stop_ids), ([], []))
         part.append((r, k, stem))
@@ -145,7 +133,7 @@ def revise_steps(model, codec, revisions: list, verifier, turn: int, rules: Rule
             r.tokens += sum(reply.sampled)
             if new and written != old.text:
                 r.trajectory, r.answer_is_current, r.num_revisions = new, False, r.num_revisions + 1
-                changed.append((r, k))
+                changed.append((r, k, stem))
             elif new and temperature == 0:                  # the first choice is what stands there
                 r.confirmed.add(tuple(t.ids[old.start:old.stop]))
                 r.edited_steps.pop()
@@ -153,7 +141,7 @@ def revise_steps(model, codec, revisions: list, verifier, turn: int, rules: Rule
                 r.failures += 1
                 r.edited_steps[-1] = max(0, k - 1)          # restart one step to the left
                 continuations.append((r, t.steps[r.edited_steps[-1]].start))
-    verifier([r.trajectory for r, _ in changed])
+    verifier([r.trajectory for r, _, _ in changed])
     return continuations + resume_points(model, codec, changed, rules)
 
 
@@ -169,18 +157,20 @@ def sample_on(model, codec, requests: list[tuple], temperature=1.0, stop_ids=(),
 # ---- Keeping and continuing
 
 def resume_points(model, codec, changed: list, rules: Rules) -> list:
-    """What survives the revision of step k: all before the first later step that is suspect or holds an
-    unlikely token (log w < 2 min_log_w), or such a token of the answer. changed: (repair, k) pairs. Returns
-    (repair, token) pairs to be continued from that token; not those whose next problem is a suspect step."""
+    """What survives the revision of step k from token `stem` on: all before the first later step that is
+    suspect or holds an unlikely token (log w < 2 min_log_w), or before such a token of the answer, or of what
+    the reader wrote after the token that was suspect: it sees the image, but not what follows from the chain.
+    changed: (repair, k, stem). Returns (repair, token) pairs to be continued from that token; not those whose
+    next problem is a suspect step."""
     points = []
-    for (r, k), log_w in zip(changed, log_weights(model, codec, [r.trajectory for r, _ in changed])):
+    for (r, k, stem), log_w in zip(changed, log_weights(model, codec, [r.trajectory for r, _, _ in changed])):
         t, doubt = r.trajectory, first_doubt(r)
         end = len(t.ids) if doubt is None else t.steps[doubt].start
-        token = t.steps[k].stop
+        token = stem + 1
         while token < end and log_w[token] >= 2 * rules.min_log_w:
             token += 1
-        for step in t.steps:
-            if step.start <= token < step.stop:             # a step stays whole or goes
+        for step in t.steps[k + 1:]:
+            if step.start <= token < step.stop:             # a later step stays whole or goes
                 token = step.start
         if token < end or (doubt is None and not t.finished):
             points.append((r, token))

@@ -5,6 +5,7 @@ one rank, an uninterrupted run. No network, no GPU.
 """
 import argparse
 import base64
+import collections
 import contextlib
 import copy
 import functools
@@ -107,7 +108,7 @@ def mixed_problems(count=4, steps=3):
     """Problems with one image, two images and none, so prompts differ in length."""
     problems = []
     for i in range(count):
-        problems.append(shapes.make_problem(shapes.KINDS[i % 4], steps + i % 3, "free", "train", 5, i))
+        problems.append(shapes.make_problem(shapes.KINDS[i % 4], steps + i % 3, "short", "train", 5, i))
     one, two, none = problems[:3]
     problems[1] = replace(two, question="<image> and " + two.question, images=two.images + one.images)
     problems[2] = replace(none, question=none.question.replace("<image>", ""), images=[])
@@ -669,7 +670,8 @@ def test_prompt_is_the_chat_template():
     assert pads == prompt.grids[0][1] * prompt.grids[0][2] // 4 and len(prompt.pixel_values) == 4 * pads
     assert (light.ids, light.grids, light.pixel_values) == (prompt.ids, prompt.grids, None)
     text = codec.tokenizer.decode([i for i in prompt.ids if i != codec.image_token_id])
-    assert text == (f"<|im_start|>user\n<|vision_start|><|vision_end|>{p.question[7:]}<|im_end|>\n"
+    assert text == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+                    f"<|im_start|>user\n<|vision_start|><|vision_end|>{p.question[7:]}<|im_end|>\n"
                     "<|im_start|>assistant\n")
     hostile = rollout.encode_prompt(replace(p, question="<image>say <|im_end|> and <|image_pad|>"), codec).ids
     for special in (codec.image_token_id, codec.eos_ids[0]):
@@ -1068,7 +1070,7 @@ def test_segmentation_of_hostile_texts():
         cases.append((rollout.token_ids(text, codec), count))
     for _ in range(50):
         some = rng.choices(range(len(codec.tokenizer)), k=150) + rollout.token_ids("\n" * 50, codec)
-        cases.append((rng.sample(some, 200), None))
+        cases.append((rng.choices(some, k=200), None))
     for ids, count in cases:
         started, end, begins = time.process_time(), 0, codec.tokenizer.decode(ids[:10])
         steps = attribute.split_steps(ids, codec)
@@ -1144,7 +1146,7 @@ def test_reader_reads_a_step_without_its_chain():
     for p in mixed_problems():
         t = chain(p, ["red 4 6", "blue 1", *p.key_steps, "a longer step: red 4, so 12."])
         for k, window in ((0, 1), (2, 0), (2, 1), (3, 2), (3, 9)):
-            before = t.ids[:1] + t.ids[t.steps[max(0, k - window)].start:t.steps[k].start]
+            before = t.ids[:t.steps[0].start] + t.ids[t.steps[max(0, k - window)].start:t.steps[k].start]
             assert attribute.Verifier(net, codec, window).context(t, k) == before
             step = t.ids[t.steps[k].start:t.steps[k].stop]
             claims.append((t.prompt, tuple(before), tuple(step)))
@@ -1174,7 +1176,7 @@ def test_reader_reads_each_claim_once():
         for k, step in enumerate(t.steps[:2]):
             stop = step.start + attribute.parts_of(step, t.ids, codec)[0]
             claim = t.prompt, tuple(verifier.context(t, k)), tuple(t.ids[step.start:stop])
-            assert codec.tokenizer.decode(claim[2]) == step.text and verifier.claim(t, k) == claim
+            assert step.text.endswith(codec.tokenizer.decode(claim[2])) and verifier.claim(t, k) == claim
             readings = attribute.read_steps(net, codec, [claim], {})[claim]
             close(t.checks[k].gap, attribute.check_of(step, t, readings).gap, 1e-4)
     known, verifier.reader = [list(t.checks) for t in texts], None      # from here on nothing can be read
@@ -1206,33 +1208,6 @@ def test_reader_is_the_frozen_start():
         raises(ValueError, ["--reader", "tokenizer"], small_trainer, folder / "e", reader=str(other))
 
 
-def test_answer_margins_are_the_uncached_forward():
-    net, codec, (a, b, c, _) = random_model(), tiny_codec(), mixed_problems()
-    tag, plain, chains, want = "</think><answer>", "\nThe answer is ", [], []
-    for p, text, own, cue, pieces in (                              # pieces: what each margin has read more
-            (a, "<think>red 4\nblue</think><answer>9</answer>", "9", tag, ("<think>", "red 4\n", "blue")),
-            (b, "<think>red 4</think><answer></answer>", "", tag, ("<think>", "red 4")),
-            (c, "red 4\nblue 5\n<answer>9 9</answer>", "9 9", plain, ("", "red 4\n", "blue 5\n")),
-            (replace(a, answer="<|im_end|>"), "<think>x</think><answer>4</answer>", "4", tag,
-             ("<think>", "x"))):
-        margins, read = [], []
-        for piece in pieces:
-            read, means = read + rollout.token_ids(piece, codec), []
-            for answer in (p.answer, own):
-                ids = rollout.token_ids(rollout.escape_special(answer, codec), codec)
-                logps = uncached_logps(net, codec, p, read + rollout.token_ids(cue, codec) + ids)
-                means.append(sum(logps[-len(ids):]) / len(ids) if ids else 0.0)
-            margins.append(means[0] - means[1])
-        chains.append(chain(p, None, text=text))
-        want.append(margins)
-    for budget in (9999, 60):
-        found = attribute.answer_margins(net, codec, chains, budget=budget)
-        for row, margins in zip(found, want, strict=True):
-            close(row, margins, 1e-3)
-    for margins, step in (([2.0, 1.5, -1.0, -1.2], 1), ([3.0, 2.0, 1.5], 0), ([-1.0, 1.0], 0)):
-        assert attribute.largest_margin_drop(margins) == step                   # of equal drops the first
-
-
 # ---- rereason.py
 
 GOOD = attribute.Check(0.5)               # a larger gap is suspect
@@ -1241,11 +1216,11 @@ BAD = attribute.Check(2.0, 1)
 
 def planted(kind="tiles", steps=6, wrong=(1, 4), index=0):
     """A failed rollout with wrong readings at the given steps, written with ease."""
-    p, readings = shapes.make_problem(kind, steps, "free", "heldout", 11, index), {}
+    p, readings = shapes.make_problem(kind, steps, "short", "heldout", 11, index), {}
     for k in wrong:
         others = [value for value in shapes.wrong_values(p.oracle, p.oracle["ask"][k]) if value]
         readings[k] = others[k % len(others)]
-    lines = shapes.corrupt(p.oracle, readings)
+    lines = shapes.chain(p.oracle, readings)
     return replace(chain(p, lines, shapes.answer_from_steps(p.oracle, lines)), checks=[GOOD] * steps)
 
 
@@ -1261,7 +1236,7 @@ def repair(t, **changes):
     return rereason.Repair(**{"source": t, "trajectory": t, "key": "key", "median_length": 50.0, **changes})
 
 
-def rectified(sources, policy=None, window=0, **rules):
+def rectified(sources, policy=None, window=1, **rules):
     verifier, repairs = attribute.Verifier(tiny_model(), tiny_codec(), window), []
     for t in sources:
         repairs.append(repair(replace(t, checks=None), key=str(t.ids), median_length=len(t.ids)))
@@ -1296,7 +1271,7 @@ def test_revision_repairs_planted_errors_one_by_one():
         t, source = r.trajectory, r.source
         assert attribute.is_right(t) and t.finished and codec.tokenizer.decode(t.ids[:-1]) == t.text
         assert len(t.ids) == len(t.logps) == len(t.sampled) and t.steps == attribute.split_steps(t.ids, codec)
-        assert [step.text for step in t.steps] == shapes.true_steps(t.problem.oracle)
+        assert shapes.verdicts(t) == ["true"] * 5
         assert len(source.logps) == len(source.ids) and not attribute.is_right(source), "it stays what it was"
         if len(r.edited_steps) == 2 == r.num_revisions and r.failures == 0:
             two.append(r.tokens)
@@ -1323,7 +1298,7 @@ def test_revision_logps_are_those_of_the_model_and_context_a_token_came_from():
                 tail += 1
             close(t.logps[tail:], clean[tail:])             # continued in the clean context
             close(rereason.log_weights(policy, codec, [t])[0], torch.tensor(clean) - torch.tensor(t.logps))
-    assert revised and differ > 0.01, "policy and reader would not be told apart"
+    assert revised and differ > 0.005, f"policy and reader would not be told apart: {differ}"
 
 
 def test_revision_prompts_are_the_questions():
@@ -1341,11 +1316,12 @@ def test_revision_prompts_are_the_questions():
         text = tiny_codec().tokenizer.decode(prefix)
         assert prompt.ids == rollout.encode_prompt(p, tiny_codec()).ids
         assert text.startswith("<think>") or not text
-        assert "</think>" in text or p.answer not in " ".join(text.split())
+        if p.task != "bars":                                # their answer is the chain itself
+            assert "</think>" in text or p.answer not in " ".join(text.split())
 
 
 def test_next_action_table():
-    some, drop = {"finished": False}, {"margins": [2.0, 1.5, -4.0, -5.0]}       # it drops in the second step
+    some = {"finished": False}
     for check, edited, failures, options, *want in (
             # of the second step; then action, where, failures, edited steps
             (BAD, [], 0, {}, "revise", 1, 0, [1]), (BAD, [0], 0, {}, "revise", 1, 0, [0, 1]),
@@ -1356,14 +1332,13 @@ def test_next_action_table():
             (BAD, [], 0, {"tokens": 100}, "revise", 1, 0, [1]),
             (BAD, [], 0, {"tokens": 101}, "give up", 0, 0, []),
             (GOOD, [], 0, {}, "continue", 13, 0, [4]), (GOOD, [1], 0, {}, "continue", 13, 1, [1, 4]),
-            (GOOD, [], 0, drop, "revise", 1, 0, [1]), (GOOD, [1], 0, drop, "continue", 4, 1, [1, 1]),
             (BAD, [], 0, {"revise": False}, "continue", 4, 0, [1]),
             (BAD, [], 0, {"confirmed": {(4, 5, 6)}}, "continue", 13, 0, [4])):
-        margins, t = options.get("margins", [0.5]), four_steps(checks=[GOOD, check, GOOD, GOOD])
+        t = four_steps(checks=[GOOD, check, GOOD, GOOD])
         t.finished, t.steps = options.get("finished", True), options.get("steps", t.steps)
         r = repair(t, failures=failures, tokens=options.get("tokens", 0), edited_steps=list(edited),
                    confirmed=options.get("confirmed", set()))
-        found = rereason.next_action(r, margins, rereason.Rules(revise=options.get("revise", True)))
+        found = rereason.next_action(r, rereason.Rules(revise=options.get("revise", True)))
         assert [*found, r.failures, r.edited_steps] == want, (check, edited, failures, options, found)
 
 
@@ -1385,29 +1360,29 @@ def test_revision_table():
     codec, t = tiny_codec(), planted(steps=5)
     lines = [step.text for step in t.steps]
     for k, token, edited, text, want in (
-            (3, 1, [3], " 1 2\n", "changed"), (3, None, [3], "red 1 2\n", "changed"),
-            (3, 2, [1], " 1\n", "changed"), (4, 1, [4], " 1 2</think>", "changed"),
-            (3, 1, [3, 3], " 1 2\n", "changed"),
+            (3, 1, [3], " 3 2\n", "changed"), (3, None, [3], "red 3 2\n", "changed"),
+            (3, 3, [1], " 1\n", "changed"), (4, 1, [4], " 3 2</think>", "changed"),
+            (3, 1, [3, 3], " 3 2\n", "changed"),
             (3, 1, [3], "same\n", "confirmed"), (3, 1, [3, 3], "same\n", "nothing new"),
-            (3, None, [3], "same\n", "nothing new"), (3, 1, [3], " 1 2", "nothing new"),
-            (0, 1, [0], " 1 2 3", "nothing new")):
-        check, step = attribute.Check(2.0 if token else 0.0, token), t.steps[k]
+            (3, None, [3], "same\n", "confirmed"), (3, 1, [3], " 3 2", "nothing new"),
+            (0, 1, [0], " 3 2 3", "nothing new")):
+        check, step = attribute.Check(2.0, token), t.steps[k]
         stem = step.start + (token or 0)
         if text == "same\n":
             text = codec.tokenizer.decode(t.ids[stem:step.stop])
         r, asked, verified = repair(replace(t, checks=[GOOD] * k + [check] + [GOOD] * (4 - k))), [], []
-        r.edited_steps, verifier = list(edited), attribute.Verifier(None, codec)
+        r.edited_steps, verifier = list(edited), attribute.Verifier(None, codec, 0)
         with (swapped(rereason, "sample_on", replies(rollout.token_ids(text, codec), asked)),
               swapped(attribute.Verifier, "__call__", lambda self, ts: verified.extend(ts)),
               swapped(rereason, "resume_points", lambda *args: args[2])):
             points = rereason.revise_steps(None, codec, [(r, k)], verifier, 7, rereason.Rules())
-        prefix = t.ids[:1] + t.ids[step.start:stem]
-        temperature = 0.0 if token and edited == [k] else 1.0
+        prefix = t.ids[:t.steps[0].start] + t.ids[step.start:stem]
+        temperature = 0.0 if edited == [k] else 1.0
         limit = len(prefix) + 16 + 2 * (step.stop - step.start)
         assert asked == [("key/revise/7", prefix, limit, temperature, codec.newline_ids)]
         new, back = r.trajectory, max(0, k - 1)
         if want == "changed":
-            assert verified == [new] and points == [(r, k)] and r.num_revisions == 1
+            assert verified == [new] and points == [(r, k, stem)] and r.num_revisions == 1
             whole = codec.tokenizer.decode(t.ids[step.start:stem]) + text
             lines_now = lines[:k] + [whole.partition("\n")[0].partition("</")[0]] + lines[k + 1:]
             assert [s.text for s in new.steps] == lines_now and not r.answer_is_current
@@ -1482,8 +1457,9 @@ def test_seams_leave_what_a_model_sampled():
     for k in (0, 2):
         stem = t.steps[k].start + 1
         new = attribute.replace_end(t, k, stem, new_ids, [-0.75] * len(new_ids), codec)
-        want = ids[:stem] + new_ids[:2 + (k == 0)] + ids[stem + 2 + (k == 0):]
-        assert new.ids == want and new.logps.count(-0.75) == 2 + (k == 0) and set(new.sampled) == {1}
+        count = len(new_ids) - (k == 2)                     # the last step has no line break of its own
+        want = ids[:stem] + new_ids[:count] + ids[stem + count:]
+        assert new.ids == want and new.logps.count(-0.75) == count and set(new.sampled) == {1}
     codec, ids = qwen_like_codec(), []
     for piece in ("red 4", "<", "/", ">", " 6"):
         ids += rollout.token_ids(piece, codec)
@@ -1495,9 +1471,10 @@ def test_seams_leave_what_a_model_sampled():
 
 
 def test_resume_points_table():
-    """After step 0 was revised: what is likely stays until a check fails or a token is not."""
+    """After step 0 was revised from token 1 on: what is likely stays until a check fails or a token is not."""
     for checks, unlikely, finished, want in (
-            ([GOOD] * 4, {8: -3.0, 3: -9, 15: -3.0}, True, None), ([GOOD] * 4, {}, False, 17),
+            ([GOOD] * 4, {8: -3.0, 1: -9, 15: -3.0}, True, None), ([GOOD] * 4, {}, False, 17),
+            ([GOOD] * 4, {2: -3.1, 8: -9}, True, 2), ([GOOD, GOOD, BAD, GOOD], {3: -4}, True, 3),
             ([GOOD, GOOD, BAD, GOOD], {}, True, "revise"), ([GOOD, BAD, GOOD, GOOD], {5: -4}, True, "revise"),
             ([BAD, GOOD, GOOD, GOOD], {}, True, "revise"), ([GOOD, GOOD, BAD, GOOD], {5: -4}, True, 4),
             ([GOOD] * 4, {8: -3.1}, True, 7), ([GOOD] * 4, {15: -3.1}, True, 15)):
@@ -1505,7 +1482,7 @@ def test_resume_points_table():
         for n, value in unlikely.items():
             log_w[n] = value
         with swapped(rereason, "log_weights", lambda *args: [log_w]):
-            points = rereason.resume_points(None, None, [(r, 0)], rereason.Rules())
+            points = rereason.resume_points(None, None, [(r, 0, 1)], rereason.Rules())
         assert points == ([(r, want)] if isinstance(want, int) else []), (checks, unlikely)
         assert r.answer_is_current == (want is None)
 
@@ -1849,7 +1826,7 @@ def step_with_repairs():
             computed.extend((model, prompt) for prompt in prompts)
         return compute(model, prompts, pad_id)
 
-    trainer = small_trainer(data="tiny:steps=9,kinds=tiles+bars", batch=6, max_new_tokens=110, lr=1e-12)
+    trainer = small_trainer(data="tiny:steps=5,kinds=tiles+bars", batch=6, max_new_tokens=160, lr=1e-12)
     with (swapped(rollout, "encode_prompt", lambda p, *rest: encoded.append(p) or encode(p, *rest)),
           swapped(rollout, "open_image", lambda image: opened.append(image) or open_image(image)),
           swapped(rollout, "compute_prompts", noted)):
@@ -1903,73 +1880,95 @@ def test_degenerate_groups():
 
 def test_problems_are_reproducible_varied_and_true():
     """The true chain leads to the answer; no held-out picture is ever drawn in training."""
-    for kind, steps, form in itertools.product(shapes.KINDS, (1, 3, 20), shapes.FORMS):
-        p, again = (shapes.make_problem(kind, steps, form, "heldout", 3, steps) for _ in range(2))
+    for kind, steps, dialect in itertools.product(shapes.KINDS, (1, 3, 20), shapes.DIALECTS):
+        p, again = (shapes.make_problem(kind, steps, dialect, "heldout", 3, steps) for _ in range(2))
         assert (p.question, p.answer) == (again.question, again.answer) and p.question.count("<image>") == 1
         assert p.images[0].tobytes() == again.images[0].tobytes()
         assert shapes.check_steps(p, p.key_steps) == ["true"] * steps
+        assert 64 <= p.images[0].width * p.images[0].height // shapes.CELL ** 2 <= 256       # image tokens
         text = shapes.demonstrate(p, (0.0, 0.0), random.Random(0))
-        assert text == "<think>" + "\n".join(p.key_steps) + f"</think><answer>{p.answer}</answer>"
-        if p.choices:
-            assert p.choices["ABCD".index(p.answer)] == shapes.answer_from_steps(p.oracle, p.key_steps)
-            assert len(set(p.choices)) == 4
+        assert dialect == "sentences" or text == "\n".join(p.key_steps).join(("<think>", "</think>")) + (
+            f"<answer>{p.answer}</answer>")
+        assert text.endswith(f"<answer>{p.answer}</answer>")
     for kind in shapes.KINDS:
         seen = {"train": set(), "heldout": set()}
         for split, seed, i in itertools.product(seen, (0, 1), range(100)):
-            facts = shapes.make_problem(kind, 2, "free", split, seed, i).oracle
+            facts = shapes.make_problem(kind, 2, "short", split, seed, i).oracle
             seen[split].add(json.dumps([facts["show"], facts.get("next")], sort_keys=True))
         assert not seen["train"] & seen["heldout"] and min(map(len, seen.values())) > 50
     raises(ValueError, "no such task", shapes.make_problem, "tiles", 3, split="heldot")
 
 
 def test_oracle_names_what_is_wrong():
-    p = shapes.make_problem("tiles", 4, index=1)
-    s = p.key_steps
-    name, value, shifted = s[2].split()
-    misread = f"{name} {(int(value) + 1) % 10} {(int(shifted) + 1) % 10}"
-    slip = f"{name} {value} {(int(shifted) + 1) % 10}"
-    absent = next(n for n in shapes.NAMES if n not in p.oracle["show"])
-    for steps, verdicts in (([s[0], s[1], misread, s[3]], ["true", "true", "misread", "true"]),
-                            ([s[0], s[1], slip, s[3]], ["true", "true", "logic", "true"]),
-                            ([s[1], s[0]], ["logic", "logic"]),             # true, but not what was asked
-                            ([f"{absent} 3 4"], ["misread"]),
-                            (["hello", "red", "", s[3] + " 1", "gold 3 4", "red ² 3"], ["unparsed"] * 6)):
-        assert shapes.check_steps(p, steps) == verdicts
-    assert shapes.is_right(p, s[3]) and not shapes.is_right(p, slip) and not shapes.is_right(p, misread)
-    p = shapes.make_problem("path", 5, index=2)
-    s = p.key_steps
-    name, value, _ = s[1].split()
-    astray = next(n for n in p.oracle["show"] if n not in s[1].split())
-    assert shapes.check_steps(p, [s[0], f"{name} {value} {astray}", s[2]]) == ["true", "misread", "logic"]
+    """In every wording: what is not so in the image, what does not follow, what was not asked."""
+    for kind, wording in itertools.product(shapes.KINDS, range(9)):
+        p = shapes.make_problem(kind, 4, index=1)
+        facts, asked = p.oracle, p.oracle["ask"]
+        s = shapes.chain(facts, wording=wording)
+        for k, name in enumerate(asked):
+            for value in shapes.wrong_values(facts, name):
+                changed = shapes.chain(facts, {k: value}, wording)
+                want = ["true"] * 4
+                want[k] = "misread"                         # what follows from it is no error of its own
+                assert shapes.check_steps(p, changed) == want, (changed, shapes.check_steps(p, changed))
+                assert not shapes.is_right(p, changed[k])
+        assert all(shapes.is_right(p, step) for step in s)
+        assert shapes.check_steps(p, [shapes.FILLERS[0], *s[:2], "1. " + s[2]]) == ["true"] * 4
+        bad = ["hello", "red", "", s[3] + " 1", "gold 3 4", "red ² 3", s[3].replace(asked[3], "red red"),
+               "x" * 9999]
+        assert shapes.check_steps(p, bad) == ["unparsed"] * 8
+        verdicts = shapes.check_steps(p, s[:1] + s[2:])     # true, but not what was asked
+        assert verdicts[1] == "logic" and "misread" not in verdicts
+    for kind, right, wrong in (("tiles", "{v} {o}", "{v} 77"), ("bars", "{v} {o}", "{v} maybe"),
+                               ("total", "{b} + {v} = {o}", "{b} + {v} = 7"), ("path", "{v} {o}", "{v} {n}")):
+        p = shapes.make_problem(kind, 4, index=2)
+        name = p.oracle["ask"][0]
+        said = shapes.parse_step(p.oracle, p.key_steps[0])
+        told = {"v": said["value"], "o": said["out"], "b": said.get("before"), "n": name}
+        step = f"{name} " + wrong.format(**told)
+        assert f"{name} " + right.format(**told) == p.key_steps[0]
+        assert shapes.check_steps(p, [step])[0] in ("logic", "misread")
+        assert not shapes.is_right(p, step)
 
 
-def test_erosion_reads_the_prior_the_deeper_the_more():
+def test_erosion_reads_language_the_deeper_the_more():
     rng, eroded, asked = random.Random(0), np.zeros(9), np.zeros(9)
+    forms = collections.Counter()
     for i in range(800):
-        p = shapes.make_problem(shapes.KINDS[i % 4], 9, "free", "train", 4, i)
+        p = shapes.make_problem(shapes.KINDS[i % 4], 9, "sentences", "train", 4, i)
         text = shapes.demonstrate(p, (0.05, 0.9), rng)
-        steps = text[7:text.index("</think>")].split("\n")
+        lines = [line for line in text[7:text.index("</think>")].split("\n") if line]
+        steps = [line for line in lines if line not in shapes.FILLERS]
+        forms.update(filler=len(lines) > len(steps), blank="\n\n" in text, items=steps[0].startswith("1. "))
+        wordings = {n for n in range(9) for step in steps if re.sub(r"^\d\. ", "", step).startswith(
+            shapes.WORDINGS[p.task][n].partition("{")[0] or "\0")}
+        forms.update(wordings)
         for k, (step, name) in enumerate(zip(steps, p.oracle["ask"], strict=True)):
-            value = int(step.split()[1])
+            said = shapes.parse_step(p.oracle, step)
+            value = int(said["value"])
             shown, prior = p.oracle["show"][name], shapes.prior(p.oracle, name)
-            assert step.startswith(name + " ") and value in (shown, prior)
+            before = int(shapes.parse_step(p.oracle, steps[k - 1])["value"]) if k else prior
+            assert said["name"] == name and value in (shown, prior, before)
             asked[k] += shown != prior
-            eroded[k] += value != shown
+            eroded[k] += value != shown != prior
         assert set(shapes.check_steps(p, steps)) <= {"true", "misread"}
         assert text.endswith(f"<answer>{shapes.answer_from_steps(p.oracle, steps)}</answer>")
-    close(eroded / asked, [0.05, *np.linspace(0.05, 0.9, 8)], 0.06)
+    close(eroded / asked, [0.05, *np.linspace(0.05, 0.9, 4), *[0.9] * 4], 0.06)
+    assert min(forms[name] for name in ("filler", "blank", "items", 1, 3, 4, 5, 6, 7, 8)) > 50
 
 
 def test_stream_spec():
-    stream = shapes.Stream("tiny:steps=3-6,kinds=tiles+path,forms=free+choice", "heldout", run=8)
+    stream = shapes.Stream("tiny:steps=3-6,kinds=tiles+path,dialect=short+sentences", "heldout", run=8)
     got = [stream[i] for i in range(64)]
-    assert {p.task for p in got} == {"tiles/free", "tiles/choice", "path/free", "path/choice"}
+    assert {(p.task, p.oracle["dialect"]) for p in got} == set(itertools.product(("tiles", "path"),
+                                                                                 shapes.DIALECTS))
     assert {len(p.key_steps) for p in got} == {3, 4, 5, 6}
     assert all("-heldout-" in p.id for p in got)
     for start in range(0, 64, 8):
-        assert len({len(p.key_steps) for p in got[start:start + 8]}) == 1
+        assert len({(len(p.key_steps), p.oracle["dialect"]) for p in got[start:start + 8]}) == 1
     for spec, word in (("tiny:step=3", "step"), ("tiny:steps=0", "steps"), ("tiny:steps=6-3", "steps"),
-                       ("tiny:kinds=cats", "cats"), ("tiny:forms=", "not among"), ("tiny:steps=²", "steps")):
+                       ("tiny:kinds=cats", "cats"), ("tiny:dialect=", "not among"),
+                       ("tiny:steps=²", "steps")):
         raises(ValueError, [spec, word], shapes.Stream, spec)
 
 
@@ -2056,11 +2055,13 @@ def test_eval_command_resumes():
 
 # ---- train.py
 
-SMALL = {"model": TINY, "data": "tiny:steps=3,kinds=tiles+bars", "max_steps": 2, "batch": 4, "group_size": 4,
+SMALL = {"model": TINY, "data": "tiny:steps=3,kinds=tiles+bars,dialect=short", "max_steps": 2, "batch": 4,
+         "group_size": 4,
          "max_new_tokens": 40, "eval_problems": 0, "lr": 1e-4, "warmup_steps": 1, "save_every": 100,
          "show_every": 0, "device": "cpu"}
 KINDS = {"sft": {"stage": "sft"},
-         "ivr": {"rectify_below": 1.0, "data": "tiny:steps=6,kinds=tiles+bars", "max_new_tokens": 70},
+         "ivr": {"rectify_below": 1.0, "data": "tiny:steps=4,kinds=tiles+bars,dialect=short",
+                 "max_new_tokens": 70},
          "grpo": {"algo": "grpo", "beta": 0.1, "updates_per_batch": 2, "micro_tokens": 200, "max_steps": 1}}
 KINDS["lora"] = {**KINDS["ivr"], "lora": 4, "beta": 0.1, "max_steps": 1}
 FORK = multiprocessing.get_context("fork")
@@ -2097,14 +2098,14 @@ def same_runs(one, two, tolerance=0.0):
         assert tolerance or a == b, (a, b)
         for name in a.keys() & b.keys():
             if isinstance(a[name], float):
-                assert abs(a[name] - b[name]) <= tolerance * (1 if name == "loss" else 20), (name, a, b)
+                assert abs(a[name] - b[name]) <= tolerance * (1 if name == "loss" else 60), (name, a, b)
     states = {}, {}
     for out, state in zip((one, two), states):
         for file in max(out.glob("checkpoint-*")).glob("*.safetensors"):        # of all ranks
             state |= load_file(file)
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
-        close((value - states[1][name]).abs().mean(), 0, 3 * tolerance)
+        close((value - states[1][name]).abs().mean(), 0, 5 * tolerance)
 
 
 def fresh(call, *launcher):
@@ -2430,8 +2431,8 @@ def test_memory_is_said_and_what_can_not_fit_refused():
         trainer = small_trainer(folder)
         c, N = trainer.config, trainer.size
         for changes, copies, trained in (({}, 2, N), ({"algo": "grpo"}, 1, N), ({"reader": "policy"}, 1, N),
-                                         ({"lora": 4}, 1, 4 * 4 * 2432), ({"algo": "grpo", "beta": 1.0}, 2, N),
-                                         ({"lora": 4, "reader": "x"}, 2, 4 * 4 * 2432),
+                                         ({"lora": 4}, 1, 4 * 4 * 2816), ({"algo": "grpo", "beta": 1.0}, 2, N),
+                                         ({"lora": 4, "reader": "x"}, 2, 4 * 4 * 2816),
                                          ({"beta": 1.0, "reader": "x"}, 3, N), ({"beta": 1.0}, 2, N)):
             parts = train.memory_needed(trainer.model.config, replace(c, **changes), 2, 4)
             close(parts["weights"], copies * 4 * N / 2 ** 30, 1e-9)
@@ -2507,7 +2508,7 @@ def last_words(main, flags) -> str:
 
 def test_flags_out_of_bounds_or_without_meaning_are_named():
     flags = ("weight_decay=nan|lr=inf|lr_end=nan|max_grad_norm=-inf|lr=-1|beta2=1|clip_low=2|max_tokens=-1|"
-             f"max_steps={10 ** 30}|batch={10 ** 9}|keep={10 ** 30}|seed=-1|gamma=inf|erosion_ninth=0.5|"
+             f"max_steps={10 ** 30}|batch={10 ** 9}|keep={10 ** 30}|seed=-1|gamma=inf|erosion_last=0.5|"
              "batch=60000 --max_new_tokens=99999|beta=1 --stage=sft|reader=policy --algo=grpo|"
              "credit=step --algo=grpo|lora=-1|lora_alpha=16|eval_every=1 --eval_problems=0").split("|")
     evaluated = f"samples=1000000|batch=0|max_pixels=-1|seed={10 ** 30}|instruction=\ud800".split("|")
@@ -2735,11 +2736,28 @@ def test_the_main_job_improves():
         train.start(f"--out {folder} --data tiny:steps=7 --max_steps 3 --batch 8 --lr 3e-4 --warmup_steps 1 "
                     "--eval_problems 12 --eval_every 2 --device cpu".split())
         for words in ("held-out before: greedy", "held-out after:  greedy", "held-out at 2: avg@1", "pass@4",
-                      "step 3/3", "question", "rectified", "| task bars/free"):
+                      "step 3/3", "question", "rectified", "| task bars"):
             assert words in printed.getvalue(), words
         before, after = m.read_json(folder / "heldout.json").values()
         assert before["n"] == after["n"] == 12 and metrics(folder)[1]["heldout"]["n"] == 6
         assert after["avg@4"]["mean"] > before["avg@4"]["mean"] + 0.05, (before, after)
+
+
+def test_a_repair_is_shown_step_by_step():
+    """Every step with its verdict and gap, and below the one that was revised what it became."""
+    source = planted(steps=4, wrong=(2,))
+    source.checks[2], source.rewards, true = BAD, {"accuracy": 0.0}, source.problem.key_steps
+    steps = [attribute.Step(step.start, step.stop, text) for step, text in zip(source.steps, true)]
+    rectified = replace(source, source=source, steps=steps, provenance="revised 1")
+    lines = train.describe([source, rectified]).split("\n")
+    assert [line.split()[0] for line in lines] == ["question", "gold", *["step"] * 3, "rectified", "step",
+                                                   "sampled", "rectified", "reward"]
+    for n, line in zip((1, 2, 3, 4), lines[2:5] + lines[6:7]):
+        verdict, gap = ("misread", "2.0!") if n == 3 else ("true", "0.5")
+        assert line.split()[1:4] == [str(n), verdict, gap] and repr(source.steps[n - 1].text) in line
+    assert repr(true[2]) in lines[5] and "revised 1" in lines[-2]
+    unsplit = train.describe([replace(source, steps=None, checks=None)])    # right ones are not split
+    assert "step" not in unsplit and repr(source.text[-200:]) in unsplit
 
 
 def test_the_main_job_names_the_other_algorithm():

@@ -65,11 +65,11 @@ class TrainConfig:
     check: bool = False                 # only read --data: open all images, name all bad rows
     merge: str = ""                     # only write --model, with its adapters merged, to this new folder
     # how long
-    max_steps: int = 24                 # rollout batches (rl) or optimiser steps (sft)
+    max_steps: int = 32                 # rollout batches (rl) or optimiser steps (sft)
     max_tokens: int = 0                 # rl: end when so many tokens are generated, all kinds (0 = by steps)
     batch: int = 16                     # B: problems a step, over all ranks
     group_size: int = 8                 # G: completions a problem
-    max_new_tokens: int = 0             # L_max: length limit of a completion (0 = 128 on tiny, else 1024)
+    max_new_tokens: int = 0             # L_max: length limit of a completion (0 = 256 on tiny, else 1024)
     max_prompt_tokens: int = 16384      # a longer prompt is an error
     max_pixels: int = 0                 # images are scaled down to this area (0 = 1 MP on cuda, else as is)
     updates_per_batch: int = 1          # optimiser steps on each rollout batch
@@ -85,7 +85,7 @@ class TrainConfig:
     credit: str = "token"               # what of a failed rollout pays: token (at fault) | step | rollout
     rectify_below: float = 0.125        # groups up to this accuracy are rectified (< 0: none)
     reader: str = "start"               # what re-reads steps: start (--model, frozen) | policy | a folder
-    reader_window: int = 0              # steps before a step that the reader sees with it
+    reader_window: int = 1              # steps before a step that the reader sees with it
     revise: bool = True                 # the reader rewrites suspect steps (no: the policy restarts there)
     min_log_w: float = -1.5             # a rectified trajectory less likely than this a token is rejected
     lambda_r: float = 1.0               # weight of rectified trajectories
@@ -104,7 +104,7 @@ class TrainConfig:
     activation_checkpointing: str = "auto"      # activations again, not kept: yes | no (auto: yes on cuda)
     # supervised stage on tiny
     erosion_first: float = 0.0          # chance that step 1 or 2 is read from language ...
-    erosion_ninth: float = 0.0          # ... and from step 9 on (linear in between)
+    erosion_last: float = 0.0          # ... and from step 7 on (linear in between)
     # looking at it, keeping it
     eval_problems: int = 200            # held-out problems (0 = no evaluation)
     eval_samples: int = 4               # k of avg@k
@@ -119,7 +119,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_flags(self)
-        self.max_new_tokens = self.max_new_tokens or (128 if is_tiny(self.data) else 1024)
+        self.max_new_tokens = self.max_new_tokens or (256 if is_tiny(self.data) else 1024)
 
 
 def parse_flags(config_class, argv=None, defaults: dict | None = None):
@@ -160,7 +160,7 @@ def demonstration(problem, c: TrainConfig, codec) -> list[int]:
     where, text = f"{problem.where or problem.id}: field 'demonstration'", problem.demonstration
     if is_tiny(c.data):
         rng = random.Random(f"erosion/{c.seed}/{problem.id}")
-        text = shapes.demonstrate(problem, (c.erosion_first, c.erosion_ninth), rng)
+        text = shapes.demonstrate(problem, (c.erosion_first, c.erosion_last), rng)
     if not isinstance(text, str):
         raise rollout.InputError(f"{where} is missing or not text, --stage sft needs it")
     ids = rollout.token_ids(text, codec) + [codec.eos_ids[0]]
@@ -785,17 +785,24 @@ def telling_group(groups) -> list:
 
 
 def describe(group) -> str:
-    """A decoded rollout of a group; where one was repaired, that one with its checks and what it became."""
+    """A rollout of a group, a line a step: its verdict where there is an oracle, its gap (!: suspect), its
+    words; where one was repaired that one, and below a step what it became."""
     rectified = max(group, key=lambda t: t.source is not None)
     t = rectified.source or rectified
-    shown = {"question": repr(t.problem.question), "gold": repr(t.problem.answer), "sampled": repr(t.text)}
-    if t.problem.oracle and t.steps:
-        shown["steps"] = " ".join(shapes.verdicts(t))
+    became = [step.text for step in rectified.steps] if rectified.source else []
+    lines = [f"question  {t.problem.question!r}", f"gold      {t.problem.answer!r}"]
+    verdicts = shapes.verdicts(t) if t.problem.oracle and t.steps else []
+    for n, step in enumerate(t.steps or ()):
+        verdict = verdicts[n] if verdicts else ""
+        gap = f"{t.checks[n].gap:.1f}{'!' * t.checks[n].is_suspect}" if t.checks else ""
+        lines.append(f"step {n + 1:<4} {verdict:9}{gap:6}{step.text!r}")
+        if became[n:] and became[n] != step.text:
+            lines.append(f"{'rectified':25}{became[n]!r}")
+    lines.append(f"sampled   {t.text[-200:]!r}")
     if rectified.source:
-        shown["gaps"] = " ".join(f"{check.gap:.1f}{'!' * check.is_suspect}" for check in t.checks)
-        shown["rectified"] = f"{rectified.text!r}  ({rectified.provenance})"
-    shown["reward"] = str(t.rewards)
-    return "\n".join(f"  {name:9} {text}" for name, text in shown.items())
+        lines.append(f"rectified {rectified.text[-200:]!r}  ({rectified.provenance})")
+    lines.append(f"reward    {t.rewards}")
+    return "\n".join(f"  {line}" for line in lines)
 
 
 def group_record(step: int, group, repairs) -> dict:

@@ -77,10 +77,10 @@ def write_rows(name: str, count: int, held_out: bool, seed: int) -> str:
     (OUT / name).mkdir(parents=True, exist_ok=True)
     for i in range(count):
         rng = random.Random(f"{name}/{seed}/{i}")
-        facts = shapes.make_facts("tiles", STEPS, rng)
-        question = shapes.QUESTIONS["tiles"].format(names=" ".join(facts["ask"]), **facts)
+        facts = {**shapes.make_facts("tiles", STEPS, rng), "dialect": "short"}
+        question = shapes.QUESTIONS["tiles"].format(names=", ".join(facts["ask"]), **facts)
         draw(facts, digits, rng).save(OUT / name / f"{i}.png")
-        answer = shapes.answer_from_steps(facts, shapes.true_steps(facts))
+        answer = shapes.answer_from_steps(facts, shapes.chain(facts))
         problem = rollout.Problem(str(i), question, answer, [], oracle=facts)
         eroded = shapes.demonstrate(problem, (0.0, 0.9), rng)
         if name == "sft" and i % 2:

@@ -7,7 +7,7 @@ truth. Gives: three tables, with --out also every rollout as JSON; and `Verifier
 `train.Trainer.verifier_class`.
 
     A1 re-reading    attribute.py's: what the reader, without the chain, finds far less likely
-    A2 margin        attribute.py's log p(gold) - log p(own answer) after each step: its largest drop
+    A2 margin        log p(gold) - log p(own answer) after each step: its largest drop
     A3 dependence    KL(pi(. | image) || pi(. | image with patches dropped)) of each token, by steps
     A4 Monte Carlo   whether any of 4 restarts after a step is right, by binary search over the steps
 
@@ -41,7 +41,7 @@ from attribute import Check  # noqa: E402
 from eval import figure, percent  # noqa: E402
 from experiments.tables import markdown  # noqa: E402
 from model import load_model  # noqa: E402
-from reward import reward_parts  # noqa: E402
+from reward import extract_answer, reward_parts  # noqa: E402
 from tiny import shapes  # noqa: E402
 
 KINDS = ("eroded", "misread", "reasoning")
@@ -50,6 +50,37 @@ WRONG = 3.0                             # nats; the gap of a step that is said t
 
 # ------------------------------------------------------------------------------------------------------------
 # Signals
+
+
+@torch.no_grad()
+def answer_margins(model, codec, trajectories: list, budget: int = 32768) -> list[list[float]]:
+    """A2. For each trajectory the margins M_0 .. M_T: mean log-prob of the gold answer minus that of its own
+    answer, teacher-forced after the first k steps and the cue that opens an answer. Positive: from there the
+    policy would still prefer the right answer."""
+    margins, where, prompts, rows = [], [], [], []
+    for t in trajectories:
+        cue = rollout.token_ids("</think><answer>" if "<think>" in t.text else "\nThe answer is ", codec)
+        own = extract_answer(t.text, t.problem.choices) or ""
+        ends = [step.start for step in t.steps] + [t.steps[-1].stop]
+        margins.append([0.0] * len(ends))
+        for sign, text in ((1, t.problem.answer), (-1, own)):
+            answer = rollout.token_ids(rollout.escape_special(text, codec), codec)
+            for k, end in enumerate(ends):
+                where.append((margins[-1], k, sign, len(answer)))
+                prompts.append(t.prompt)
+                rows.append(t.ids[:end] + cue + answer)
+    for batch in rollout.token_batches(list(map(len, rows)), budget):
+        part = slice(batch.start, batch.stop)
+        logps, _, mask = rollout.completion_logps(model, codec, prompts[part], rows[part])
+        for (own_margins, k, sign, n), row, length in zip(where[part], logps.tolist(), mask.sum(1).tolist()):
+            own_margins[k] += sign * sum(row[length - n:length]) / max(1, n)
+    return margins
+
+
+def largest_margin_drop(margins: list[float]) -> int:
+    """The step (0-based) with the largest drop of the margin; of equal ones the first."""
+    drops = [before - after for before, after in zip(margins, margins[1:])]
+    return drops.index(max(drops))
 
 
 def no_return(margins: list[float]) -> int:
@@ -130,7 +161,7 @@ def most_eroded(dependence: list[float], steps: list) -> int:
     return falls.index(max(falls))
 
 
-def monte_carlo(model, codec, trajectories: list, max_new_tokens: int = 256, restarts: int = 4,
+def monte_carlo(model, codec, trajectories: list, max_new_tokens: int = 320, restarts: int = 4,
                 key: str = "monte carlo") -> tuple[list[int], int]:
     """A4. For each trajectory the step (0-based) at which its chance of success dies, and the tokens
     generated to find out. Restarts after `alive` steps succeed, after `dead` steps none does: after no step,
@@ -170,7 +201,7 @@ def localise(checks: list, margins: list[float] | None = None, dependence: list[
     misread."""
     k = attribute.first_suspect(checks)
     if k is None:
-        step = attribute.largest_margin_drop(margins) if margins else len(checks) - 1
+        step = largest_margin_drop(margins) if margins else len(checks) - 1
         return Fault(step, "reasoning")
     kind = "misread"
     if dependence is not None:
@@ -196,7 +227,7 @@ class OneFault(attribute.Verifier):
     max_new_tokens = 64                 # of a restart, its prefix included
     key = ""                            # names the random numbers
 
-    def __init__(self, reader, codec, window: int = 0):
+    def __init__(self, reader, codec, window: int = 1):
         super().__init__(reader, codec, window)
         self.policy = reader            # whose margins and restarts count; compare.py sets another
 
@@ -217,8 +248,8 @@ class OneFault(attribute.Verifier):
 
 class Margin(OneFault):
     def find(self, trajectories: list) -> list[int]:
-        margins = attribute.answer_margins(self.policy, self.codec, trajectories)
-        return list(map(attribute.largest_margin_drop, margins))
+        margins = answer_margins(self.policy, self.codec, trajectories)
+        return list(map(largest_margin_drop, margins))
 
 
 class Dependence(OneFault):
@@ -255,7 +286,7 @@ def first_wrong(t) -> int | None:
     return None
 
 
-def flawed_rollouts(model, codec, stream, count: int, max_new_tokens: int = 256, greedy: bool = False):
+def flawed_rollouts(model, codec, stream, count: int, max_new_tokens: int = 320, greedy: bool = False):
     """Locatable failures on a tiny stream, of 8 samples a problem or the greedy one, until there are `count`
     (a policy may fail too seldom) -> [(trajectory, its first wrong step)]. Those whose steps are all right
     (the answer alone is wrong) have no such step: their number is the second result."""
@@ -278,7 +309,7 @@ def flawed_rollouts(model, codec, stream, count: int, max_new_tokens: int = 256,
     return found, slips
 
 
-def score_localisers(model, codec, found: list, window: int = 0, batch: int = 128) -> tuple[list, dict]:
+def score_localisers(model, codec, found: list, window: int = 1, batch: int = 128) -> tuple[list, dict]:
     """One record a rollout, with the step that each signal finds, and the tokens that each signal generated
     for all of them. The rollouts keep A1's checks."""
     records, tokens = [], {}
@@ -286,7 +317,7 @@ def score_localisers(model, codec, found: list, window: int = 0, batch: int = 12
         part = [t for t, _ in found[start:start + batch]]
         verifier = attribute.Verifier(model, codec, window)
         verifier(part)
-        margins = attribute.answer_margins(model, codec, part)
+        margins = answer_margins(model, codec, part)
         dependences = visual_dependence(model, codec, part)
         deaths, restart_tokens = monte_carlo(model, codec, part)
         cost = {"A1, else A2": verifier.tokens, "A1 re-reading": verifier.tokens,
@@ -294,7 +325,7 @@ def score_localisers(model, codec, found: list, window: int = 0, batch: int = 12
         for n, (t, true) in enumerate(found[start:start + batch]):
             steps = {"A1, else A2": localise(t.checks, margins[n]).step,
                      "A1 re-reading": localise(t.checks).step,
-                     "A2 drop": attribute.largest_margin_drop(margins[n]),
+                     "A2 drop": largest_margin_drop(margins[n]),
                      "A2 no return": no_return(margins[n]),
                      "A3 erosion": most_eroded(dependences[n], t.steps),
                      "A4 Monte Carlo": deaths[n],
@@ -327,13 +358,13 @@ def summarise(records: list[dict], tokens: dict) -> list[dict]:
 
 
 def rates(trajectories: list, codec) -> list[dict]:
-    """Of checked trajectories, by depth and by length of step in tokens: the share of right steps that are
-    suspect (false alarms), and of wrong ones (found)."""
+    """Of checked trajectories, by depth and by length of step in fives of tokens: the share of right steps
+    that are suspect (false alarms), and of wrong ones (found)."""
     counts, rows = {}, []               # of right steps, suspect ones of them, wrong steps, suspect ones
     for t in trajectories:
         for k, verdict in enumerate(shapes.verdicts(t)):
             wrong, length = verdict != "true", len(rollout.token_ids(t.steps[k].text, codec))
-            for part in (("depth", k + 1), ("tokens", length)):
+            for part in (("depth", k + 1), ("tokens, from", length // 5 * 5)):
                 count = counts.setdefault(part, [0, 0, 0, 0])
                 count[2 * wrong] += 1
                 count[2 * wrong + 1] += t.checks[k].is_suspect
@@ -345,13 +376,13 @@ def rates(trajectories: list, codec) -> list[dict]:
 
 
 def slip(facts: dict, step: str, rng: random.Random) -> str:
-    """The step with another conclusion from the same reading (tiles and bars; others conclude nothing)."""
-    words = step.split()
-    if facts["kind"] == "tiles":
-        words[2] = str((int(words[2]) + rng.randint(1, 9)) % 10)
-    elif facts["kind"] == "bars":
-        words[2] = "no" if words[2] == "yes" else "yes"
-    return " ".join(words)
+    """The step with another conclusion from the same reading (not of a path, which concludes nothing)."""
+    out = shapes.parse_step(facts, step)["out"]
+    other = {"yes": "no", "no": "yes"}.get(out, out)
+    if out.isdecimal():
+        other = str(int(out) + rng.randint(1, 9))
+    before, _, after = step.rpartition(out)
+    return before + other + after
 
 
 @torch.no_grad()
@@ -359,16 +390,17 @@ def plant(model, problem, codec, kind: str, rng: random.Random):
     """A finished rollout with one planted error, written as by a policy that is sure of it: a wrong reading
     at the first two steps, where the policy still looks (misread); in the last third, where erosion has set
     in, what language says (eroded), or a wrong conclusion from a right reading (reasoning). There is none
-    where language is right, and in counting and in following dots, which conclude nothing."""
-    facts, steps = problem.oracle, shapes.true_steps(problem.oracle)
+    where language is right, and in following dots, which concludes nothing."""
+    facts, wording = problem.oracle, rng.randint(1, 8) if problem.oracle["dialect"] == "sentences" else 0
+    steps = shapes.chain(facts, wording=wording)
     k = rng.randrange(2) if kind == "misread" else rng.randrange(len(steps) * 2 // 3, len(steps))
     name = facts["ask"][k]
     if kind == "reasoning":
         steps[k] = slip(facts, steps[k], rng)
     elif kind == "eroded":
-        steps = shapes.corrupt(facts, {k: shapes.prior(facts, name)})
+        steps = shapes.chain(facts, {k: shapes.prior(facts, name)}, wording)
     else:
-        steps = shapes.corrupt(facts, {k: rng.choice(shapes.wrong_values(facts, name))})
+        steps = shapes.chain(facts, {k: rng.choice(shapes.wrong_values(facts, name))}, wording)
     answer = shapes.answer_from_steps(facts, steps)
     text = "<think>" + "\n".join(steps) + f"</think><answer>{answer}</answer>"
     ids = rollout.token_ids(text, codec) + [codec.eos_ids[0]]
@@ -381,7 +413,7 @@ def plant(model, problem, codec, kind: str, rng: random.Random):
     return t
 
 
-def planted_kinds(model, codec, stream, count: int, window: int = 0) -> list[dict]:
+def planted_kinds(model, codec, stream, count: int, window: int = 1) -> list[dict]:
     """A row a planted kind: how often each kind was found in such chains, and how often the step."""
     rows, planted, rng = {}, [], random.Random(0)
     for kind in KINDS:
@@ -406,7 +438,7 @@ class StudyConfig:
     model: str = "tiny"             # folder or hub id of the checkpoint, policy and reader
     data: str = "tiny:steps=3-12"   # a spec of the embedded tasks; held-out problems are used
     greedy: bool = False            # greedy rollouts instead of sampled ones
-    window: int = 0                 # steps before a step that the reader sees with it
+    window: int = 1                 # steps before a step that the reader sees with it
     flawed: int = 2000              # flawed rollouts to score the localisers on
     planted: int = 600              # chains with a planted error, for the confusion of kinds
     out: str = ""                   # JSON file of everything ("" = none)

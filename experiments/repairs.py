@@ -1,6 +1,6 @@
 """How often the Re-Reasoning Loop succeeds: with several readers, and by where the first cut lies.
 
-    python experiments/repairs.py --model tiny --data tiny:steps=9,kinds=tiles+path+bars --sources 300
+    python experiments/repairs.py --model tiny --data tiny:steps=8,kinds=tiles+path+bars --sources 300
 
 Failed rollouts of one policy, which is its own reader, are repaired as in training; with random first cuts,
 which lie before, at or after the true error; with a reader that sees no image; and by restarts of the policy
@@ -12,6 +12,7 @@ import collections
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class RandomFirst(attribute.Verifier):
 
 RESULTS = ROOT / "experiments" / "results" / "repairs.json"
 SETTINGS = {"default": (attribute.Verifier, True, True),      # verifier, reader sees the image, Rules.revise
+            "reader without the step before": (partial(attribute.Verifier, window=0), True, True),
             "random first cut": (RandomFirst, True, True),
             "reader without the image": (attribute.Verifier, False, True),
             "restarts only": (attribute.Verifier, True, False)}
@@ -64,7 +66,7 @@ def repair(model, reader, codec, found: list, verifier_class, revise: bool) -> l
         verifier(part)
         for n, t in enumerate(part, start):
             repairs.append(rereason.Repair(t, replace(t), f"repairs/{n}", len(t.ids)))
-        rereason.rectify(model, codec, repairs, verifier, 256, rereason.Rules(revise=revise))
+        rereason.rectify(model, codec, repairs, verifier, 320, rereason.Rules(revise=revise))
         done += repairs
     return done
 
@@ -80,7 +82,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="checkpoint")
-    parser.add_argument("--data", default="tiny:steps=9,kinds=tiles+path+bars", help="tiny spec, held out")
+    parser.add_argument("--data", default="tiny:steps=8,kinds=tiles+path+bars", help="tiny spec, held out")
     parser.add_argument("--sources", type=int, default=300, help="failed rollouts to repair")
     parser.add_argument("--greedy", action="store_true", help="greedy rollouts instead of sampled ones")
     parser.add_argument("--results", default=RESULTS, type=Path, help="JSON file of the table")

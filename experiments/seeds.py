@@ -16,11 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from eval import percent  # noqa: E402
 from experiments.tables import markdown  # noqa: E402
-from train import TrainConfig, parse_flags, write_text  # noqa: E402
+from train import TrainConfig, parse_flags, read_jsonl, write_text  # noqa: E402
 
 
 def held_out(out: Path, flags: list) -> dict:
-    """{"before", "after"}: the accuracies of a run, which is made or finished first."""
+    """{"before", "after"}: the accuracies of a run, which is made or finished first; "curve": of each of its
+    steps [tokens generated so far, accuracy of the step's rollouts, all of new problems]."""
     file, config = out / "heldout.json", asdict(parse_flags(TrainConfig, [*flags, "--out", str(out)]))
     if (out / "config.json").is_file():
         saved = json.loads((out / "config.json").read_text())
@@ -40,7 +41,9 @@ def held_out(out: Path, flags: list) -> dict:
         for name, value in found[when].items():
             if name == "greedy" or name.startswith(("avg@", "pass@")):
                 figures[name] = value
-    return accuracies
+    rows = read_jsonl(out / "metrics.jsonl")
+    curve = [[row["generated_tokens"], round(row["accuracy"], 4)] for row in rows]
+    return {**accuracies, "curve": curve, "seconds": round(sum(row["seconds"] for row in rows))}
 
 
 def main():

@@ -51,14 +51,26 @@ def markdown(head: list, rows: list[list]) -> str:
 def main_job() -> str:
     """A row an algorithm: held-out accuracy over seeds."""
     runs, rows = load("seeds.json")["runs"], []
-    for run in load("lora.json")["runs"]:
-        runs.append({**run, "algo": f"{run['algo']} --lora 16"})
     for algo in dict.fromkeys(run["algo"] for run in runs):
         own, row = [run for run in runs if run["algo"] == algo], []
         for name in ("greedy", "avg@4"):
             row += [percent([run[when][name]["mean"] for run in own]) for when in ("before", "after")]
         rows.append([algo, len(own), *row])
     return markdown(["--algo", "seeds", "greedy before", "after", "avg@4 before", "after"], rows)
+
+
+def builds() -> str:
+    """A row a build of the embedded model: what it can do, see `figures` in tiny/build.py."""
+    rows = []
+    for file in sorted(RESULTS.glob("build-*.json")):
+        found, cells = load(file.name), []
+        for name in ("greedy", "sampled"):
+            cells.append(" ".join(f"{100 * share:.0f}" for share in found[name]["true"].values()))
+        says = " ".join(f"{nats:.1f}" for nats in found["dependence"].values())
+        alone = " ".join(f"{100 * share:.0f}" for share in found["alone"].values())
+        rows.append([file.stem[6:], alone, *cells, says, found["rank correlation"]])
+    head = ["seed", "alone, %: bars path tiles total", "true at step 1 to 8, greedy, %", "sampled, %"]
+    return markdown([*head, "the image's say, nats", "rank correlation"], rows)
 
 
 def study(figure: str = "accuracy") -> str:
@@ -93,21 +105,15 @@ def reader_cost() -> str:
 
 
 def localisers(file: str = "localisers.json") -> str:
-    columns, kinds, rows = ["localiser", "exact", "within 1", "error", "tokens"], ["tiles", "bars", "path"], []
+    columns = ["localiser", "exact", "within 1", "error", "tokens"]
+    kinds, rows = ["tiles", "path", "bars", "total"], []
     for r in load(file)["summary"]:
-        rows.append([r[column] for column in columns] + [r[f"task {kind}/free"] for kind in kinds])
+        rows.append([r[column] for column in columns] + [r[f"task {kind}"] for kind in kinds])
     return markdown(columns + kinds, rows)
 
 
 def localisers_greedy() -> str:
     return localisers("localisers_greedy.json")
-
-
-def instruction() -> str:
-    rows = []
-    for r in load("instruction.json"):
-        rows.append([r["INSTRUCTION"], r["failures"], eval.percent(r)])
-    return markdown(["INSTRUCTION in the prompt", "failed rollouts", "repaired"], rows)
 
 
 def rates() -> str:
@@ -162,10 +168,9 @@ def attack() -> str:
     return markdown(["area", "cases", "failures", "seconds"], [*rows, ["all", *totals]])
 
 
-TABLES = {"attack": attack, "gpu": gpu, "main": main_job, "study": study, "greedy": greedy, "digits": digits,
-          "localisers": localisers, "localisers_greedy": localisers_greedy, "instruction": instruction,
-          "rates": rates, "repairs": repairs, "reader_cost": reader_cost, "speed": speed,
-          "mutants": mutants}
+TABLES = {"attack": attack, "gpu": gpu, "main": main_job, "builds": builds, "study": study, "greedy": greedy,
+          "digits": digits, "localisers": localisers, "localisers_greedy": localisers_greedy, "rates": rates,
+          "repairs": repairs, "reader_cost": reader_cost, "speed": speed, "mutants": mutants}
 
 
 def filled(text: str) -> str:

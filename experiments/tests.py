@@ -30,8 +30,9 @@ from experiments import (benchmarks, gpu, localisers, preview, qwen_folder, seed
                          tables, trace, walkthrough)
 from experiments.stepgrpo import step_rar, step_reward_parts, step_rvr  # noqa: E402
 from reward import format_ok  # noqa: E402
-from test_all import (TINY, chain, close, data_file, main, raises, reference_model, scratch,  # noqa: E402
-                      seams, segmentation, small_run, swapped, tiny_codec, tiny_model)
+from test_all import (TINY, chain, close, data_file, main, mixed_problems, raises,  # noqa: E402
+                      random_model, reference_model, scratch, seams, segmentation, small_run, swapped,
+                      tiny_codec, tiny_model, uncached_logps)
 from tiny import shapes  # noqa: E402
 
 
@@ -141,9 +142,35 @@ def test_stepgrpo_is_r1_vls():
 # ---- localisers.py
 
 def three_rollouts():                                       # the second without an image
-    problems = [shapes.make_problem(kind, 3, index=4) for kind in ("tiles", "bars", "path")]
+    problems = [shapes.make_problem(kind, 3, "short", index=4) for kind in ("tiles", "bars", "path")]
     problems[1] = replace(problems[1], question=problems[1].question.replace("<image>", ""), images=[])
     return [chain(p, p.key_steps[n:], "4") for n, p in zip((0, 1, 0), problems)]
+
+
+def test_answer_margins_are_the_uncached_forward():
+    net, codec, (a, b, c, _) = random_model(), tiny_codec(), mixed_problems()
+    tag, plain, chains, want = "</think><answer>", "\nThe answer is ", [], []
+    for p, text, own, cue in (
+            (a, "<think>red 4\nblue</think><answer>9</answer>", "9", tag),
+            (b, "<think>red 4</think><answer></answer>", "", tag),
+            (c, "red 4\nblue 5\n<answer>9 9</answer>", "9 9", plain),
+            (replace(a, answer="<|im_end|>"), "<think>so: x</think><answer>4</answer>", "4", tag)):
+        t, margins = chain(p, None, text=text), []
+        for end in [step.start for step in t.steps] + [t.steps[-1].stop]:
+            read, means = t.ids[:end], []
+            for answer in (p.answer, own):
+                ids = rollout.token_ids(rollout.escape_special(answer, codec), codec)
+                logps = uncached_logps(net, codec, p, read + rollout.token_ids(cue, codec) + ids)
+                means.append(sum(logps[-len(ids):]) / len(ids) if ids else 0.0)
+            margins.append(means[0] - means[1])
+        chains.append(t)
+        want.append(margins)
+    for budget in (9999, 60):
+        found = localisers.answer_margins(net, codec, chains, budget=budget)
+        for row, margins in zip(found, want, strict=True):
+            close(row, margins, 1e-3)
+    for margins, step in (([2.0, 1.5, -1.0, -1.2], 1), ([3.0, 2.0, 1.5], 0), ([-1.0, 1.0], 0)):
+        assert localisers.largest_margin_drop(margins) == step                   # of equal drops the first
 
 
 def test_no_return_is_where_no_margin_follows():
@@ -194,7 +221,7 @@ def test_step_dependence_and_erosion_by_hand():
 
 def test_monte_carlo_finds_where_success_dies():
     """Every length and place side by side, with restarts that succeed (one in four) up to a planted step."""
-    codec, problem, asked, rollouts = tiny_codec(), shapes.make_problem("tiles", 3), [], []
+    codec, problem, asked, rollouts = tiny_codec(), shapes.make_problem("tiles", 3, "short"), [], []
     cases = [(steps, place) for steps in range(1, 10) for place in range(steps)]
     for n, (steps, _) in enumerate(cases):
         rollouts.append(chain(replace(problem, id=str(n)), [f"red {k} 1" for k in range(steps)]))
@@ -237,7 +264,7 @@ def test_verifiers_fill_in_checks():
     rollouts[0].steps[1].text = "red 4 hm"
     localisers.Oracle(None, codec)(rollouts)
     assert [[c.is_suspect for c in t.checks] for t in rollouts] == [[0, 1, 0], [0, 0], [0, 0, 0]]
-    drops = list(map(attribute.largest_margin_drop, attribute.answer_margins(net, codec, rollouts)))
+    drops = list(map(localisers.largest_margin_drop, localisers.answer_margins(net, codec, rollouts)))
     values = localisers.visual_dependence(net, codec, rollouts)
     falls = [localisers.most_eroded(v, t.steps) for v, t in zip(values, rollouts)]
     deaths, tokens = localisers.monte_carlo(net, codec, rollouts, 64, key="")
@@ -497,9 +524,8 @@ def test_preview_of_problems_that_are_hard_to_guess():
         preview.write_problems(folder, 12, 3, "train")
         assert len(rollout.load_problems(folder / "problems.jsonl")) == 12
     for kind in shapes.KINDS:
-        assert preview.guess_rate(kind, 3) < 0.03 and preview.guess_rate(kind, 5) < 0.005
-        assert 0.15 < preview.guess_rate(kind, 4, "choice", 300) < 0.35
-        assert 0.4 < preview.guess_rate(kind, 4, "yesno", 300) < 0.6
+        lucky = 0.06 if kind == "total" else 0.005          # a sum alone is guessed now and then
+        assert preview.guess_rate(kind, 3) < 0.06 and preview.guess_rate(kind, 5) < lucky
 
 
 # ---- qwen_folder.py
@@ -559,6 +585,7 @@ def test_seeds_are_run_once_and_with_the_flags_given():
         found = seeds.held_out(folder / "run", flags)
         written = (folder / "run" / "heldout.json").stat().st_mtime_ns
         assert found["before"].keys() == found["after"].keys() == {"greedy", "avg@1"}
+        assert len(found["curve"]) == 1 and found["curve"][0][0] > 2 * 2 * 10
         assert seeds.held_out(folder / "run", flags) == found
         assert (folder / "run" / "heldout.json").stat().st_mtime_ns == written
         raises(SystemExit, "other flags", seeds.held_out, folder / "run", [*flags, "--seed", "5"])

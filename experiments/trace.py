@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rereason  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
-from attribute import DOUBT, Check, Step, answer_margins, text_and_offsets  # noqa: E402
+from attribute import DOUBT, Check, Step, text_and_offsets  # noqa: E402
 from eval import is_tiny  # noqa: E402
-from experiments.localisers import localise, step_dependence, visual_dependence  # noqa: E402
+from experiments.localisers import answer_margins, localise, step_dependence, visual_dependence  # noqa: E402
 from model import load_model, reading  # noqa: E402
 from reward import extract_answer  # noqa: E402
 from tiny import shapes  # noqa: E402
@@ -44,9 +44,9 @@ def find_problems(config: dict, ids: list[str]) -> dict:
     found = {}
     for name in ids:
         with contextlib.suppress(ValueError):               # not one that shapes.make_problem has written
-            kind, steps, form, split, rest = name.split("-", 4)
+            kind, steps, dialect, split, rest = name.split("-", 4)
             seed, _, index = rest.rpartition("-")
-            found[name] = shapes.make_problem(kind, int(steps), form, split, int(seed), int(index))
+            found[name] = shapes.make_problem(kind, int(steps), dialect, split, int(seed), int(index))
     return found
 
 

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
-from attribute import DOUBT, answer_margins  # noqa: E402
-from experiments.localisers import step_dependence, visual_dependence  # noqa: E402
+from attribute import DOUBT  # noqa: E402
+from experiments.localisers import answer_margins, step_dependence, visual_dependence  # noqa: E402
 from tiny import shapes  # noqa: E402
 
 

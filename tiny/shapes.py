@@ -1,30 +1,33 @@
 """Visual tasks drawn by Pillow: chains of 1 to 20 readings from an image, and an oracle for every step.
 
-kind  | the image                                  | a step        | the answer
-------|--------------------------------------------|---------------|------------------------------------------
-tiles | coloured tiles with a digit                | `red 4 6`     | colour and shifted digit of each tile
-count | coloured circles, squares, triangles       | `red 3`       | attribute and how many of each
-path  | tiles with a digit and a dot: the next tile| `red 4 blue`  | colour and digit along the path
-bars  | a bar chart, a colour a bar                | `red 6 yes`   | height and verdict of each bar
+kind  | the image                                  | a step says      | the answer
+------|--------------------------------------------|------------------|--------------------------------------
+tiles | coloured tiles with a digit                | digit + shift    | colour and shifted digit of each tile
+path  | tiles with a digit and a dot: the next tile| digit, next tile | colour and digit along the path
+bars  | a bar chart, a colour a bar                | height, verdict  | height and verdict of each bar
+total | coloured tiles with a digit up to 4        | digit, sum so far| the sum alone
 
-Three forms: `free` (the answer itself), `choice` (a letter among four), `yesno`. The free answer carries
-every reading, so guessing does not pay: a reward by luck would teach guessing instead of looking. Train and
-held-out problems share no image: a checksum of what an image shows decides on which side it lies.
-The paper's public abstract names no such tasks; all is our choice. Left out: natural images and language.
+Two dialects: "sentences", a chain in one of eight wordings, in lines, with blank lines or as a list, now and
+then with a sentence that claims nothing; "short", `red 4 6`. There are too many answers to guess one: reward
+by luck would teach guessing instead of looking. Train and held-out problems share no image: a checksum of
+what an image shows decides on which side it lies.
+The paper's public abstract names no such tasks; all is our choice. Left out: natural images.
 
-Worked example: make_problem("tiles", 3) is a Problem whose question is "<image>Shift each digit by 2: black
-white red". In its image the black tile says 1, the white one 9, the red one 2. Its key_steps are "black 1 3",
-"white 9 1", "red 2 4"; its answer is "black 3 white 1 red 4"; its oracle is what the image shows.
+Worked example: make_problem("tiles", 3, "short") is a Problem whose question is "<image>Add 1 to the digit
+of each tile: mint, cream, purple." In its image the mint tile says 8, the cream one 6, the purple one 7. Its
+key_steps are "mint 8 9", "cream 6 7", "purple 7 8", its answer is "mint 9 cream 7 purple 8"; its oracle is
+what the image shows.
 """
 import json
 import random
+import re
+import string
 import zlib
-from operator import eq
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from rollout import Problem
+from rollout import INSTRUCTION, Problem
 
 COLOURS = {"red": (230, 25, 45), "green": (40, 160, 60), "yellow": (250, 220, 30), "blue": (20, 80, 220),
            "orange": (245, 130, 30), "purple": (130, 30, 170), "cyan": (60, 220, 240),
@@ -33,13 +36,53 @@ COLOURS = {"red": (230, 25, 45), "green": (40, 160, 60), "yellow": (250, 220, 30
            "maroon": (100, 0, 10), "mint": (150, 255, 195), "olive": (120, 120, 0), "navy": (0, 0, 100),
            "black": (10, 10, 10), "white": (255, 255, 255)}
 NAMES = tuple(COLOURS)
-SHAPES = ("circle", "square", "triangle")
-KINDS = ("tiles", "count", "path", "bars")
-FORMS = ("free", "choice", "yesno")
-QUESTIONS = {"tiles": "Shift each digit by {shift}: {names}", "count": "Count each: {names}",
-             "path": "Follow the dots from {ask[0]}", "bars": "Is each bar over {limit}: {names}"}
-VALUES = {"tiles": range(10), "count": range(5), "path": range(10), "bars": range(1, 10)}     # of a reading
-ANSWER_WORDS = {"tiles": (0, 2), "count": (0, 1), "path": (0, 1), "bars": (0, 1, 2)}          # out of a step
+KINDS = ("tiles", "path", "bars", "total")
+DIALECTS = ("sentences", "short")
+QUESTIONS = {"tiles": "Add {shift} to the digit of each tile: {names}.",
+             "path": "Follow the dots from {ask[0]}, tile by tile.",
+             "bars": "Is each bar over {limit}: {names}?",
+             "total": "Start at {start} and add the digit of each tile: {names}."}
+VALUES = {"tiles": range(10), "path": range(10), "bars": range(1, 10), "total": range(5)}       # of a reading
+# How a step is said; the first is the short dialect. out: what the step comes to.
+WORDINGS = {
+    "tiles": ("{name} {value} {out}",
+              "The tile in {name} shows {value}, and {value} + {shift} = {out}.",
+              "{name}: {value} + {shift} = {out}",
+              "On {name} I read {value}, which makes {out}.",
+              "The {name} tile says {value}, so we get {out}.",
+              "For {name} it is {value}; plus {shift} that is {out}.",
+              "Next comes {name} with {value}, hence {out}.",
+              "The digit on {name} is {value}, plus {shift} gives {out}.",
+              "I find {name}, see {value} and write {out}."),
+    "path": ("{name} {value} {out}",
+             "The tile in {name} shows {value}, and its dot is {out}.",
+             "{name}: {value}, then {out}",
+             "On {name} I read {value}, and the dot leads to {out}.",
+             "The {name} tile says {value} and points to {out}.",
+             "For {name} it is {value}; we go on to {out}.",
+             "Next comes {name} with {value}, followed by {out}.",
+             "The digit on {name} is {value}, the dot beside it {out}.",
+             "I find {name}, see {value} and follow {out}."),
+    "bars": ("{name} {value} {out}",
+             "The bar in {name} shows {value}, and over {limit} is {out}.",
+             "{name}: {value}, {out}",
+             "On {name} I read {value}, which means {out}.",
+             "The {name} bar says {value}, so we get {out}.",
+             "For {name} it is {value}; over {limit} that is {out}.",
+             "Next comes {name} with {value}, hence {out}.",
+             "The height of {name} is {value}, so {out}.",
+             "I find {name}, see {value} and write {out}."),
+    "total": ("{name} {before} + {value} = {out}",
+              "The tile in {name} shows {value}, and {before} + {value} = {out}.",
+              "{name}: {before} + {value} = {out}",
+              "On {name} I read {value}, which makes {before} + {value} = {out}.",
+              "The {name} tile says {value}, so we get {before} + {value} = {out}.",
+              "For {name} it is {value}; {before} + {value} = {out}.",
+              "Next comes {name} with {value}, hence {before} + {value} = {out}.",
+              "The digit on {name} is {value}, in all {before} + {value} = {out}.",
+              "I find {name}, see {value} and write {before} + {value} = {out}."),
+}
+FILLERS = ("Let me look at the picture.", "Now the next one.", "Let us go on.", "So far so good.")
 MAX_STEPS = 20
 CELL = 28                               # pixels; one merged image token of the tiny model
 UNIT = 8                                # pixels a unit of bar height; a chart row is three cells high
@@ -58,6 +101,8 @@ def make_facts(kind: str, steps: int, rng: random.Random) -> dict:
         facts["shift"] = rng.randint(1, 2)
     elif kind == "bars":
         facts["limit"] = rng.randint(1, 3)
+    elif kind == "total":
+        facts["start"] = rng.randint(10, 39)
     elif kind == "path":                # asked[0] -> asked[1] -> ... -> end
         shown = asked[:]
         for name in distractors:
@@ -65,43 +110,49 @@ def make_facts(kind: str, steps: int, rng: random.Random) -> dict:
         facts["next"] = dict(zip(asked, asked[1:] + ["end"]))
         for name in distractors:        # they lead to a tile further on, so every walk ends
             facts["next"][name] = rng.choice(shown[shown.index(name) + 1:])
-    if kind != "count":
-        facts["show"] = {name: rng.choice(VALUES[kind]) for name in shown}
-        return facts
-    facts["show"], facts["objects"] = {}, []
-    for name in shown:
-        facts["show"][name] = rng.randint(0, 3)
-        for _ in range(facts["show"][name]):
-            facts["objects"].append((name, rng.choice(SHAPES)))
-    for shape in SHAPES:                # some questions count a shape instead of a colour
-        number = sum(shape in thing for thing in facts["objects"])
-        if number <= 4 and rng.random() < 0.3:
-            asked[rng.randrange(steps)] = shape
-            facts["show"][shape] = number
+    facts["show"] = {name: rng.choice(VALUES[kind]) for name in shown}
     return facts
 
 
-def step_text(facts: dict, name: str, value: int, follow: str | None = None) -> str:
-    """One step: `name` was looked up and `value` read; path: `follow` was the next tile (default: it is)."""
+def conclusion(facts: dict, name: str, value: int, before: int) -> str:
+    """What a step comes to that read `value` of `name`, where the chain stood at `before` (total)."""
     if facts["kind"] == "tiles":
-        return f"{name} {value} {(value + facts['shift']) % 10}"
+        return str(value + facts["shift"])
     if facts["kind"] == "bars":
-        return f"{name} {value} {'yes' if value > facts['limit'] else 'no'}"
-    if facts["kind"] == "path":
-        return f"{name} {value} {follow or facts['next'][name]}"
-    return f"{name} {value}"
+        return "yes" if value > facts["limit"] else "no"
+    return facts["next"][name] if facts["kind"] == "path" else str(before + value)
 
 
-def true_steps(facts: dict) -> list[str]:
-    return [step_text(facts, name, facts["show"][name]) for name in facts["ask"]]
-
-
-def corrupt(facts: dict, wrong: dict) -> list[str]:
-    """A chain with other readings than the image shows: `wrong` maps depths (0-based) to them."""
-    steps = []
+def chain(facts: dict, wrong: dict | None = None, wording: int = 0) -> list[str]:
+    """The steps that look up all that is asked; `wrong` maps depths (0-based) to readings that are not so."""
+    steps, before = [], facts.get("start", 0)
     for depth, name in enumerate(facts["ask"]):
-        steps.append(step_text(facts, name, wrong.get(depth, facts["show"][name])))
+        value = (wrong or {}).get(depth, facts["show"][name])
+        out = conclusion(facts, name, value, before)
+        template = WORDINGS[facts["kind"]][wording]
+        steps.append(template.format(**facts, name=name, value=value, before=before, out=out))
+        before += value
     return steps
+
+
+def parse_step(facts: dict, text: str) -> dict | None:
+    """{"name", "value", "out"} and, of a running total, "before", of a step in any wording; None where it is
+    in none."""
+    text = re.sub(r"^\d{1,2}\. ", "", text)               # an item of a list
+    fields = {"name": r"(?P<name>[a-z]+)", "value": r"(?P<value>\d)", "out": r"(?P<out>[a-z]+|\d{1,3})",
+              "before": r"(?P<before>\d{1,3})"}
+    for template in WORDINGS[facts["kind"]]:
+        pattern, seen = "", set()
+        for literal, field, _, _ in string.Formatter().parse(template):
+            pattern += re.escape(literal)
+            if field in fields:
+                pattern += f"(?P={field})" if field in seen else fields[field]
+                seen.add(field)
+            elif field:
+                pattern += str(facts[field])
+        if match := re.fullmatch(pattern, text):
+            return match.groupdict()
+    return None
 
 
 def prior(facts: dict, name: str) -> int:
@@ -115,80 +166,58 @@ def wrong_values(facts: dict, name: str) -> list[int]:
 
 
 def answer_from_steps(facts: dict, steps: list[str]) -> str:
-    """The free-form answer that a chain of steps implies, right or wrong: every name with what it came to."""
+    """The free-form answer that a chain of steps implies, right or wrong: every name with what it came to; of
+    a total the last."""
     parts = []
     for step in steps:
-        words = step.split()
-        parts += [words[k] for k in ANSWER_WORDS[facts["kind"]]]
-    return " ".join(parts)
+        said = parse_step(facts, step)
+        parts.append({"tiles": "{name} {out}", "path": "{name} {value}", "bars": "{name} {value} {out}",
+                      "total": "{out}"}[facts["kind"]].format(**said))
+    return parts[-1] if facts["kind"] == "total" else " ".join(parts)
 
 
-def make_problem(kind: str, steps: int, form="free", split="train", seed=0, index=0) -> Problem:
-    """The `index`-th problem of a stream; the same arguments give the same problem. split: "train" or
-    "heldout". ValueError where there is no such task."""
-    if (kind not in KINDS or form not in FORMS or not 1 <= steps <= MAX_STEPS
-            or split not in ("train", "heldout")):
-        raise ValueError(f"no such task: kind {kind!r}, steps {steps}, form {form!r}, split {split!r}")
-    rng = random.Random(f"{kind}/{steps}/{form}/{split}/{seed}/{index}")
+def fresh_facts(kind: str, steps: int, split: str, rng: random.Random) -> dict:
+    """The content of a problem of this side of the split."""
     while True:
         facts = make_facts(kind, steps, rng)
         shown = json.dumps([kind, sorted(facts["show"].items()), sorted(facts.get("next", {}).items())])
         if (zlib.crc32(shown.encode()) % 8 == 0) == (split == "heldout"):
-            break
-    question = "<image>" + QUESTIONS[kind].format(names=" ".join(facts["ask"]), **facts)
-    problem = Problem(id=f"{kind}-{steps}-{form}-{split}-{seed}-{index}", question=question, answer="",
-                      images=[], task=f"{kind}/{form}", oracle=facts)
-    problem.key_steps = true_steps(facts)
-    problem.answer = gold = answer_from_steps(facts, problem.key_steps)
-    if form == "choice":
-        problem.choices = make_options(facts, rng)
-        problem.answer = "ABCD"[problem.choices.index(gold)]
-        for letter, option in zip("ABCD", problem.choices):
-            problem.question += f"\n{letter}. {option}"
-    elif form == "yesno":
-        facts["offer"] = gold
-        if rng.random() < 0.5:
-            depth = rng.randrange(steps)
-            wrong = rng.choice(wrong_values(facts, facts["ask"][depth]))
-            facts["offer"] = answer_from_steps(facts, corrupt(facts, {depth: wrong}))
-        problem.answer = "yes" if facts["offer"] == gold else "no"
-        problem.question += f"\nIs it {facts['offer']}?"
-    problem.images = [draw(facts, rng)]
-    return problem
+            return facts
 
 
-def make_options(facts: dict, rng: random.Random) -> list[str]:
-    """Four answers in random order: the true one, one with a wrong reading, one with another, and one with
-    both (a single step: four values). Each is as like the others as any: the true one does not stand out."""
-    names = rng.sample(facts["ask"], min(2, len(facts["ask"])))     # whose readings differ
-    wrong = [rng.sample(wrong_values(facts, name), 3) for name in names]
-    if len(names) == 1:
-        changes = [{}, *({names[0]: value} for value in wrong[0])]
-    else:
-        one, two = {names[0]: wrong[0][0]}, {names[1]: wrong[1][0]}
-        changes = [{}, two, one, one | two]
-    options = []
-    for change in changes:
-        imagined = facts | {"show": facts["show"] | change}         # the image where this option is right
-        options.append(answer_from_steps(imagined, true_steps(imagined)))
-    return rng.sample(options, 4)
+def make_problem(kind: str, steps: int, dialect="sentences", split="train", seed=0, index=0) -> Problem:
+    """The `index`-th problem of a stream; the same arguments give the same problem. split: "train" or
+    "heldout". ValueError where there is no such task."""
+    if (kind not in KINDS or dialect not in DIALECTS or not 1 <= steps <= MAX_STEPS
+            or split not in ("train", "heldout")):
+        raise ValueError(f"no such task: kind {kind!r}, steps {steps}, dialect {dialect!r}, split {split!r}")
+    rng = random.Random(f"{kind}/{steps}/{split}/{seed}/{index}")
+    facts = {**fresh_facts(kind, steps, split, rng), "dialect": dialect}
+    question = "<image>" + QUESTIONS[kind].format(names=", ".join(facts["ask"]), **facts)
+    if dialect == "sentences":
+        question += "\n" + INSTRUCTION
+    key_steps = chain(facts)
+    return Problem(id=f"{kind}-{steps}-{dialect}-{split}-{seed}-{index}", question=question,
+                   answer=answer_from_steps(facts, key_steps), images=[draw(facts, rng)], task=kind,
+                   key_steps=key_steps, oracle=facts)
 
 
 class Stream:
-    """Endless problems by index. spec: "tiny" or, say, "tiny:steps=4-6,kinds=tiles+path,forms=free+choice".
-    `run` neighbours have the same number of steps (less padding in a batch). ValueError for a bad spec."""
+    """Endless problems by index. spec: "tiny" (8 steps, all kinds but total, whose answers can be guessed now
+    and then) or, say, "tiny:steps=4-6,kinds=tiles+path,dialect=short". `run` neighbours have the same number
+    of steps (less padding in a batch). ValueError for a bad spec."""
 
     def __init__(self, spec: str = "tiny", split: str = "train", seed: int = 0, run: int = 1):
         self.split, self.seed, self.run = split, seed, run
-        options = {"steps": "12", "kinds": "tiles+path+bars", "forms": "free"}
+        options = {"steps": "8", "kinds": "tiles+path+bars", "dialect": "sentences"}
         name, _, settings = spec.partition(":")
         for setting in filter(None, settings.split(",")):
             key, _, value = setting.partition("=")
             if key not in options:
                 raise ValueError(f"{spec!r}: unknown setting {key!r} (known: {', '.join(options)})")
             options[key] = value
-        self.kinds, self.forms = options["kinds"].split("+"), options["forms"].split("+")
-        for given, known in (([name], ("tiny",)), (self.kinds, KINDS), (self.forms, FORMS)):
+        self.kinds, self.dialects = options["kinds"].split("+"), options["dialect"].split("+")
+        for given, known in (([name], ("tiny",)), (self.kinds, KINDS), (self.dialects, DIALECTS)):
             if not set(given) <= set(known):
                 raise ValueError(f"{spec!r}: {'+'.join(given)} is not among {', '.join(known)}")
         low, _, high = options["steps"].partition("-")
@@ -198,54 +227,63 @@ class Stream:
         self.steps = range(int(low), int(high) + 1)
 
     def __getitem__(self, index: int) -> Problem:
-        """Every kind and form in turn, so any stretch of the stream is balanced; a run has one form."""
+        """Every kind in turn, so any stretch of the stream is balanced; a run has one dialect."""
         steps = random.Random(f"{self.split}/{self.seed}/{index // self.run}").choice(self.steps)
         kind = self.kinds[index % len(self.kinds)]
-        form = self.forms[index // max(self.run, len(self.kinds)) % len(self.forms)]
-        return make_problem(kind, steps, form, self.split, self.seed, index)
+        dialect = self.dialects[index // max(self.run, len(self.kinds)) % len(self.dialects)]
+        return make_problem(kind, steps, dialect, self.split, self.seed, index)
 
 
 def demonstrate(problem: Problem, erosion: tuple[float, float], rng: random.Random) -> str:
     """A completion for supervised training: a chain and the answer that follows from it as written. `erosion`
-    is the chance of a step read from language (`prior`) instead of the image, at the first two steps and at
-    the ninth; linear between, then constant."""
-    facts, (first, ninth), wrong = problem.oracle, erosion, {}
+    is the chance of a step read from language instead of the image, at the first two steps and from the fifth
+    on; linear between. In seven of ten such steps that is the `prior`, else what the step before read."""
+    facts, (first, last), wrong, lines, value = problem.oracle, erosion, {}, [], 0
     for depth, name in enumerate(facts["ask"]):
-        if rng.random() < first + (ninth - first) * max(0, min(depth, 8) - 1) / 7:
-            wrong[depth] = prior(facts, name)
-    steps = corrupt(facts, wrong)
-    answer = answer_from_steps(facts, steps)
-    if problem.choices:                 # the option that shares most words with the chain's own answer
-        shared = [sum(map(eq, answer.split(), option.split())) for option in problem.choices]
-        answer = "ABCD"[shared.index(max(shared))]
-    elif "offer" in facts:
-        answer = "yes" if answer == facts["offer"] else "no"
-    return "<think>" + "\n".join(steps) + f"</think><answer>{answer}</answer>"
+        before, value = value, facts["show"][name]
+        if rng.random() < first + (last - first) * max(0, min(depth, 4) - 1) / 3:
+            value = wrong[depth] = before if depth and rng.random() < 0.3 else prior(facts, name)
+    sentences = facts["dialect"] == "sentences"
+    steps = chain(facts, wrong, rng.randint(1, 8) if sentences else 0)
+    form = rng.choice(("lines", "lines", "blank lines", "list")) if sentences else "lines"
+    for n, step in enumerate(steps, start=1):
+        if sentences and form != "list" and rng.random() < (0.2 if n == 1 else 0.03):
+            lines.append(FILLERS[0] if n == 1 else rng.choice(FILLERS[1:]))
+        lines.append(f"{n}. {step}" if form == "list" else step)
+    thoughts = ("\n\n" if form == "blank lines" else "\n").join(lines)
+    return f"<think>{thoughts}</think><answer>{answer_from_steps(facts, steps)}</answer>"
 
 
 def check_steps(problem: Problem, steps: list[str]) -> list[str]:
-    """The oracle, a verdict a step. "true": true of the image, and called for after the step before; "logic":
-    a true reading, but a false conclusion or not called for; "misread": not true of the image; "unparsed"."""
-    facts, verdicts = problem.oracle, []
-    length = 2 if facts["kind"] == "count" else 3
-    due = facts["ask"] + [None] * (len(steps) + 1)      # the name that each step must look up
-    for depth, step in enumerate(steps):
-        words = step.split()
-        name, digit = (words + ["", ""])[:2]
-        shown = facts["show"].get(name)
-        if facts["kind"] == "count":    # of what is not in the image there is none
-            shown = sum(name in thing for thing in facts["objects"])
-        if len(words) != length or name not in NAMES + SHAPES or digit not in tuple("0123456789"):
-            verdicts.append("unparsed")
-        elif digit != str(shown) or (facts["kind"] == "path" and words[2] != facts["next"][name]):
-            verdicts.append("misread")
-        elif name != due[depth] or " ".join(words) != step_text(facts, name, shown):
-            verdicts.append("logic")
+    """The oracle, a verdict a step. "true": true of the image, and called for after the step before (or it
+    claims nothing); "logic": a true reading, but a false conclusion or not called for; "misread": not true of
+    the image; "unparsed"."""
+    facts, found = problem.oracle, []
+    due = list(facts["ask"])                                # the names to be looked up
+    before = facts.get("start", 0)                          # the total so far
+    for step in steps:
+        said = parse_step(facts, step)
+        if step in FILLERS:
+            found.append("true")
+            continue
+        if not said or said["name"] not in NAMES:
+            found.append("unparsed")
+            due = due[1:]
+            continue
+        name, value = said["name"], int(said["value"])
+        leads_to = facts.get("next", {}).get(name, said["out"])
+        if value != facts["show"].get(name) or said["out"] != leads_to and facts["kind"] == "path":
+            found.append("misread")
+        elif (name != (due or [None])[0] or said["out"] != conclusion(facts, name, value, before)
+              or int(said.get("before", before)) != before):
+            found.append("logic")
         else:
-            verdicts.append("true")
+            found.append("true")
+        due = due[1:]
         if facts["kind"] == "path":     # a walk continues where its last step points
-            due[depth + 1] = words[2] if verdicts[depth] != "unparsed" else None
-    return verdicts
+            due = [said["out"]]
+        before = int(said["out"]) if said["out"].isdecimal() else before
+    return found
 
 
 def verdicts(t) -> list[str]:
@@ -254,23 +292,25 @@ def verdicts(t) -> list[str]:
 
 
 def is_right(problem: Problem, step: str) -> bool:
-    """Whether a step is true of the image and draws the right conclusion, wherever in the chain it stands."""
-    name, facts = step.split(" ")[0], problem.oracle
-    return name in facts["show"] and step == step_text(facts, name, facts["show"][name])
+    """Whether a step is true of the image, wherever it stands in the chain, and concludes rightly."""
+    facts, said = problem.oracle, parse_step(problem.oracle, step)
+    if not said or said["name"] not in facts["show"]:
+        return False
+    name, value, out = said["name"], int(said["value"]), said["out"]
+    before = int(said.get("before", 0))
+    return value == facts["show"][name] and out == conclusion(facts, name, value, before)
 
 
-def draw(facts: dict, rng: random.Random) -> Image.Image:
+def draw(facts: dict, rng: random.Random, grid=None) -> Image.Image:
     """The picture: whole cells, everything inside them varied (order, offset, size, shade, shape, background,
-    noise). Notes in facts["cells"] what lies where: ((row, column), thing)."""
-    things = list(facts.get("objects", facts["show"]))
+    noise). grid: rows and columns of things (None: 8 to 10, bars in three rows). Notes in facts["cells"] what
+    lies where: ((row, column), thing)."""
+    things = list(facts["show"])
     rng.shuffle(things)
+    height, rows, cols = 1, rng.randint(8, 10), rng.randint(8, 10)
     if facts["kind"] == "bars":
-        height, cols = 3, min(10, max(3, len(things)))              # a bar is three cells high
-        rows = -(-len(things) // cols)
-    else:
-        height, side = 1, int(len(things) ** 0.5)
-        cols = rng.randint(max(2, side), min(8, max(3, side + 2)))
-        rows = max(1, -(-len(things) // cols)) + (rng.random() < 0.3)
+        height, rows = 3, 3                                         # a bar is three cells high
+    rows, cols = grid or (rows, cols)
     places = sorted(rng.sample(range(rows * cols), len(things)))
     shade = rng.choice([rng.randint(20, 70), rng.randint(140, 225)])
     background = tuple(shade + rng.randint(-12, 12) for _ in range(3))
@@ -287,7 +327,7 @@ def draw(facts: dict, rng: random.Random) -> Image.Image:
 
 def _draw_thing(pen, left, top, facts, thing, rng):
     """A tile, object or bar, in the cell whose upper left corner is the pixel (left, top)."""
-    name = thing if isinstance(thing, str) else thing[0]
+    name = thing
     rgb = tuple(min(255, max(0, c + rng.randint(-8, 8))) for c in COLOURS[name])
     bright = 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] > 110
     ink = (0, 0, 0) if bright else (255, 255, 255)
@@ -299,16 +339,6 @@ def _draw_thing(pen, left, top, facts, thing, rng):
         for height in range(UNIT, value * UNIT, UNIT):              # a tick a unit
             pen.line((edge, base - height, edge + width, base - height), fill=ink)
         pen.line((left, base, left + CELL, base), fill=(90, 90, 90), width=2)
-    elif facts["kind"] == "count":
-        radius = rng.uniform(8, 12)
-        x = left + CELL / 2 + rng.uniform(-1.5, 1.5)
-        y = top + CELL / 2 + rng.uniform(-1.5, 1.5)
-        if thing[1] == "triangle":
-            corners = [(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)]
-            pen.polygon(corners, fill=rgb, outline=ink)
-        else:
-            draw_shape = pen.ellipse if thing[1] == "circle" else pen.rectangle
-            draw_shape((x - radius, y - radius, x + radius, y + radius), fill=rgb, outline=ink)
     else:
         side = rng.randint(24, 27)
         x = left + rng.randint(0, CELL - side)
