@@ -378,8 +378,9 @@ class SharedPrompt:
 
     def attend(self, layer: int, q, k, v):
         prompt_k, prompt_v = self.prompt_kv[layer]
-        k = torch.cat((prompt_k[self.prompt_of_row], k), dim=2)                         # (R, K, P + S, d)
-        v = torch.cat((prompt_v[self.prompt_of_row], v), dim=2)
+        # index_select: the gradients of rows that share a prompt add up in a fixed order
+        k = torch.cat((prompt_k.index_select(0, self.prompt_of_row), k), dim=2)         # (R, K, P + S, d)
+        v = torch.cat((prompt_v.index_select(0, self.prompt_of_row), v), dim=2)
         return sdpa(q, k, v, self.mask)
 
 

@@ -669,7 +669,7 @@ def completion_hidden(model: Qwen25VL, prompts: list[Prompt], completions: list[
     prompt_of_row = torch.tensor([prompt_pass.place[prompt] for prompt in prompts], device=last.device)
     targets, mask = pad(completions, pad_id, device=last.device)
     inputs = targets[:, :-1]                                    # the last token predicts nothing
-    hidden = last[prompt_of_row][:, None]                       # (R, 1, D) predicts the first token
+    hidden = last.index_select(0, prompt_of_row)[:, None]       # (R, 1, D) predicts the first token
     if inputs.shape[1]:
         context = SharedPrompt(prompt_pass.kv, prompt_pass.mask, prompt_of_row, mask[:, :-1])
         positions = start[prompt_of_row][:, None] + torch.arange(inputs.shape[1], device=last.device)

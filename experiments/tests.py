@@ -319,7 +319,7 @@ def test_trace_holds_the_run_and_no_markup_of_others():
     assert not re.search("(?:src|href)=.?http", page) and not re.search(r"\W(NaN|Infinity)\W", data)
     *groups, last = json.loads(data)["groups"]
     for row, group in zip(rows, groups, strict=True):
-        assert group["images"][0].startswith("data:image/png;base64,") and group["task"]
+        assert group["images"][0].startswith("data:image/") and group["task"]
         for before, r in zip(row["rollouts"], group["rollouts"]):
             assert tiny_codec().tokenizer.decode(before["ids"]) == "".join(r["tokens"])
             assert len(r["ratio"]) == len(r["tokens"]) == len(r["logps"])
@@ -524,8 +524,8 @@ def test_preview_of_problems_that_are_hard_to_guess():
         preview.write_problems(folder, 12, 3, "train")
         assert len(rollout.load_problems(folder / "problems.jsonl")) == 12
     for kind in shapes.KINDS:
-        lucky = 0.06 if kind == "total" else 0.005          # a sum alone is guessed now and then
-        assert preview.guess_rate(kind, 3) < 0.06 and preview.guess_rate(kind, 5) < lucky
+        lucky = (0.15, 0.12) if kind == "total" else (0.01, 0.005)      # a sum alone is guessed now and then
+        assert preview.guess_rate(kind, 3) < lucky[0] and preview.guess_rate(kind, 5) < lucky[1]
 
 
 # ---- qwen_folder.py

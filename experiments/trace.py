@@ -81,7 +81,7 @@ def add_signals(row: dict, problem, model, codec):
         if r["rewards"]["accuracy"] == 0 and t.steps:
             wrong.append((r, t))
     for r, log_w in zip(row["rollouts"], rereason.log_weights(model, codec, trajectories)):
-        r["ratio"] = [math.exp(min(x, 9.0)) for x in log_w]
+        r["ratio"] = [math.exp(min(x, 9.0)) for x in log_w[:len(r["ids"])]]
     for r, t in wrong:
         (margin,), (dependence,) = answer_margins(model, codec, [t]), visual_dependence(model, codec, [t])
         r["margins"], r["dependence"] = margin[1:], step_dependence(dependence, t.steps)
