@@ -2059,7 +2059,7 @@ SMALL = {"model": TINY, "data": "tiny:steps=3,kinds=tiles+bars,dialect=short", "
          "group_size": 4,
          "max_new_tokens": 40, "eval_problems": 0, "lr": 1e-4, "warmup_steps": 1, "save_every": 100,
          "show_every": 0, "device": "cpu"}
-KINDS = {"sft": {"stage": "sft"},
+KINDS = {"sft": {"stage": "sft", "lr": 1e-5},
          "ivr": {"rectify_below": 1.0, "data": "tiny:steps=4,kinds=tiles+bars,dialect=short",
                  "max_new_tokens": 70},
          "grpo": {"algo": "grpo", "beta": 0.1, "updates_per_batch": 2, "micro_tokens": 200, "max_steps": 1}}
@@ -2098,14 +2098,14 @@ def same_runs(one, two, tolerance=0.0):
         assert tolerance or a == b, (a, b)
         for name in a.keys() & b.keys():
             if isinstance(a[name], float):
-                assert abs(a[name] - b[name]) <= tolerance * (1 if name == "loss" else 60), (name, a, b)
+                assert abs(a[name] - b[name]) <= tolerance * (1 if name == "loss" else 20), (name, a, b)
     states = {}, {}
     for out, state in zip((one, two), states):
         for file in max(out.glob("checkpoint-*")).glob("*.safetensors"):        # of all ranks
             state |= load_file(file)
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
-        close((value - states[1][name]).abs().mean(), 0, 5 * tolerance)
+        close((value - states[1][name]).abs().mean(), 0, 3 * tolerance)
 
 
 def fresh(call, *launcher):
@@ -2131,7 +2131,7 @@ def two_ranks(folder):
         return sft_step(trainer)
 
     train.Trainer.sft_step = faulty_step
-    train.start(small_flags(folder / "sft-2", save_every=1, stage="sft"))
+    train.start(small_flags(folder / "sft-2", save_every=1, **KINDS["sft"]))
     small_run(folder / "grpo-2", **KINDS["grpo"])
     for kind in ("ivr", "lora"):
         small_run(folder / f"{kind}-2", **KINDS[kind])

@@ -104,7 +104,7 @@ class TrainConfig:
     activation_checkpointing: str = "auto"      # activations again, not kept: yes | no (auto: yes on cuda)
     # supervised stage on tiny
     erosion_first: float = 0.0          # chance that step 1 or 2 is read from language ...
-    erosion_last: float = 0.0          # ... and from step 7 on (linear in between)
+    erosion_last: float = 0.0           # ... and from step 5 on (linear in between)
     # looking at it, keeping it
     eval_problems: int = 200            # held-out problems (0 = no evaluation)
     eval_samples: int = 4               # k of avg@k

@@ -319,7 +319,7 @@ def test_trace_holds_the_run_and_no_markup_of_others():
     assert not re.search("(?:src|href)=.?http", page) and not re.search(r"\W(NaN|Infinity)\W", data)
     *groups, last = json.loads(data)["groups"]
     for row, group in zip(rows, groups, strict=True):
-        assert group["images"][0].startswith("data:image/") and group["task"]
+        assert re.match("data:image/(png|jpeg);base64,", group["images"][0]) and group["task"]
         for before, r in zip(row["rollouts"], group["rollouts"]):
             assert tiny_codec().tokenizer.decode(before["ids"]) == "".join(r["tokens"])
             assert len(r["ratio"]) == len(r["tokens"]) == len(r["logps"])

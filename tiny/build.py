@@ -213,8 +213,9 @@ def figures(folder, seed: int = 3, count: int = 240, steps: int = 8) -> dict:
             t.steps = attribute.split_steps(t.ids, codec)
             verifier([t] if mode == "greedy" and t.steps else [])
             said = [k for k, step in enumerate(t.steps) if step.text not in shapes.FILLERS]
+            verdicts = shapes.verdicts(t)
             for depth, k in enumerate(said[:steps]):
-                true.setdefault(depth, []).append(shapes.verdicts(t)[k] == "true")
+                true.setdefault(depth, []).append(verdicts[k] == "true")
                 if mode == "greedy" and not attribute.claims_nothing(t.steps[k].text):
                     dependence.setdefault(depth, []).append(say_of_digits(verifier, t, k))
         right = sum(map(attribute.is_right, rollouts)) / count
