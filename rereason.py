@@ -112,40 +112,37 @@ def revise_steps(model, codec, revisions: list, verifier, turn: int, rules: Rule
     """Rewrite one step of each trajectory from its first suspect token on: greedily the first time, later at
     temperature 1. revisions: (repair, step). Returns (repair, token) pairs that the policy continues from
     that token; the others turn to their next suspect step."""
-    calls, changed, continuations = {}, [], []
+    requests, stems, temperatures, stop_ids, changed, continuations = [], [], [], [], [], []
     for r, k in revisions:
-        t, step, check = r.trajectory, r.trajectory.steps[k], r.trajectory.checks[k]
-        stem = step.start + (check.token or 0)
-        prefix = verifier.context(t, k) + t.ids[step.start:stem]
+        t, step = r.trajectory, r.trajectory.steps[k]
+        stems.append(step.start + (t.checks[k].token or 0))
+        prefix = verifier.context(t, k) + t.ids[step.start:stems[-1]]
         limit = len(prefix) + 16 + 2 * (step.stop - step.start)
-        temperature = 0.0 if r.edited_steps.count(k) == 1 else 1.0
-        stop_ids = () if "\n" in step.text else codec.newline_ids
-        part, requests = calls.setdefault((temperature, stop_ids), ([], []))
-        part.append((r, k, stem))
         requests.append((t.problem, t.prompt, f"{r.key}/revise/{turn}", prefix, limit))
-    for (temperature, stop_ids), (part, requests) in calls.items():
-        replies = sample_on(verifier.reader, codec, requests, temperature, stop_ids)
-        for (r, k, stem), (reply,) in zip(part, replies):
-            t, old, forced = r.trajectory, r.trajectory.steps[k], reply.sampled.count(0)
-            new = attribute.replace_end(t, k, stem, reply.ids[forced:], reply.logps[forced:], codec)
-            written = new.steps[k].text if new else "nothing"
-            r.turns.append({"what": "revise", "step": k, "before": old.text, "after": written})
-            r.tokens += sum(reply.sampled)
-            if new and written != old.text:
-                r.trajectory, r.answer_is_current, r.num_revisions = new, False, r.num_revisions + 1
-                changed.append((r, k, stem))
-            elif new and temperature == 0:                  # the first choice is what stands there
-                r.confirmed.add(tuple(t.ids[old.start:old.stop]))
-                r.edited_steps.pop()
-            else:                                           # no whole step, or again the same
-                r.failures += 1
-                r.edited_steps[-1] = max(0, k - 1)          # restart one step to the left
-                continuations.append((r, t.steps[r.edited_steps[-1]].start))
+        temperatures.append(0.0 if r.edited_steps.count(k) == 1 else 1.0)
+        stop_ids.append(() if "\n" in step.text else codec.newline_ids)
+    replies = sample_on(verifier.reader, codec, requests, temperatures, stop_ids)
+    for (r, k), stem, temperature, (reply,) in zip(revisions, stems, temperatures, replies):
+        t, old, forced = r.trajectory, r.trajectory.steps[k], reply.sampled.count(0)
+        new = attribute.replace_end(t, k, stem, reply.ids[forced:], reply.logps[forced:], codec)
+        written = new.steps[k].text if new else "nothing"
+        r.turns.append({"what": "revise", "step": k, "before": old.text, "after": written})
+        r.tokens += sum(reply.sampled)
+        if new and written != old.text:
+            r.trajectory, r.answer_is_current, r.num_revisions = new, False, r.num_revisions + 1
+            changed.append((r, k, stem))
+        elif new and temperature == 0:                      # the first choice is what stands there
+            r.confirmed.add(tuple(t.ids[old.start:old.stop]))
+            r.edited_steps.pop()
+        else:                                               # no whole step, or again the same
+            r.failures += 1
+            r.edited_steps[-1] = max(0, k - 1)              # restart one step to the left
+            continuations.append((r, t.steps[r.edited_steps[-1]].start))
     verifier([r.trajectory for r, _, _ in changed])
     return continuations + resume_points(model, codec, changed, rules)
 
 
-def sample_on(model, codec, requests: list[tuple], temperature=1.0, stop_ids=(), group_size=1) -> list[list]:
+def sample_on(model, codec, requests: list[tuple], temperature=1.0, stop_ids=None, group_size=1) -> list[list]:
     """`group_size` completions for each (problem, prompt, rng key, forced prefix, length limit)."""
     if not requests:
         return []

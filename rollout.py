@@ -499,14 +499,15 @@ def uniforms(key: str, rows: int, columns: int) -> torch.Tensor:
 
 @torch.no_grad()
 def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: int = 1,
-           max_new_tokens: int = 128, temperature: float = 1.0, keys=None, prefixes=None, prompts=None,
-           stop_ids=(), limits=None) -> list[list[Trajectory]]:
+           max_new_tokens: int = 128, temperature=1.0, keys=None, prefixes=None, prompts=None, stop_ids=None,
+           limits=None) -> list[list[Trajectory]]:
     """Sample G = `group_size` completions of each of B problems -> B lists of G trajectories.
 
-    temperature 0 is greedy. keys (B): of each problem's random numbers, see `uniforms` (None: its id).
-    prefixes (B): forced tokens that a problem's rows continue from; they count towards max_new_tokens.
-    prompts (B): the problems, encoded before. stop_ids: tokens that end a completion, unfinished. limits (B):
-    where a problem's rows end, at most max_new_tokens. ValueError: unfit prefixes."""
+    temperature: one for all or a list (B); 0 is greedy. keys (B): of each problem's random numbers, see
+    `uniforms` (None: its id). prefixes (B): forced tokens that a problem's rows continue from; they count
+    towards max_new_tokens. prompts (B): the problems, encoded before. stop_ids (B): tokens that end a
+    problem's completions, unfinished. limits (B): where they end, at most max_new_tokens. ValueError: unfit
+    prefixes."""
     device, B, R = model.head_weight.device, len(problems), len(problems) * group_size
     if not problems:
         return []
@@ -520,7 +521,11 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
     columns = length[:, None] + torch.arange(max_new_tokens, device=device)     # a prefix used up its own
     numbers = numbers.gather(1, columns.clamp(max=max_new_tokens - 1))
     logit_mask = codec.logit_mask.to(device)
-    end_ids = torch.tensor((*codec.eos_ids, *stop_ids), device=device)
+    temperature = torch.tensor(temperature, device=device).expand(B).repeat_interleave(group_size)      # (R,)
+    is_end = torch.zeros(B, len(logit_mask), dtype=torch.bool)
+    for b in range(B):
+        is_end[b, [*codec.eos_ids, *(stop_ids[b] if stop_ids else ())]] = True
+    is_end = is_end.to(device)
     tokens = torch.full((R, max_new_tokens), codec.pad_id, device=device)
     logps = torch.zeros_like(tokens, dtype=torch.float32)
     counts = torch.zeros_like(length)                           # of the tokens a row got, its end included
@@ -528,10 +533,10 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
     alive = torch.arange(R, device=device)                      # the row each row of the cache belongs to
     for step in range(max_new_tokens):
         logits = F.linear(last, model.head_weight)
-        token, logp = next_token(logits, logit_mask, temperature, numbers[alive, step])
+        token, logp = next_token(logits, logit_mask, temperature[alive], numbers[alive, step])
         tokens[alive, step], logps[alive, step] = token, logp   # after a row's end: without meaning
         counts[alive] += room > step
-        room = room.masked_fill(torch.isin(token, end_ids), 0)
+        room = room.masked_fill(is_end[alive // group_size, token], 0)
         if device.type == "cpu" or step % 4 == 3:               # on a GPU the question costs a sync
             active = (room > step + 1).view(-1, group_size).any(1).tolist()     # by prompt in the cache
             kept = [n for n, is_active in enumerate(active) if is_active]
@@ -559,15 +564,15 @@ def make_trajectory(problem: Problem, prompt: Prompt, forced: list, new: list, l
     return Trajectory(problem, prompt, ids, sampled, [0.0] * len(forced) + logps, finished, text)
 
 
-def next_token(logits, logit_mask, temperature: float, uniform=None):
-    """logits (R, V) -> token (R,), its log-prob (R,) under softmax(logits / temperature), or at temperature 0
-    (greedy) softmax(logits). Inverse CDF: the first token whose cumulative probability is > uniform (R,)."""
-    logps = ((logits.float() + logit_mask) / (temperature or 1.0)).log_softmax(-1)
-    if temperature == 0:
-        token = logps.argmax(-1)
-    else:
-        cumulative = logps.exp().double().cumsum(-1)            # fp32 sums over a large vocabulary drift
-        token = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1)
+def next_token(logits, logit_mask, temperature, uniform):
+    """logits (R, V), temperature (R,) -> token (R,), its log-prob (R,) under softmax(logits / temperature);
+    at temperature 0 the likeliest, under softmax(logits). Inverse CDF: the first token whose cumulative
+    probability is > uniform (R,)."""
+    scale = torch.where(temperature > 0, temperature, 1.0)[:, None]
+    logps = ((logits.float() + logit_mask) / scale).log_softmax(-1)
+    cumulative = logps.exp().double().cumsum(-1)                # fp32 sums over a large vocabulary drift
+    drawn = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1)
+    token = torch.where(temperature > 0, drawn, logps.argmax(-1))
     return token, logps.gather(1, token[:, None])[:, 0]
 
 

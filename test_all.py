@@ -306,10 +306,15 @@ def test_rows_in_a_batch_are_what_they_are_alone():
     net, codec, problems, plain, rows = random_rollouts()
     assert len({len(t.prompt.ids) for t in rows}) == len(problems)
     same_rows(rollout.sample(net, problems[1:2], codec, 3, 14, keys=[problems[1].id])[0], plain[1])
-    for t, in rollout.sample(net, problems, codec, 1, 6, temperature=0):
+    greedy = rollout.sample(net, problems, codec, 1, 6, temperature=0.0)
+    for t, in greedy:
         highest, token = uncached(net, codec, t.problem, t.ids).max(-1)
         assert t.ids == token.tolist()
         close(t.logps, highest)
+    some = rollout.sample(net, problems, codec, 3, 14, temperature=[1.0, 0.0, 1.0, 0.0])
+    same_rows(some[0] + some[2], plain[0] + plain[2])
+    for n in (1, 3):                                        # in one batch with what is sampled
+        assert all(t.ids[:6] == greedy[n][0].ids for t in some[n])
     codec = replace(codec, logit_mask=codec.logit_mask.clone())
     codec.logit_mask[codec.eos_ids[0]] += 6                             # each row may end at any moment
     keys, sizes, forward = ["x", "y", "x", "train/3"], [], net.next_hidden
@@ -349,9 +354,10 @@ def test_rows_start_from_prefixes_and_end_at_limits_and_stop_tokens():
         close(new.logps, [0.0] * start + t.logps[start:])
         assert all(other.ids[:start] == prefix and not any(other.sampled[:start]) for other in forced[n])
     limited = sum(rollout.sample(net, problems, codec, 3, 14, limits=limits), [])
-    stopped = sum(rollout.sample(net, problems, codec, 3, 14, stop_ids=(stop,)), [])
+    stop_ids = [(stop,)] * 3 + [()]
+    stopped = sum(rollout.sample(net, problems, codec, 3, 14, stop_ids=stop_ids), [])
     for n, t in enumerate(rows):
-        limit, end = limits[n // 3], t.ids.index(stop) + 1 if stop in t.ids else len(t.ids)
+        limit, end = limits[n // 3], t.ids.index(stop) + 1 if stop in t.ids and n < 9 else len(t.ids)
         assert limited[n].ids == t.ids[:limit]
         assert limited[n].finished == (t.finished and len(t.ids) <= limit)
         assert stopped[n].ids == t.ids[:end] and stopped[n].finished == (t.finished and end == len(t.ids))
@@ -427,13 +433,14 @@ def test_micro_batches_hold_what_fits_and_prompts_once():
 
 def test_next_token_follows_the_distribution():
     logits, free = torch.tensor([[0.2, 0.5, 0.3, 0.0]]).log().clamp(min=-1e9), torch.zeros(4)
-    token, logp = rollout.next_token(logits, free, 1.0, torch.tensor([0.65]))
+    one = torch.ones(1)
+    token, logp = rollout.next_token(logits, free, one, torch.tensor([0.65]))
     assert token.item() == 1 and abs(logp.item() - math.log(0.5)) < 1e-6         # the header's worked example
     banned = torch.tensor([-torch.inf, 0.0, 0.0, 0.0])              # its probability 0 is not above 0
-    assert rollout.next_token(logits, banned, 1.0, torch.tensor([0.0]))[0].item() == 1
+    assert rollout.next_token(logits, banned, one, torch.tensor([0.0]))[0].item() == 1
     grid, banned = (torch.arange(10_000) + 0.5) / 10_000, torch.tensor([0.0, 0.0, -torch.inf, 0.0])
     for temperature in (1.0, 0.5):
-        token, logp = rollout.next_token(logits.expand(10_000, -1), banned, temperature, grid)
+        token, logp = rollout.next_token(logits.expand(10_000, -1), banned, temperature * torch.ones(10_000), grid)
         want = torch.tensor([0.2, 0.5, 0.0, 0.0]) ** (1 / temperature)
         close(torch.bincount(token, minlength=4) / 10_000, want / want.sum(), 2e-4)
         close(logp.exp(), (want / want.sum())[token])
@@ -1344,10 +1351,11 @@ def test_next_action_table():
 
 def replies(ids, asked):
     """Stands for rereason.sample_on: each request is continued by `ids`, up to its limit."""
-    def sample_on(model, codec, requests, temperature=1.0, stop_ids=()):
+    def sample_on(model, codec, requests, temperature=1.0, stop_ids=None):
         found = []
-        for problem, prompt, key, prefix, limit in requests:
-            asked.append((key, prefix, limit, temperature, stop_ids))
+        for n, (problem, prompt, key, prefix, limit) in enumerate(requests):
+            how = (temperature[n], stop_ids[n]) if stop_ids else (temperature, None)
+            asked.append((key, prefix, limit, *how))
             new = ids[:limit - len(prefix)]
             found.append([rollout.make_trajectory(problem, prompt, prefix, new, [-0.2] * len(new), codec)])
         return found
@@ -1540,7 +1548,7 @@ def test_how_far_continue_sampling_samples():
             continue
         limit = min(most, start + max(8, ahead * (t.steps[-1].stop // 5)))
         new, end = r.trajectory, min(limit, len(t.ids))
-        assert asked == [("key/go on/3", t.ids[:start], limit, 1.0, ())] and r.tokens == end - start
+        assert asked == [("key/go on/3", t.ids[:start], limit, 1.0, None)] and r.tokens == end - start
         assert (new.steps[:k], new.ids, new.logps[:start]) == (t.steps[:k], t.ids[:end], t.logps[:start])
         assert r.answer_is_current == new.finished == (end == len(t.ids)) and r.turns[-1]["step"] == k
 
@@ -1817,9 +1825,14 @@ def test_choose_source_and_where_the_rectified_one_goes():
 @functools.lru_cache
 def step_with_repairs():
     """A whole training step at rate 0: the trainer, its metrics, the problems encoded, the images opened, the
-    prompts that each model computed outside the update."""
+    prompts that each model computed outside the update, the calls of models in each turn of the loop."""
     encoded, opened, encode, open_image = [], [], rollout.encode_prompt, rollout.open_image
-    computed, compute = [], rollout.compute_prompts
+    computed, compute, prefill, accept = [], rollout.compute_prompts, rollout.prefill_prompts, rereason.accept
+    turns = [0]
+
+    def called(*given):
+        turns[-1] += 1
+        return prefill(*given)
 
     def noted(model, prompts, pad_id):
         if not torch.is_grad_enabled():
@@ -1829,15 +1842,17 @@ def step_with_repairs():
     trainer = small_trainer(data="tiny:steps=5,kinds=tiles+bars", batch=6, max_new_tokens=160, lr=1e-12)
     with (swapped(rollout, "encode_prompt", lambda p, *rest: encoded.append(p) or encode(p, *rest)),
           swapped(rollout, "open_image", lambda image: opened.append(image) or open_image(image)),
-          swapped(rollout, "compute_prompts", noted)):
-        return trainer, trainer.rl_step(), encoded, opened, computed
+          swapped(rereason, "accept", lambda *given: turns.append(0) or accept(*given)),
+          swapped(rollout, "prefill_prompts", called), swapped(rollout, "compute_prompts", noted)):
+        return trainer, trainer.rl_step(), encoded, opened, computed, turns[1:-1]
 
 
 def test_a_step_with_repairs():
-    """Each problem is encoded once, its prompt computed once by each model, masked too by the reader. The
-    group keeps its size and the source; the rectified one is credited whole, of the source the tokens at
-    fault."""
-    trainer, metrics, encoded, opened, computed = step_with_repairs()
+    """Each problem is encoded once, its prompt computed once by each model, masked too by the reader; the
+    loop calls models a few times a turn, however many it repairs. The group keeps its size and the source;
+    the rectified one is credited whole, of the source the tokens at fault."""
+    trainer, metrics, encoded, opened, computed, turns = step_with_repairs()
+    assert len(turns) > 3 and 3 < max(turns) <= 6, turns
     assert len(computed) == len(set(computed)) and len(computed) == 3 * len(encoded)
     assert all(t.prompt.kept is None for t in sum(metrics["groups"], []))
     assert [problem.id for problem in encoded] == [problem.id for problem in trainer.next_batch()[0]]
