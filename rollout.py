@@ -576,14 +576,19 @@ def next_token(logits, logit_mask, temperature, uniform):
     return token, logps.gather(1, token[:, None])[:, 0]
 
 
+PREFILL_TOKENS = 32768                  # of prompts that go through a model together, padded
+
+
 def prefill_prompts(model: Qwen25VL, prompts: list[Prompt], pad_id: int):
-    """As `compute_prompts`; those that keep what is computed of them go through each model once."""
+    """As `compute_prompts`; those that keep what is computed of them go through each model once, some at a
+    time."""
     if any(prompt.kept is None for prompt in prompts):
         return compute_prompts(model, prompts, pad_id)
     new = [prompt for prompt in dict.fromkeys(prompts) if model not in prompt.kept]
-    if new:
-        last, kv, _, position = compute_prompts(model, new, pad_id)
-        for n, prompt in enumerate(new):
+    for batch in token_batches([len(prompt.ids) for prompt in new], PREFILL_TOKENS):
+        part = new[batch.start:batch.stop]
+        last, kv, _, position = compute_prompts(model, part, pad_id)
+        for n, prompt in enumerate(part):
             own = {}
             for layer, (k, v) in kv.items():
                 own[layer] = torch.stack((k[n], v[n]), dim=2)[:, :len(prompt.ids)].transpose(0, 1)
