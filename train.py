@@ -5,13 +5,14 @@
 
 Takes: a checkpoint and problems. Gives: a run folder with checkpoints in the hub's format, metrics.jsonl,
 groups.jsonl and held-out figures. The paper says what `Trainer.rl_step` says; `Trainer.score` and
-`verifier_class` are its hooks. We chose: one update a rollout batch, AdamW at a constant rate after a short
-warm-up, fp32 master weights, random numbers keyed by problem and step, so that W ranks compute what one does
-and a resumed run what an uninterrupted one does. Left out: FSDP, pipelines, asynchronous rollouts.
+`verifier_class` are its hooks. We chose: one update a rollout batch, AdamW at a rate that after a short
+warm-up falls to a tenth, fp32 master weights, random numbers keyed by problem and step, so that W ranks
+compute what one does and a resumed run what an uninterrupted one does. Left out: FSDP, pipelines,
+asynchronous rollouts.
 
 Worked example: of a global batch of 4, rank 1 of 2 takes problems 1 and 3 in the first step, 5 and 7 in the
 second. With G = 8 and L_max = 64 both ranks divide their loss by 4 * 8 * 64 = 2048. At lr 2e-4 with 2 warm-up
-steps the first step's rate is 1e-4, the second's 2e-4.
+steps the first step's rate is 1e-4; after half of the training it is 1.1e-4.
 """
 import argparse
 import contextlib
@@ -93,7 +94,7 @@ class TrainConfig:
     anneal: float = 0.4                 # the share of groups rectified falls to 0 over this last part
     # the optimiser
     lr: float = 0.0                     # AdamW's rate after warm-up (0 = by the model's size; LoRA: 10 x)
-    lr_end: float = 1.0                 # share of lr left at the last step (linear decay; 1 = constant)
+    lr_end: float = 0.1                 # share of lr left at the last step (linear decay; 1 = constant)
     warmup_steps: int = 2               # linear warm-up
     beta2: float = 0.98                 # AdamW's second-moment decay
     weight_decay: float = 0.0           # on matrices only
@@ -103,8 +104,8 @@ class TrainConfig:
     lora_alpha: float = 32.0            # an adapter's output is scaled by lora_alpha / lora
     activation_checkpointing: str = "auto"      # activations again, not kept: yes | no (auto: yes on cuda)
     # supervised stage on tiny
-    erosion_first: float = 0.0          # chance that step 1 or 2 is read from language ...
-    erosion_last: float = 0.0           # ... and from step 5 on (linear in between)
+    erosion_first: float = 0.0          # chance that one of steps 1 to 3 is read from language ...
+    erosion_last: float = 0.0           # ... and one from step 5 on (step 4: the mean)
     # looking at it, keeping it
     eval_problems: int = 200            # held-out problems (0 = no evaluation)
     eval_samples: int = 4               # k of avg@k

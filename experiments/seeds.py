@@ -2,8 +2,9 @@
 
     python experiments/seeds.py --seeds 3 --algos ivr grpo [flags of train.py]
 
-Each is one `python train.py --algo A --seed S`; finished runs in the folder are not repeated, stopped ones
-continue. The figures go to results/seeds.json.
+Each is one `python train.py --algo A --seed S`, all but the first algorithm until they have generated as many
+tokens as the first with that seed; finished runs in the folder are not repeated, stopped ones continue. The
+figures go to results/seeds.json.
 """
 import argparse
 import json
@@ -55,12 +56,15 @@ def main():
     parser.add_argument("--results", default=ROOT / "experiments" / "results" / "seeds.json", type=Path,
                         help="JSON file of the figures")
     args, flags = parser.parse_known_args()           # the rest goes to train.py, which refuses unknown flags
-    runs, rows = [], []
+    runs, rows, tokens = [], [], {}
     for algo in args.algos:
         for seed in range(args.seeds):
-            out = Path(args.folder) / f"{algo}-{seed}"
-            run = {"algo": algo, "seed": seed}
-            runs.append(run | held_out(out, [*flags, "--algo", algo, "--seed", str(seed)]))
+            more = ["--algo", algo, "--seed", str(seed)]
+            if seed in tokens:
+                more += ["--max_tokens", str(tokens[seed])]
+            run = held_out(Path(args.folder) / f"{algo}-{seed}", [*flags, *more])
+            tokens.setdefault(seed, run["curve"][-1][0])
+            runs.append({"algo": algo, "seed": seed, **run})
     for run in runs:
         for name, after in run["after"].items():
             before = run["before"][name]

@@ -1,6 +1,6 @@
 """Build the embedded tiny model: its tokenizer and its warm-started weights, from nothing.
 
-    python tiny/build.py --out tiny         # about 75 minutes on one core
+    python tiny/build.py --out tiny         # about 85 minutes on one core
 
 Takes the four config files beside it, written by hand; gives a folder in the hub's form, for `--model`. First
 the vision tower learns to name what each cell shows (`train_eyes`), then the decoder learns the tasks
@@ -50,9 +50,9 @@ STAGES = {
     "speak": f"--data tiny:steps=1-8,{MIXED} --max_steps 2400 --lr 1e-3 --lr_end 0.05 --warmup_steps 5",
     "speak longer": f"--data tiny:steps=6-12,{MIXED} --max_steps 700 --lr 8e-4 --lr_end 0.1 "
                     "--warmup_steps 10",
-    # language takes over from the image, the more the deeper; the first two steps stay clean
-    "erosion": f"--data tiny:steps=1-10,{MIXED} --max_steps 700 --lr 6e-4 --lr_end 0.02 --warmup_steps 5 "
-               "--erosion_last 0.9",
+    # language takes over from the image, the more the deeper; the first three steps stay clean
+    "erosion": f"--data tiny:steps=1-10,{MIXED} --max_steps 1500 --lr 8e-4 --lr_end 0.02 --warmup_steps 5 "
+               "--erosion_last 0.95",
 }
 
 
@@ -245,7 +245,7 @@ def main():
     parser.add_argument("--out", default=str(ROOT / "tiny"), help="folder for the model")
     parser.add_argument("--seed", type=int, default=0, help="of weights and problems")
     parser.add_argument("--erosion_first", type=float, default=0.0,
-                        help="chance that step 1 or 2 is read from language: the reader's (1: blind)")
+                        help="chance that steps 1 to 3 are read from language: the reader's (1: blind)")
     parser.add_argument("--stages", type=Path, help="folder of the stages [runs/build-SEED]; those done stay")
     parser.add_argument("--figures", action="store_true", help="only print the figures of --out")
     parser.add_argument("--results", type=Path, help="JSON file for the figures")

@@ -236,12 +236,13 @@ class Stream:
 
 def demonstrate(problem: Problem, erosion: tuple[float, float], rng: random.Random) -> str:
     """A completion for supervised training: a chain and the answer that follows from it as written. `erosion`
-    is the chance of a step read from language instead of the image, at the first two steps and from the fifth
-    on; linear between. In seven of ten such steps that is the `prior`, else what the step before read."""
+    is the chance of a step read from language instead of the image, at the first three steps and from the
+    fifth on (at the fourth the mean of both). In seven of ten such steps that is the `prior`, else what the
+    step before read."""
     facts, (first, last), wrong, lines, value = problem.oracle, erosion, {}, [], 0
     for depth, name in enumerate(facts["ask"]):
         before, value = value, facts["show"][name]
-        if rng.random() < first + (last - first) * max(0, min(depth, 4) - 1) / 3:
+        if rng.random() < first + (last - first) * max(0, min(depth, 4) - 2) / 2:
             value = wrong[depth] = before if depth and rng.random() < 0.3 else prior(facts, name)
     sentences = facts["dialect"] == "sentences"
     steps = chain(facts, wrong, rng.randint(1, 8) if sentences else 0)
