@@ -1537,7 +1537,7 @@ def test_accept_asks_again_where_an_answer_can_be_guessed():
             rereason.accept(None, None, [r], 99, rereason.Rules())
         assert t.provenance == want and r.outcome == ("a lucky guess" if want == "policy" else "repaired")
         assert want == "policy" or t.source is r.source
-        assert asked == [(3, 99, 1.0, ["key/votes"], [t.ids[:13]], [None], (), [99])] * (answer == "A")
+        assert asked == [(3, 99, 1.0, ["key/votes"], [t.ids[:13]], [None], None, [99])] * (answer == "A")
         assert r.tokens == 51 * len(asked)
 
 
@@ -2422,7 +2422,8 @@ def test_learning_rate_and_data_order():
     for step in range(10):
         close(train.learning_rate(c, step, step / 10), min(1, (step + 1) / 4) * (1 - step / 10), 1e-9)
     c, seen = train.TrainConfig(batch=4, lr=2e-4), []
-    close([train.learning_rate(c, step, 0.9) for step in (0, 1, 9)], [1e-4, 2e-4, 2e-4], 1e-12)
+    rates = [train.learning_rate(c, *at) for at in ((0, 0.0), (1, 0.0), (16, 0.5), (31, 1.0))]
+    close(rates, [1e-4, 2e-4, 1.1e-4, 2e-5], 1e-12)
     rank = SimpleNamespace(config=c, rank=1, world=2, data=shapes.Stream("tiny", run=4))
     file = SimpleNamespace(config=c, rank=0, world=1, data=list("abcdef"))
     for step in range(3):

@@ -73,21 +73,18 @@ def builds() -> str:
     return markdown([*head, "the image's say, nats", "rank correlation"], rows)
 
 
-def study(figure: str = "accuracy") -> str:
-    """A row a length of chains, a column an arm that was run at all."""
+def study() -> str:
+    """Two rows a length of chains, a column an arm that was run at all."""
     results, rows = load("compare.json"), []
     arms = [arm for arm in ARMS if any(r["algo"] == arm for r in results)]
     for horizon in sorted({r["horizon"] for r in results}):
-        runs = {arm: {r["seed"]: r[figure] for r in results if (r["algo"], r["horizon"]) == (arm, horizon)}
-                for arm in arms}
-        gains = [runs["ivr"][seed] - runs["grpo"][seed] for seed in runs["ivr"] if seed in runs["grpo"]]
-        cells = [percent(list(runs[arm].values())) for arm in arms]
-        rows.append([horizon, *cells, percent(gains, signed=True)])
+        for name, figure in (("sampled", "accuracy"), ("greedy", "greedy")):
+            runs = {arm: {r["seed"]: r[figure] for r in results if (r["algo"], r["horizon"]) == (arm, horizon)}
+                    for arm in arms}
+            gains = [runs["ivr"][seed] - runs["grpo"][seed] for seed in runs["ivr"] if seed in runs["grpo"]]
+            cells = [percent(list(runs[arm].values())) for arm in arms]
+            rows.append([f"{horizon}, {name}", *cells, percent(gains, signed=True)])
     return markdown(["steps", *(ARMS[arm] for arm in arms), "IVR-R1 - GRPO"], rows)
-
-
-def greedy() -> str:
-    return study("greedy")
 
 
 def digits() -> str:
@@ -97,11 +94,6 @@ def digits() -> str:
         columns = [f"{name} {when}" for name in ("avg@4", "greedy") for when in ("before", "after")]
         rows.append([ARMS[arm], *(percent([r[column] for r in runs]) for column in columns)])
     return markdown(["arm", "sampled before", "after", "greedy before", "after"], rows)
-
-
-def reader_cost() -> str:
-    rows = load("reader_cost.json")["rows"]
-    return markdown(list(rows[0]), map(dict.values, rows))
 
 
 def localisers(file: str = "localisers.json") -> str:
@@ -168,9 +160,9 @@ def attack() -> str:
     return markdown(["area", "cases", "failures", "seconds"], [*rows, ["all", *totals]])
 
 
-TABLES = {"attack": attack, "gpu": gpu, "main": main_job, "builds": builds, "study": study, "greedy": greedy,
+TABLES = {"attack": attack, "gpu": gpu, "main": main_job, "builds": builds, "study": study,
           "digits": digits, "localisers": localisers, "localisers_greedy": localisers_greedy, "rates": rates,
-          "repairs": repairs, "reader_cost": reader_cost, "speed": speed, "mutants": mutants}
+          "repairs": repairs, "speed": speed, "mutants": mutants}
 
 
 def filled(text: str) -> str:
