@@ -287,15 +287,15 @@ def first_wrong(t) -> int | None:
 
 
 def flawed_rollouts(model, codec, stream, count: int, max_new_tokens: int = 320, greedy: bool = False):
-    """Locatable failures on a tiny stream, of 8 samples a problem or the greedy one, until there are `count`
-    (a policy may fail too seldom) -> [(trajectory, its first wrong step)]. Those whose steps are all right
-    (the answer alone is wrong) have no such step: their number is the second result."""
+    """Locatable failures on a tiny stream, one completion a problem, sampled or greedy, until there are
+    `count` (a policy may fail too seldom) -> [(trajectory, its first wrong step)]. Those whose steps are all
+    right (the answer alone is wrong) have no such step: their number is the second result."""
     found, slips, start = [], 0, 0
     while len(found) < count and start < 32 * count:
         problems = [stream[i] for i in range(start, start + 32)]
         keys = [f"localise/0/{p.id}" for p in problems]
-        samples, temperature = (1, 0.0) if greedy else (8, 1.0)
-        for group in rollout.sample(model, problems, codec, samples, max_new_tokens, temperature, keys):
+        temperature = 0.0 if greedy else 1.0
+        for group in rollout.sample(model, problems, codec, 1, max_new_tokens, temperature, keys):
             for t in group:
                 t.rewards = reward_parts(t.text, t.problem.answer, t.problem.choices, t.finished)
                 t.steps = attribute.split_steps(t.ids, codec)

@@ -1,6 +1,6 @@
 """Build the embedded tiny model: its tokenizer and its warm-started weights, from nothing.
 
-    python tiny/build.py --out tiny         # about 85 minutes on one core
+    python tiny/build.py --out tiny         # about 45 minutes on two cores
 
 Takes the four config files beside it, written by hand; gives a folder in the hub's form, for `--model`. First
 the vision tower learns to name what each cell shows (`train_eyes`), then the decoder learns the tasks
