@@ -142,7 +142,7 @@ def revise_steps(model, codec, revisions: list, verifier, turn: int, rules: Rule
     return continuations + resume_points(model, codec, changed, rules)
 
 
-def sample_on(model, codec, requests: list[tuple], temperature=1.0, stop_ids=None, group_size=1) -> list[list]:
+def sample_on(model, codec, requests: list[tuple], temperature=1.0, stop_ids=None, group_size=1) -> list:
     """`group_size` completions for each (problem, prompt, rng key, forced prefix, length limit)."""
     if not requests:
         return []
