@@ -112,18 +112,20 @@ def revise_steps(model, codec, revisions: list, verifier, turn: int, rules: Rule
     """Rewrite one step of each trajectory from its first suspect token on: greedily the first time, later at
     temperature 1. revisions: (repair, step). Returns (repair, token) pairs that the policy continues from
     that token; the others turn to their next suspect step."""
-    requests, stems, temperatures, stop_ids, changed, continuations = [], [], [], [], [], []
+    requests, temperatures, stop_ids = [], [], []
     for r, k in revisions:
         t, step = r.trajectory, r.trajectory.steps[k]
-        stems.append(step.start + (t.checks[k].token or 0))
-        prefix = verifier.context(t, k) + t.ids[step.start:stems[-1]]
+        stem, _ = attribute.faulty_tokens(step, t.checks[k])
+        prefix = verifier.context(t, k) + t.ids[step.start:stem]
         limit = len(prefix) + 16 + 2 * (step.stop - step.start)
         requests.append((t.problem, t.prompt, f"{r.key}/revise/{turn}", prefix, limit))
         temperatures.append(0.0 if r.edited_steps.count(k) == 1 else 1.0)
         stop_ids.append(() if "\n" in step.text else codec.newline_ids)
+    changed, continuations = [], []
     replies = sample_on(verifier.reader, codec, requests, temperatures, stop_ids)
-    for (r, k), stem, temperature, (reply,) in zip(revisions, stems, temperatures, replies):
+    for (r, k), temperature, (reply,) in zip(revisions, temperatures, replies):
         t, old, forced = r.trajectory, r.trajectory.steps[k], reply.sampled.count(0)
+        stem, _ = attribute.faulty_tokens(old, t.checks[k])
         new = attribute.replace_end(t, k, stem, reply.ids[forced:], reply.logps[forced:], codec)
         written = new.steps[k].text if new else "nothing"
         r.turns.append({"what": "revise", "step": k, "before": old.text, "after": written})

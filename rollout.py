@@ -521,10 +521,12 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
     columns = length[:, None] + torch.arange(max_new_tokens, device=device)     # a prefix used up its own
     numbers = numbers.gather(1, columns.clamp(max=max_new_tokens - 1))
     logit_mask = codec.logit_mask.to(device)
-    temperature = torch.tensor(temperature, device=device).expand(B).repeat_interleave(group_size)      # (R,)
+    temperature = torch.tensor(temperature).expand(B).repeat_interleave(group_size)                     # (R,)
+    is_greedy, temperature = not temperature.any(), temperature.to(device)
     is_end = torch.zeros(B, len(logit_mask), dtype=torch.bool)
-    for b in range(B):
-        is_end[b, [*codec.eos_ids, *(stop_ids[b] if stop_ids else ())]] = True
+    is_end[:, codec.eos_ids] = True
+    for b, ids in enumerate(stop_ids or ()):
+        is_end[b, ids] = True
     is_end = is_end.to(device)
     tokens = torch.full((R, max_new_tokens), codec.pad_id, device=device)
     logps = torch.zeros_like(tokens, dtype=torch.float32)
@@ -533,7 +535,8 @@ def sample(model: Qwen25VL, problems: list[Problem], codec: Codec, group_size: i
     alive = torch.arange(R, device=device)                      # the row each row of the cache belongs to
     for step in range(max_new_tokens):
         logits = F.linear(last, model.head_weight)
-        token, logp = next_token(logits, logit_mask, temperature[alive], numbers[alive, step])
+        uniform = None if is_greedy else numbers[alive, step]
+        token, logp = next_token(logits, logit_mask, temperature[alive], uniform)
         tokens[alive, step], logps[alive, step] = token, logp   # after a row's end: without meaning
         counts[alive] += room > step
         room = room.masked_fill(is_end[alive // group_size, token], 0)
@@ -567,12 +570,14 @@ def make_trajectory(problem: Problem, prompt: Prompt, forced: list, new: list, l
 def next_token(logits, logit_mask, temperature, uniform):
     """logits (R, V), temperature (R,) -> token (R,), its log-prob (R,) under softmax(logits / temperature);
     at temperature 0 the likeliest, under softmax(logits). Inverse CDF: the first token whose cumulative
-    probability is > uniform (R,)."""
+    probability is > uniform (R,); None: all temperatures are 0."""
     scale = torch.where(temperature > 0, temperature, 1.0)[:, None]
     logps = ((logits.float() + logit_mask) / scale).log_softmax(-1)
-    cumulative = logps.exp().double().cumsum(-1)                # fp32 sums over a large vocabulary drift
-    drawn = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1)
-    token = torch.where(temperature > 0, drawn, logps.argmax(-1))
+    token = logps.argmax(-1)
+    if uniform is not None:
+        cumulative = logps.exp().double().cumsum(-1)            # fp32 sums over a large vocabulary drift
+        drawn = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1)
+        token = torch.where(temperature > 0, drawn, token)
     return token, logps.gather(1, token[:, None])[:, 0]
 
 

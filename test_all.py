@@ -2076,9 +2076,8 @@ def test_eval_command_resumes():
 # ---- train.py
 
 SMALL = {"model": TINY, "data": "tiny:steps=3,kinds=tiles+bars,dialect=short", "max_steps": 2, "batch": 4,
-         "group_size": 4,
-         "max_new_tokens": 40, "eval_problems": 0, "lr": 1e-4, "warmup_steps": 1, "save_every": 100,
-         "show_every": 0, "device": "cpu"}
+         "group_size": 4, "max_new_tokens": 40, "eval_problems": 0, "lr": 1e-4, "warmup_steps": 1,
+         "save_every": 100, "show_every": 0, "device": "cpu"}
 KINDS = {"sft": {"stage": "sft", "lr": 1e-5},
          "ivr": {"rectify_below": 1.0, "data": "tiny:steps=4,kinds=tiles+bars,dialect=short",
                  "max_new_tokens": 70},

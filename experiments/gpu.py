@@ -488,7 +488,8 @@ def run(name: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         config = train.TrainConfig(model=str(ROOT / "tiny"), out=folder + "/run", max_steps=1, batch=4,
                                    group_size=4, max_new_tokens=90, eval_problems=0, device="cuda",
-                                   dtype="float32", data="tiny:steps=6,dialect=short", rectify_below=1.0, save_every=0)
+                                   dtype="float32", data="tiny:steps=6,dialect=short", rectify_below=1.0,
+                                   save_every=0)
         trainer = train.Trainer(config)
         calls.clear()
         train.train(trainer)

@@ -78,8 +78,10 @@ def write_tokenizer(folder: Path) -> Tokenizer:
 
 def name_ids(tok) -> torch.Tensor:
     """Tokens that spell a colour: after a space, at the start of a line, after a tag -> (names, 3)."""
-    spelled = [(" " + name, name, ">" + name) for name in shapes.NAMES]
-    return torch.tensor([[tok.encode(text).ids[0] for text in texts] for texts in spelled])
+    rows = []
+    for name in shapes.NAMES:
+        rows.append([tok.encode(text).ids[0] for text in (" " + name, name, ">" + name)])
+    return torch.tensor(rows)
 
 
 @torch.no_grad()
@@ -211,7 +213,9 @@ def figures(folder, seed: int = 3, count: int = 240, steps: int = 8) -> dict:
         rollouts, true = sum(rollout.sample(model, problems, codec, 1, 320, temperature), []), {}
         for t in rollouts:
             t.steps = attribute.split_steps(t.ids, codec)
-            verifier([t] if mode == "greedy" and t.steps else [])
+        if mode == "greedy":
+            verifier([t for t in rollouts if t.steps])
+        for t in rollouts:
             said = [k for k, step in enumerate(t.steps) if step.text not in shapes.FILLERS]
             verdicts = shapes.verdicts(t)
             for depth, k in enumerate(said[:steps]):

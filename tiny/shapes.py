@@ -263,24 +263,23 @@ def check_steps(problem: Problem, steps: list[str]) -> list[str]:
     due = list(facts["ask"])                                # the names to be looked up
     before = facts.get("start", 0)                          # the total so far
     for step in steps:
-        said = parse_step(facts, step)
         if step in FILLERS:
             found.append("true")
             continue
+        said = parse_step(facts, step)
+        called_for, due = (due or [None])[0], due[1:]
         if not said or said["name"] not in NAMES:
             found.append("unparsed")
-            due = due[1:]
             continue
         name, value = said["name"], int(said["value"])
         leads_to = facts.get("next", {}).get(name, said["out"])
         if value != facts["show"].get(name) or said["out"] != leads_to and facts["kind"] == "path":
             found.append("misread")
-        elif (name != (due or [None])[0] or said["out"] != conclusion(facts, name, value, before)
+        elif (name != called_for or said["out"] != conclusion(facts, name, value, before)
               or int(said.get("before", before)) != before):
             found.append("logic")
         else:
             found.append("true")
-        due = due[1:]
         if facts["kind"] == "path":     # a walk continues where its last step points
             due = [said["out"]]
         before = int(said["out"]) if said["out"].isdecimal() else before
@@ -326,9 +325,8 @@ def draw(facts: dict, rng: random.Random, grid=None) -> Image.Image:
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 
-def _draw_thing(pen, left, top, facts, thing, rng):
-    """A tile, object or bar, in the cell whose upper left corner is the pixel (left, top)."""
-    name = thing
+def _draw_thing(pen, left, top, facts, name, rng):
+    """A tile or bar, in the cell whose upper left corner is the pixel (left, top)."""
     rgb = tuple(min(255, max(0, c + rng.randint(-8, 8))) for c in COLOURS[name])
     bright = 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] > 110
     ink = (0, 0, 0) if bright else (255, 255, 255)
